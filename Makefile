@@ -1,0 +1,36 @@
+# Needs python3 (3.10 or newer) and a package index; everything is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+RUNTIME := .venv/.installed-runtime
+DEV := .venv/.installed-dev
+
+.PHONY: quickstart test check schema clean
+
+quickstart: $(RUNTIME)  ## prepare a small corpus and grow a small model on it, on any machine
+	$(BIN)/python tools/prepare_data.py --stdlib --train-tokenizer 2048 --out data/stdlib
+	$(BIN)/torchrun --standalone --nproc-per-node 1 tools/run_recipe.py recipes/quickstart.toml
+
+test: check  ## everything that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(DEV)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+schema: $(RUNTIME)  ## the JSON Schema and the reference in recipes/README.md, from the recipe's dataclasses
+	$(BIN)/python -m stackgrow.schema
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+$(RUNTIME): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+$(DEV): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@ $(RUNTIME)

@@ -1,0 +1,1 @@
+"""Grow language models during pre-training: declarative recipes on torchtitan."""

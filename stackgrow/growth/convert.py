@@ -1,0 +1,243 @@
+"""Apply a growth to a checkpoint on disk: DCP in, DCP out, the model's tensors only.
+
+An Alias moves no bytes: the grown metadata points at the source's byte ranges, in data files that are hard
+links. A Compute is streamed tensor by tensor, and ranks share the tensors. All happens in ``<target>.tmp``,
+which one rename makes the target; whatever stops it before, there is no target and the source is as it was.
+
+A hard link is the same file: saving over a grown checkpoint in place would truncate the source's data too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import pickle
+import shutil
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed.checkpoint.metadata as meta
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from stackgrow.growth.dcp import METADATA, CheckpointError, is_model_key, places, read_metadata, read_tensor
+from stackgrow.growth.rules import Alias, Compute, Rules
+
+# What file systems answer that cannot link, or not this file, or not once more.
+CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+
+
+def grow_checkpoint(source: Path, target: Path, rules: Rules) -> dict[str, Any]:
+    """Grow the DCP checkpoint ``source`` into the new ``target``, in one process.
+
+    Returns the record for growth.json: ``map`` {target tensor: source tensor or note}, ``dropped``,
+    ``linked_files``, ``copied_files``, ``bytes_written`` and ``seconds``. Raises CheckpointError, before
+    anything is written, when the source's model tensors are not exactly the rules' own, or ``target`` exists.
+
+    Several ranks on one file system call instead: ``begin`` on rank 0; a barrier; ``write_part`` on every
+    rank; a barrier; ``commit`` on rank 0, which returns the same record with its own seconds.
+    """
+    started = time.perf_counter()
+    begin(source, target, rules)
+    write_part(source, target, rules)
+    return {**commit(source, target, rules), "seconds": time.perf_counter() - started}
+
+
+def begin(source: Path, target: Path, rules: Rules) -> None:
+    """Check the source, and open an empty ``<target>.tmp`` in place of what an earlier attempt left."""
+    _read_source(source, rules)
+    if target.exists():
+        raise CheckpointError(f"{target} exists already: remove it, or grow into another folder")
+    work = _work(target)
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+
+
+def write_part(source: Path, target: Path, rules: Rules, rank: int = 0, world_size: int = 1) -> None:
+    """Compute and write this rank's share of the Compute tensors, holding those of one rule at a time.
+
+    Raises CheckpointError when a result has not the shape of the target or the dtype of its sources.
+    """
+    names = _share(rules, rank, world_size)
+    if not names:
+        return
+    metadata = _read_source(source, rules)
+    index: dict[str, tuple[str, int, int]] = {}
+    with (_work(target) / _part(metadata, rank)).open("wb") as stream:
+        for name in names:
+            offset = stream.tell()
+            dtype = _write_tensor(source, metadata, rules, name, stream)
+            index[name] = (dtype, offset, stream.tell() - offset)
+        _sync(stream)
+    _index(target, rank).write_text(json.dumps(index))  # last: it vouches for the part
+
+
+def commit(source: Path, target: Path, rules: Rules, world_size: int = 1) -> dict[str, Any]:
+    """Join the ranks' parts, link the data files, write the metadata, and rename it all to ``target``."""
+    started = time.perf_counter()
+    old, work = _read_source(source, rules), _work(target)
+    new = dataclasses.replace(
+        old,
+        state_dict_metadata={},
+        planner_data={name: (name,) for name in rules.targets},
+        storage_data={},
+        storage_meta=meta.StorageMeta(checkpoint_id=str(target)),
+    )
+    for rank in range(world_size):
+        _add_part(old, new, target, rules, rank, world_size)
+    files = _add_aliases(old, new, rules)
+    linked = [name for name in files if _link(source / name, work / name)]
+    with (work / METADATA).open("wb") as stream:
+        pickle.dump(new, stream)
+        _sync(stream)
+    written = sum(file.stat().st_size for file in work.iterdir() if file.name not in linked)
+    _sync_folder(work)
+    work.rename(target)
+    _sync_folder(target.parent)
+    computed = {name: rule for name, rule in rules.targets.items() if isinstance(rule, Compute)}
+    notes = {name: f"{rule.note}({', '.join(rule.sources)})" for name, rule in computed.items()}
+    return {
+        "map": {
+            name: rule.source if isinstance(rule, Alias) else notes[name]
+            for name, rule in rules.targets.items()
+        },
+        "dropped": sorted(rules.dropped),
+        "linked_files": linked,
+        "copied_files": [name for name in files if name not in linked],
+        "bytes_written": written,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _read_source(source: Path, rules: Rules) -> meta.Metadata:
+    """The source's metadata, whose model tensors are exactly those that the rules take, all of one dtype."""
+    metadata = read_metadata(source)
+    model = {fqn: entry for fqn, entry in metadata.state_dict_metadata.items() if is_model_key(fqn)}
+    have = {fqn: tuple(getattr(entry, "size", ("bytes",))) for fqn, entry in model.items()}
+    want = rules.source_shapes
+    problems = [
+        f"{fqn} is {have.get(fqn, 'missing')}, the source model has {want.get(fqn, 'no such tensor')}"
+        for fqn in sorted({*have, *want})
+        if have.get(fqn) != want.get(fqn)
+    ]
+    dtypes = {str(entry.properties.dtype) for entry in model.values() if hasattr(entry, "properties")}
+    if len(dtypes) > 1:
+        problems.append(f"its tensors have several dtypes, {', '.join(sorted(dtypes))}")
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(f"{source} is not the source model: {'; '.join(problems[:8])}{more}")
+    for fqn in model:
+        places(metadata, fqn)
+    return metadata
+
+
+def _add_aliases(old: meta.Metadata, new: meta.Metadata, rules: Rules) -> list[str]:
+    """Enter every Alias into the new metadata; returns the data files that they lie in."""
+    files: set[str] = set()
+    for name, rule in rules.targets.items():
+        if isinstance(rule, Alias):
+            filled = places(old, rule.source)
+            entry = old.state_dict_metadata[rule.source]
+            new.state_dict_metadata[name] = dataclasses.replace(entry, chunks=[chunk for chunk, _ in filled])
+            for chunk, info in filled:
+                new.storage_data[meta.MetadataIndex(name, chunk.offsets)] = info
+                files.add(info.relative_path)
+    return sorted(files)
+
+
+def _add_part(
+    old: meta.Metadata, new: meta.Metadata, target: Path, rules: Rules, rank: int, world_size: int
+) -> None:
+    """Enter what one rank computed into the new metadata."""
+    file, names = _index(target, rank), _share(rules, rank, world_size)
+    index = json.loads(file.read_text()) if file.exists() else {}
+    if set(index) != set(names):
+        raise CheckpointError(f"rank {rank} of {world_size} has not written its part of {target}")
+    for name, (dtype, offset, length) in index.items():
+        shape = torch.Size(rules.target_shapes[name])
+        chunk = meta.ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
+        properties = meta.TensorProperties(dtype=getattr(torch, dtype))
+        new.state_dict_metadata[name] = meta.TensorStorageMetadata(properties, shape, [chunk])
+        new.storage_data[meta.MetadataIndex(name, chunk.offsets)] = _StorageInfo(
+            _part(old, rank), offset, length
+        )
+    file.unlink(missing_ok=True)
+
+
+def _write_tensor(source: Path, metadata: meta.Metadata, rules: Rules, name: str, stream: IO[bytes]) -> str:
+    """Compute one target tensor and append it to the part; returns its dtype's name."""
+    rule, shape = rules.targets[name], rules.target_shapes[name]
+    assert isinstance(rule, Compute)
+    sources = [read_tensor(source, metadata, fqn) for fqn in rule.sources]
+    dtypes = {tensor.dtype for tensor in sources}
+    tensor = rule.fn(*sources).detach().contiguous()
+    if tuple(tensor.shape) != shape or not dtypes <= {tensor.dtype}:
+        raise CheckpointError(
+            f"{name} must be {shape} in the dtype of its sources, {', '.join(map(str, dtypes)) or 'any'}: "
+            f"{rule.note} gave {tuple(tensor.shape)} {tensor.dtype}"
+        )
+    # torch.save writes a whole storage, also what a view of it does not show.
+    torch.save(tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone(), stream)
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _share(rules: Rules, rank: int, world_size: int) -> list[str]:
+    """One rank's Compute tensors: from the largest down, each goes to the rank with the least so far."""
+    computed = {name: rule for name, rule in rules.targets.items() if isinstance(rule, Compute)}
+    costs = {name: math.prod(rules.target_shapes[name]) for name in computed}
+    for name, rule in computed.items():
+        costs[name] += sum(math.prod(rules.source_shapes[fqn]) for fqn in rule.sources)
+    loads, mine = [0] * world_size, []
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        least = loads.index(min(loads))
+        loads[least] += costs[name]
+        if least == rank:
+            mine.append(name)
+    return mine
+
+
+def _part(source: meta.Metadata, rank: int) -> str:
+    """A rank's data file: a name that the source does not use, which may be a grown checkpoint itself."""
+    taken = {info.relative_path for info in source.storage_data.values()}
+    return next(name for i in range(len(taken) + 1) if (name := f"__grown{i}_{rank}.distcp") not in taken)
+
+
+def _work(target: Path) -> Path:
+    return target.with_name(target.name + ".tmp")
+
+
+def _index(target: Path, rank: int) -> Path:
+    return _work(target) / f"__grown_{rank}.json"
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Hard link a data file; where the file system cannot, copy it and return False."""
+    try:
+        os.link(source.resolve(), target)
+        return True
+    except OSError as error:
+        if error.errno not in CANNOT_LINK:
+            raise
+    shutil.copyfile(source, target)
+    with target.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return False
+
+
+def _sync(stream: IO[bytes]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without this a power loss can take back the rename, or the names inside.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

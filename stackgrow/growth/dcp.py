@@ -1,0 +1,172 @@
+"""The safe side of DCP: a checkpoint's metadata, tensors and byte items, read without running them.
+
+DCP's ``.metadata`` is a pickle and so is every byte item; DCP loads both unrestricted, and follows whatever
+file path the metadata names. The readers here accept DCP's own classes, plain data and tensors, nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint.metadata as meta
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.utils import _create_file_view
+
+METADATA = ".metadata"
+# What torchtitan saves beside the model: nested states, which DCP flattens. Model tensors have no prefix.
+STATE_PREFIXES = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is unsafe, damaged, or not the one that was asked for."""
+
+
+def _path(*parts: str) -> str:
+    return str(PurePosixPath(*parts))
+
+
+_TENSOR = (meta.TensorStorageMetadata, meta.TensorProperties, meta.ChunkStorageMetadata)
+_RECORDS = (
+    *_TENSOR,
+    meta.Metadata,
+    meta.MetadataIndex,
+    meta.BytesStorageMetadata,
+    meta.StorageMeta,
+    _StorageInfo,
+)
+_ALLOWED: dict[tuple[str, str], Any] = {
+    **{(cls.__module__, cls.__name__): cls for cls in (*_RECORDS, meta._MEM_FORMAT_ENCODING, torch.Size)},
+    **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    ("torch.serialization", "_get_layout"): {"torch.strided": torch.strided}.__getitem__,
+    ("pathlib", "PosixPath"): _path,
+    ("pathlib._local", "PosixPath"): _path,  # as Python 3.13 writes it
+}
+# Not the unpickler in C: that has no hook for BUILD, and a state that is applied to an allowed class, rather
+# than to an instance of it, changes that class for the whole process.
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+class _Unpickler(_PythonUnpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise CheckpointError(f"it refers to {module}.{name}, which DCP's metadata never does")
+        return _ALLOWED[module, name]
+
+    def load_build(self) -> None:
+        if not isinstance(self.stack[-2], _RECORDS):
+            raise CheckpointError("it sets the state of something that is no DCP record")
+        super().load_build()
+
+    dispatch = {**_PythonUnpickler.dispatch, pickle.BUILD[0]: load_build}  # noqa: RUF012
+
+
+def read_metadata(folder: Path) -> meta.Metadata:
+    """The ``.metadata`` of a DCP checkpoint, and proof that the files it names are there and long enough.
+
+    Raises CheckpointError for a missing or damaged one, one that names anything but DCP's own classes, and
+    one whose data lies elsewhere than in plain files in ``folder``.
+    """
+    file = folder / METADATA
+    if not file.is_file():
+        raise CheckpointError(f"{folder} is not a complete DCP checkpoint: it has no {METADATA}")
+    try:
+        with file.open("rb") as stream:
+            metadata = _Unpickler(stream).load()
+        if not isinstance(metadata, meta.Metadata):
+            raise CheckpointError(f"it holds a {type(metadata).__name__}, not DCP's Metadata")
+        _check_files(folder, metadata)
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise CheckpointError(f"{file} is not loaded: {type(error).__name__}: {error}") from error
+    return metadata
+
+
+def _check_files(folder: Path, metadata: meta.Metadata) -> None:
+    ends: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in ends.items():
+        if name in ("", ".", "..") or set(name) & set("/\\\0"):
+            raise CheckpointError(f"data file {name!r} is not a plain file name")
+        file = (folder / name).resolve()
+        if file.parent != folder.resolve():
+            raise CheckpointError(f"data file {name} is a link out of the checkpoint, to {file}")
+        if not file.is_file() or file.stat().st_size < end:
+            raise CheckpointError(
+                f"data file {name} is missing or truncated: it must have {end} bytes or more"
+            )
+
+
+class SafeReader(FileSystemReader):
+    """DCP's file system reader over the ``read_metadata`` above. It has no per-rank metadata (saves without
+    collectives), to which DCP would fall back when the metadata is refused."""
+
+    def read_metadata(self) -> meta.Metadata:
+        metadata = read_metadata(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or meta.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class SafePlanner(DefaultLoadPlanner):
+    """DCP's load planner, for which a byte item may hold plain data and tensors only."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        fqn = read_item.dest_index.fqn
+        try:
+            loaded = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"{fqn} is not loaded, it holds more than plain data: {error}") from error
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[fqn], loaded)
+        else:
+            self.state_dict[fqn] = loaded
+
+
+def is_model_key(fqn: str) -> bool:
+    """Whether an entry of a torchtitan checkpoint belongs to the model."""
+    return not fqn.startswith(STATE_PREFIXES)
+
+
+def tensor_shapes(metadata: meta.Metadata) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """{fqn: (shape, dtype)} of every tensor in a checkpoint, the optimizer's included."""
+    entries = metadata.state_dict_metadata.items()
+    tensors = {fqn: entry for fqn, entry in entries if isinstance(entry, meta.TensorStorageMetadata)}
+    return {fqn: (tuple(entry.size), entry.properties.dtype) for fqn, entry in tensors.items()}
+
+
+def places(metadata: meta.Metadata, fqn: str) -> list[tuple[meta.ChunkStorageMetadata, _StorageInfo]]:
+    """The chunks of one tensor, each with its place on disk; CheckpointError where they do not fill it.
+
+    Empty chunks, which ranks write that have no row of a small tensor, are left out."""
+    entry = metadata.state_dict_metadata[fqn]
+    chunks = {chunk.offsets: chunk for chunk in entry.chunks if chunk.sizes.numel()}
+    infos = [metadata.storage_data.get(meta.MetadataIndex(fqn, offsets)) for offsets in chunks]
+    if None in infos or sum(chunk.sizes.numel() for chunk in chunks.values()) != math.prod(entry.size):
+        raise CheckpointError(f"{fqn}: its {len(chunks)} stored chunks do not fill {tuple(entry.size)}")
+    return list(zip(chunks.values(), infos, strict=True))
+
+
+def read_tensor(folder: Path, metadata: meta.Metadata, fqn: str) -> torch.Tensor:
+    """One whole tensor on the CPU, assembled from its chunks, of which one is held at a time beside it."""
+    entry = metadata.state_dict_metadata[fqn]
+    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+    for chunk, info in places(metadata, fqn):
+        if info.transform_descriptors:
+            raise CheckpointError(f"{fqn} was written through {info.transform_descriptors}: save it without")
+        with (folder / info.relative_path).open("rb") as stream:
+            view = _create_file_view(stream, info.offset, info.length)
+            part = torch.load(view, map_location="cpu", weights_only=True)
+        box = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
+        if part.dtype != tensor.dtype or not part.shape == chunk.sizes == tensor[box].shape:
+            raise CheckpointError(
+                f"{fqn}: {folder / info.relative_path} holds another tensor at {info.offset}"
+            )
+        tensor[box] = part
+    return tensor

@@ -1,0 +1,444 @@
+"""Recipe -> Plan: the exact list of stages, steps, tokens, FLOPs, bytes and learning rates. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stackgrow import guidelines
+from stackgrow.growth.depth import interleave_map, stack_map
+from stackgrow.kinds import Duration, human, nearest
+from stackgrow.load import Problem, RecipeError, canonical_hash, to_dict
+from stackgrow.recipe import Growth, Model, Recipe, Train
+
+MAX_LAYERS = 4096
+CHECKPOINT_BYTES = 12  # per parameter: float32 weight and AdamW's two float32 moments
+
+
+@dataclass(frozen=True)
+class TrainStage:
+    """Trains one model for ``steps`` optimizer steps from data position ``start_sequences`` on."""
+
+    index: int
+    model: Model
+    train: Train
+    seq_len: int
+    steps: int
+    start_tokens: int
+    start_sequences: int
+    start_flops: float
+    kind: str = "train"
+
+    @property
+    def name(self) -> str:
+        return f"stage-{self.index}-train-{self.model.n_layers}L"
+
+    @property
+    def batch_sequences(self) -> int:
+        return self.train.global_batch_tokens // self.seq_len
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.train.global_batch_tokens
+
+    @property
+    def flops_per_token(self) -> float:
+        """6 N with N all parameters that multiply, i.e. without the input embedding (torchtitan's count)."""
+        matmul = self.model.parameters() - self.model.vocab_size * self.model.dim
+        return guidelines.training_flops(matmul, 1)
+
+    @property
+    def flops(self) -> float:
+        return self.flops_per_token * self.tokens
+
+    @property
+    def attention_flops(self) -> float:
+        return guidelines.attention_flops(self.model.n_layers, self.model.dim, self.seq_len, self.tokens)
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.train.warmup.steps(self.train.global_batch_tokens)
+
+    @property
+    def horizon_steps(self) -> int:
+        return self.every(self.train.horizon) if isinstance(self.train.horizon, Duration) else self.steps
+
+    def micro_batch(self, data_ranks: int) -> int:
+        """Sequences per forward pass on one rank: the most that train.micro_batch allows and that divides the
+        rank's share of a step."""
+        share = self.batch_sequences // data_ranks
+        return max(m for m in range(1, min(share, self.train.micro_batch) + 1) if share % m == 0)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return CHECKPOINT_BYTES * self.model.parameters()
+
+    def every(self, duration: Duration) -> int:
+        """A duration of the recipe in this stage's steps, at least 1."""
+        return max(1, duration.steps(self.train.global_batch_tokens))
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of optimizer step ``step`` (1 to ``steps``), as torchtitan 0.2.2's scheduler has it."""
+        if not 1 <= step <= self.steps:
+            raise ValueError(f"step {step} is not in {self.name}, which has steps 1 to {self.steps}")
+        peak, floor = self.train.learning_rate, self.train.min_learning_rate / self.train.learning_rate
+        if step <= self.warmup_steps:
+            return peak * (step / self.warmup_steps)
+        decay = self.horizon_steps - self.warmup_steps
+        if self.train.schedule == "wsd":
+            decay = min(decay, round(self.horizon_steps * self.train.decay_fraction))
+        # The horizon ends one step after the last, so that the last step's rate is not zero.
+        progress = (step - 1 - (self.horizon_steps - decay)) / decay if decay else 0.0
+        if progress <= 0:
+            return peak
+        left = 0.5 * (1 + math.cos(math.pi * progress)) if self.train.schedule == "cosine" else 1 - progress
+        return peak * (floor + (1 - floor) * left)
+
+
+@dataclass(frozen=True)
+class GrowStage:
+    """Converts the checkpoint of ``source`` into one of ``target``; trains nothing."""
+
+    index: int
+    source: Model
+    target: Model
+    operator: str
+    layer_map: tuple[int, ...]
+    kind: str = "grow"
+
+    @property
+    def name(self) -> str:
+        return f"stage-{self.index}-grow"
+
+
+Stage = TrainStage | GrowStage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe does, step for step. ``notes`` are for the reader: nothing in them stops a run."""
+
+    recipe: Recipe
+    stages: tuple[Stage, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def train_stages(self) -> list[TrainStage]:
+        return [s for s in self.stages if isinstance(s, TrainStage)]
+
+    @property
+    def tokens(self) -> int:
+        return sum(s.tokens for s in self.train_stages)
+
+    @property
+    def sequences(self) -> int:
+        return sum(s.steps * s.batch_sequences for s in self.train_stages)
+
+    @property
+    def flops(self) -> float:
+        return sum(s.flops for s in self.train_stages)
+
+    @property
+    def base_share(self) -> float:
+        """The part of all FLOPs that is spent before the last stage."""
+        return 1 - self.train_stages[-1].flops / self.flops
+
+    def stage_hashes(self, data_hash: str) -> dict[str, str]:
+        """Stage name -> SHA-256 of all that defines its result: itself, the seed, the data and its ancestors.
+
+        Keys marked free in the recipe (ranks, paths, logging) are left out: they may change on resume.
+        """
+        hashes: dict[str, str] = {}
+        parent = canonical_hash({"seed": self.recipe.seed, "data": data_hash})
+        for stage in self.stages:
+            parent = hashes[stage.name] = canonical_hash({"parent": parent, "stage": identity(stage)})
+        return hashes
+
+
+def identity(stage: Stage) -> dict[str, Any]:
+    """The values that define what a stage computes, free keys left out."""
+    plain = to_dict(stage)
+    if isinstance(stage, TrainStage):
+        free = {f.name for f in dataclasses.fields(Train) if f.metadata["free"]}
+        plain["train"] = {k: v for k, v in plain["train"].items() if k not in free}
+        plain.pop("start_flops")
+    return plain
+
+
+def make_plan(recipe: Recipe, file: str | Path = "recipe") -> Plan:
+    """The stages of a checked recipe.
+
+    Raises:
+        RecipeError: impossible geometry, unreachable layers, contradictory budgets or schedules; all at once.
+    """
+    problems = [*_geometry_problems(recipe), *_parallel_problems(recipe)]
+    hops, blocking = _resolve_growths(recipe)
+    parts = _parts(recipe, hops)
+    blocking += [problem for part in parts for problem in _batch_problems(part, recipe.data.seq_len)]
+    problems += [*blocking, *(problem for part in parts for problem in _train_problems(part, recipe))]
+    stages = [] if blocking else _resolve_stages(recipe, parts, problems)
+    if problems:
+        raise RecipeError(file, list(dict.fromkeys(problems)))  # stages share the keys of [train]
+    return Plan(recipe, tuple(stages), tuple(_notes(recipe, hops)))
+
+
+@dataclass(frozen=True)
+class _Hop:
+    """One growth, resolved: the models on both sides and the layer map between them."""
+
+    growth: Growth
+    where: str
+    source: Model
+    target: Model
+    layer_map: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A train stage before its steps are known: its model, [train] with its own keys, its growth."""
+
+    model: Model
+    train: Train
+    table: str
+    own: Collection[str]
+    hop: _Hop | None
+
+    def where(self, key: str) -> str:
+        """The TOML path that this stage's value of ``key`` comes from."""
+        return f"{self.table}.{key}" if key in self.own else f"train.{key}"
+
+
+def _parts(recipe: Recipe, hops: Sequence[_Hop]) -> list[_Part]:
+    models = [hops[0].source if hops else recipe.model, *(hop.target for hop in hops)]
+    own = [recipe.base.train if recipe.base else {}, *(hop.growth.train for hop in hops)]
+    tables = ["base.train", *(f"{hop.where}.train" for hop in hops)]
+    return [
+        _Part(model, dataclasses.replace(recipe.train, **keys), table, keys, hop)
+        for model, keys, table, hop in zip(models, own, tables, [*hops, None], strict=True)
+    ]
+
+
+def _geometry_problems(recipe: Recipe) -> Iterator[Problem]:
+    m = recipe.model
+    if m.dim % m.n_heads:
+        yield "model.n_heads", f"{m.n_heads} does not divide model.dim = {m.dim}; choose a divisor of {m.dim}"
+    elif m.head_dim % 2:
+        yield "model.n_heads", f"gives heads of odd width {m.head_dim}; rotary embeddings need an even one"
+    if m.n_heads % m.kv_heads:
+        yield "model.n_kv_heads", f"{m.kv_heads} does not divide model.n_heads = {m.n_heads}"
+    if recipe.growth and recipe.base is None:
+        yield (
+            "base",
+            "is missing; [[growth]] needs a table [base] that names the base model, e.g. n_layers = 2",
+        )
+    if recipe.base is not None and not recipe.growth:
+        yield "growth", "is missing; [base] needs a [[growth]] that leads from it to [model]"
+
+
+def _parallel_problems(recipe: Recipe) -> Iterator[Problem]:
+    p, m, seq_len = recipe.parallel, recipe.model, recipe.data.seq_len
+    if p.pipeline > 1:
+        yield (
+            "parallel.pipeline",
+            f"{p.pipeline} is not supported: torchtitan 0.2.2 does not divide pipeline gradients by the "
+            "number of tokens, so clipping always fires; use parallel.shard and parallel.tensor",
+        )
+    if p.context > 1:
+        yield "parallel.context", f"{p.context} is not supported; use parallel.shard and parallel.tensor"
+    for name in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
+        if (size := getattr(m, name)) % p.tensor:
+            yield "parallel.tensor", f"{p.tensor} does not divide model.{name} = {size}"
+    if p.tensor > 1 and seq_len % (2 * p.tensor):
+        yield "parallel.tensor", f"data.seq_len = {seq_len} must be a multiple of 2 x tensor = {2 * p.tensor}"
+
+
+def _resolve_growths(recipe: Recipe) -> tuple[list[_Hop], list[Problem]]:
+    """The growths in order, and what prevents them; none where [base] or [[growth]] is missing."""
+    hops: list[_Hop] = []
+    if not recipe.growth or recipe.base is None:
+        return hops, []
+    source = dataclasses.replace(recipe.model, n_layers=recipe.base.n_layers or recipe.model.n_layers)
+    for index, growth in enumerate(recipe.growth):
+        where = f"growth[{index}]"
+        if problems := list(_growth_problems(recipe, growth, source.n_layers, where)):
+            return hops, problems  # the next growth's source is unknown
+        layer_map = _layer_map(growth, source.n_layers, recipe.model.n_layers)
+        target = dataclasses.replace(source, n_layers=len(layer_map))
+        hops.append(_Hop(growth, where, source, target, layer_map))
+        source = target
+    if source.n_layers == recipe.model.n_layers:
+        return hops, []
+    path = " -> ".join(str(n) for n in [hops[0].source.n_layers, *(hop.target.n_layers for hop in hops)])
+    rule = f"lead {path} layers, but model.n_layers = {recipe.model.n_layers}"
+    return hops, [("growth", f"the growths {rule}; change base.n_layers, a factor, or give a layer_map")]
+
+
+def _growth_problems(recipe: Recipe, growth: Growth, n_source: int, where: str) -> Iterator[Problem]:
+    if growth.layer_map is not None:
+        if growth.factor is not None:
+            yield f"{where}.layer_map", "stands beside a factor; give one of the two"
+        if growth.order != "stack":
+            yield (
+                f"{where}.order",
+                f'"{growth.order}" has no meaning beside a layer_map; remove one of the two',
+            )
+        if (top := max(growth.layer_map)) >= n_source:
+            yield f"{where}.layer_map", f"names layer {top}; the source has layers 0 to {n_source - 1}"
+        if not n_source <= (n := len(growth.layer_map)) <= MAX_LAYERS:
+            rule = f"at least the source's {n_source} and at most {MAX_LAYERS}"
+            yield f"{where}.layer_map", f"makes {n} layers; it must make {rule}"
+    elif growth.factor is not None:
+        if (n := growth.factor * n_source) > MAX_LAYERS:
+            yield (
+                f"{where}.factor",
+                f"{growth.factor} makes {n} layers of {n_source}; the limit is {MAX_LAYERS}",
+            )
+    elif len(recipe.growth) > 1:
+        yield f"{where}.factor", "is missing; with several growths each needs a factor or a layer_map"
+    elif recipe.model.n_layers % n_source or recipe.model.n_layers == n_source:
+        yield (
+            f"{where}.factor",
+            f"is missing, and none leads from {n_source} layers to model.n_layers = {recipe.model.n_layers}; "
+            "change base.n_layers or give a layer_map",
+        )
+
+
+def _layer_map(growth: Growth, n_source: int, n_final: int) -> tuple[int, ...]:
+    if growth.layer_map is not None:
+        return growth.layer_map
+    n_target = n_source * growth.factor if growth.factor else n_final
+    return tuple((stack_map if growth.order == "stack" else interleave_map)(n_source, n_target))
+
+
+def _resolve_stages(recipe: Recipe, parts: Sequence[_Part], problems: list[Problem]) -> list[Stage]:
+    stages: list[Stage] = []
+    tokens, sequences, steps, flops = 0, 0, 0, 0.0
+    for part in parts:
+        count = _stage_steps(recipe, part, tokens, steps)
+        if count < 1:
+            problems.append(_order_problem(recipe, part, tokens))
+            break
+        index, seq_len = len(stages), recipe.data.seq_len
+        stage = TrainStage(index, part.model, part.train, seq_len, count, tokens, sequences, flops)
+        problems += _schedule_problems(stage, part)
+        stages.append(stage)
+        tokens, sequences = tokens + stage.tokens, sequences + count * stage.batch_sequences
+        steps, flops = steps + count, flops + stage.flops
+        if hop := part.hop:
+            stages.append(GrowStage(index + 1, hop.source, hop.target, hop.growth.operator, hop.layer_map))
+    return stages
+
+
+def _stage_steps(recipe: Recipe, part: _Part, tokens: int, steps: int) -> int:
+    """Steps up to the growth (nearest step) or to the end of the budget (never beyond it)."""
+    if part.hop is None:
+        return (recipe.budget.tokens - tokens) // part.train.global_batch_tokens
+    timing = _timing(recipe, part.hop)
+    if timing.unit == "steps":
+        return timing.amount - steps
+    return nearest(timing.amount - tokens, part.train.global_batch_tokens)
+
+
+def _timing(recipe: Recipe, hop: _Hop) -> Duration:
+    timing = hop.growth.timing
+    return timing if isinstance(timing, Duration) else Duration(_auto_timing(recipe, hop), "tokens")
+
+
+def _auto_timing(recipe: Recipe, hop: _Hop) -> int:
+    n = hop.target.parameters()
+    return round(guidelines.growth_timing(n, guidelines.training_flops(n, recipe.budget.tokens)))
+
+
+def _batch_problems(part: _Part, seq_len: int) -> Iterator[Problem]:
+    batch = part.train.global_batch_tokens
+    if batch % seq_len:
+        below = batch // seq_len * seq_len
+        choices = f"the nearest are {below} and {below + seq_len}" if below else f"the least is {seq_len}"
+        rule = f"is not a whole number of sequences of data.seq_len = {seq_len} tokens"
+        yield part.where("global_batch_tokens"), f"{batch} {rule}; {choices} (2Mi means 2 x 2^20)"
+
+
+def _train_problems(part: _Part, recipe: Recipe) -> Iterator[Problem]:
+    peak, floor = part.train.learning_rate, part.train.min_learning_rate
+    if floor > peak:
+        yield part.where("min_learning_rate"), f"{floor:g} is above learning_rate = {peak:g}; lower it"
+    if recipe.parallel.async_tensor and recipe.parallel.tensor > 1 and not part.train.compile:
+        yield "parallel.async_tensor", f"true needs {part.where('compile')} = true"
+
+
+def _order_problem(recipe: Recipe, part: _Part, tokens: int) -> Problem:
+    step = f"{human(part.train.global_batch_tokens)} tokens"
+    if part.hop is None:
+        return (
+            "budget.tokens",
+            f"{human(recipe.budget.tokens)} leaves no step of {step} after {human(tokens)} of earlier "
+            "stages; raise the budget or lower the timings",
+        )
+    timing = part.hop.growth.timing
+    given = f'"auto" (here {human(_auto_timing(recipe, part.hop))})' if timing == "auto" else f'"{timing}"'
+    return (
+        f"{part.hop.where}.timing",
+        f"{given} is not at least one step of {step} after the previous growth or the start, at "
+        f"{human(tokens)}; timings count from the start of the run and must rise",
+    )
+
+
+def _schedule_problems(stage: TrainStage, part: _Part) -> Iterator[Problem]:
+    if stage.horizon_steps < stage.steps:
+        yield (
+            part.where("horizon"),
+            f"{stage.horizon_steps} steps are fewer than the {stage.steps} steps of {stage.name}; "
+            'make it longer, or "stage"',
+        )
+    if stage.warmup_steps > stage.steps:
+        yield (
+            part.where("warmup"),
+            f"{stage.warmup_steps} steps are more than the {stage.steps} steps of {stage.name}; shorten it",
+        )
+
+
+def _notes(recipe: Recipe, hops: Sequence[_Hop]) -> Iterator[str]:
+    for hop in hops:
+        if hop.growth.timing == "auto":
+            n = hop.target.parameters()
+            c = guidelines.training_flops(n, recipe.budget.tokens)
+            note = f"{hop.where}.timing: guideline d = {human(_auto_timing(recipe, hop))} tokens"
+            fit = "" if guidelines.in_fitted_range(n, c) else ", extrapolated: fitted up to 3B, 1.2e21"
+            yield f"{note} (N = {human(n)}, C = 6 N D = {c:.2e}{fit})"
+        if unused := sorted(set(range(hop.source.n_layers)) - set(hop.layer_map)):
+            yield f"{hop.where}.layer_map: source layers {', '.join(map(str, unused))} are dropped"
+
+
+def world_problems(plan: Plan, world_size: int) -> Iterator[Problem]:
+    """What does not fit the number of ranks that is there now."""
+    p = plan.recipe.parallel
+    fixed = p.replicate * p.tensor * max(p.shard, 1)
+    if (p.shard > 0 and fixed != world_size) or world_size % fixed:
+        remedy = f"start a multiple of {fixed} ranks"
+        if p.shard > 0:
+            remedy = f"start {fixed} ranks, or set parallel.shard = -1"
+        yield (
+            "parallel",
+            f"replicate {p.replicate} x shard {p.shard} x tensor {p.tensor} does not make "
+            f"{world_size} ranks; {remedy}",
+        )
+        return
+    data_ranks = world_size // p.tensor
+    if p.tensor > 1 and data_ranks == p.replicate and p.replicate > 1:
+        yield "parallel.replicate", "torchtitan cannot replicate tensor-parallel models; use parallel.shard"
+    if p.tensor > 1 and data_ranks == 1 and any(s.train.precision == "bf16" for s in plan.train_stages):
+        yield (
+            "train.precision",
+            'torchtitan ignores "bf16" with tensor parallel alone; add data-parallel ranks or use "fp32"',
+        )
+    for stage in plan.train_stages:
+        if stage.batch_sequences % data_ranks:
+            yield (
+                "train.global_batch_tokens",
+                f"{stage.name}: {stage.batch_sequences} sequences per step cannot be shared equally by "
+                f"{data_ranks} data ranks; use a multiple of {data_ranks * stage.seq_len} tokens",
+            )

@@ -1,0 +1,266 @@
+"""TOML -> Recipe: the keys of a recipe and the checks that need nothing but the recipe.
+
+The dataclasses below are the only description of the keys: parsing, defaults, ``recipe.schema.json`` and the
+reference in recipes/README.md come from them. Nothing here imports torch: a recipe is read in milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from stackgrow import kinds
+from stackgrow.kinds import Duration, Kind
+
+OPERATORS = ("stack",)
+
+
+def key(kind: Kind, help: str, *default: Any, free: bool = False) -> Any:
+    """A recipe key, required when no default is given. ``free`` keys place and watch the work (ranks, paths,
+    logging) without defining the trained model: they may change between two sessions of one run."""
+    metadata = {"kind": kind, "help": help, "required": not default, "free": free}
+    return field(default=default[0] if default else None, metadata=metadata)
+
+
+def table(cls: type, help: str, *, required: bool = False, optional: bool = False, many: bool = False) -> Any:
+    """A table ``[name]`` described by ``cls``. When absent, it is filled with defaults; an ``optional`` one
+    is None, and ``many`` (an array of tables ``[[name]]``) are ()."""
+    metadata = {"table": cls, "help": help, "required": required, "optional": optional, "many": many}
+    return field(default=() if many else None, metadata=metadata)
+
+
+def overrides(cls: type, help: str) -> Any:
+    """A table that overrides single keys of the top-level table ``cls``."""
+    return field(default_factory=dict, metadata={"overrides": cls, "help": help})
+
+
+@dataclass(frozen=True)
+class Budget:
+    tokens: int = key(kinds.tokens(), "tokens trained over all stages, the base's included")
+
+
+@dataclass(frozen=True)
+class Data:
+    path: str = key(kinds.path(), "folder of a token store written by tools/prepare_data.py", free=True)
+    seq_len: int = key(kinds.integer(2, 2**20), "tokens in one training sequence")
+    workers: int = key(
+        kinds.integer(0, 256), "loader processes per rank; 0 loads in the trainer", 0, free=True
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Llama-2-style decoder: RMSNorm, SwiGLU, RoPE without scaling, no biases, untied head."""
+
+    family: str = key(kinds.choice("llama2"), "architecture")
+    dim: int = key(kinds.integer(2), "hidden width D")
+    n_layers: int = key(kinds.integer(1, 4096), "number of layers L")
+    n_heads: int = key(kinds.integer(), "attention heads; head width is dim / n_heads")
+    n_kv_heads: int = key(kinds.integer(0), "key/value heads (grouped-query attention); 0 means n_heads", 0)
+    ffn_dim: int = key(kinds.integer(), "width F of the SwiGLU layer, exactly")
+    vocab_size: int = key(kinds.integer(2), "vocabulary V; must equal the token store's")
+    norm_eps: float = key(kinds.number(0, 1, above=True), "epsilon of RMSNorm", 1e-5)
+    rope_theta: float = key(kinds.number(1), "base of the rotary frequencies", 10000.0)
+    init: str = key(
+        kinds.choice("paper", "torchtitan"),
+        'initialization: "paper" N(0, sqrt(2/(5 d_in))), MLP output N(0, 1/(sqrt(d_in) L)); or torchtitan\'s',
+        "paper",
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n_kv_heads", self.n_kv_heads or self.n_heads)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """One layer's parameter names -> shapes. D width, F FFN width."""
+        D, F, KV = self.dim, self.ffn_dim, self.kv_heads * self.head_dim
+        return {
+            "attention.wq.weight": (D, D),
+            "attention.wk.weight": (KV, D),
+            "attention.wv.weight": (KV, D),
+            "attention.wo.weight": (D, D),
+            "feed_forward.w1.weight": (F, D),
+            "feed_forward.w2.weight": (D, F),
+            "feed_forward.w3.weight": (F, D),
+            "attention_norm.weight": (D,),
+            "ffn_norm.weight": (D,),
+        }
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Parameter names (torchtitan's) -> shapes, in model order. D width, V vocabulary."""
+        D, V, layer = self.dim, self.vocab_size, self.layer_tensors()
+        names: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (V, D)}
+        names |= {f"layers.{i}.{n}": s for i in range(self.n_layers) for n, s in layer.items()}
+        return names | {"norm.weight": (D,), "output.weight": (V, D)}
+
+    def parameters(self) -> int:
+        """All parameters, embedding and head included."""
+        return self.non_embedding_parameters() + 2 * self.vocab_size * self.dim
+
+    def non_embedding_parameters(self) -> int:
+        """Parameters without the input embedding and the output head."""
+        return self.n_layers * sum(math.prod(s) for s in self.layer_tensors().values()) + self.dim
+
+
+@dataclass(frozen=True)
+class Train:
+    global_batch_tokens: int = key(kinds.tokens(), "tokens in one optimizer step, over all ranks")
+    micro_batch: int = key(
+        kinds.integer(), "sequences in one forward pass on one rank, at most", 8, free=True
+    )
+    learning_rate: float = key(kinds.number(above=True), "peak learning rate")
+    min_learning_rate: float = key(kinds.number(), "learning rate at the end of the horizon", 0.0)
+    schedule: str = key(
+        kinds.choice("cosine", "linear", "wsd"),
+        "decay after the warm-up; wsd: constant, then linear",
+        "cosine",
+    )
+    warmup: Duration = key(kinds.duration(), "linear warm-up at the start of the stage", Duration(0, "steps"))
+    horizon: Duration = key(
+        kinds.duration(1, words=("stage",)),
+        "length of the whole schedule, apart from the stage's own",
+        "stage",
+    )
+    decay_fraction: float = key(
+        kinds.number(0, 1, above=True), "wsd: the last part of the horizon that decays", 0.1
+    )
+    beta1: float = key(kinds.number(0, 1, below=True), "AdamW", 0.9)
+    beta2: float = key(kinds.number(0, 1, below=True), "AdamW", 0.95)
+    eps: float = key(kinds.number(above=True), "AdamW", 1e-8)
+    weight_decay: float = key(kinds.number(), "AdamW, on all parameters", 0.1)
+    max_grad_norm: float = key(kinds.number(above=True), "gradient norm is clipped to this", 1.0)
+    precision: str = key(
+        kinds.choice("bf16", "fp32"), "of matrix products (weights and moments stay float32)", "bf16"
+    )
+    optimizer: str = key(
+        kinds.choice("fused", "foreach", "for-loop"), "AdamW implementation", "fused", free=True
+    )
+    compile: bool = key(kinds.boolean(), "torch.compile each block and the loss", False, free=True)
+    activation_checkpoint: str = key(
+        kinds.choice("none", "selective", "full"),
+        "recompute activations in the backward pass",
+        "none",
+        free=True,
+    )
+    cpu_offload: bool = key(
+        kinds.boolean(), "keep sharded weights and moments in host memory", False, free=True
+    )
+    deterministic: bool = key(kinds.boolean(), "only deterministic kernels; slower on GPUs", False, free=True)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What differs from [model] in the model that training starts from."""
+
+    n_layers: int | None = key(kinds.integer(1, 4096), "layers of the base model", None)
+    train: dict[str, Any] = overrides(Train, "keys of [train] that differ in the base stage")
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One growth of the model, and the stage that trains the grown model."""
+
+    operator: str = key(kinds.choice(*OPERATORS), '"stack": depthwise G_direct, G_stack (paper, Algorithm 1)')
+    timing: Duration | str = key(
+        kinds.duration(1, words=("auto",)),
+        'tokens since the start of the run at this growth; "auto": guideline',
+    )
+    factor: int | None = key(kinds.integer(2), "growth factor g: layers after / layers before", None)
+    layer_map: tuple[int, ...] | None = key(
+        kinds.layer_list(), "instead of factor: the source layer of each target layer", None
+    )
+    order: str = key(kinds.choice("stack", "interleave"), "with factor: 0 1 0 1, or 0 0 1 1", "stack")
+    train: dict[str, Any] = overrides(Train, "keys of [train] that differ in the stage after this growth")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    replicate: int = key(
+        kinds.integer(), "data parallel, weights replicated (DDP; with shard: HSDP)", 1, free=True
+    )
+    shard: int = key(
+        kinds.integer(also=(-1,)), "data parallel, weights sharded (FSDP2); -1: all ranks left", -1, free=True
+    )
+    tensor: int = key(kinds.integer(), "tensor parallel, with sequence parallel", 1, free=True)
+    loss_parallel: bool = key(
+        kinds.boolean(), "with tensor > 1: keep the logits sharded in the loss", True, free=True
+    )
+    async_tensor: bool = key(
+        kinds.boolean(), "with tensor > 1 and compile: overlap its communication", False, free=True
+    )
+    reshard_after_forward: str = key(
+        kinds.choice("default", "always", "never"), "when FSDP frees gathered weights", "default", free=True
+    )
+    pipeline: int = key(kinds.integer(), "not supported: must be 1", 1, free=True)
+    context: int = key(kinds.integer(), "not supported: must be 1", 1, free=True)
+
+
+@dataclass(frozen=True)
+class Validation:
+    interval: Duration = key(
+        kinds.duration(1),
+        "between validations; also at the start and the end of every stage",
+        Duration(500, "steps"),
+        free=True,
+    )
+    sequences: int = key(
+        kinds.integer(0), "held-out sequences per validation; 0: no validation", 64, free=True
+    )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    interval: Duration = key(kinds.duration(1), "between checkpoints", Duration(500, "steps"), free=True)
+    keep: int = key(kinds.integer(1), "newest checkpoints kept; a stage's last is always kept", 2, free=True)
+    async_mode: str = key(
+        kinds.choice("disabled", "async", "async_with_pinned_mem"),
+        "save while training goes on",
+        "disabled",
+        free=True,
+    )
+
+
+@dataclass(frozen=True)
+class Log:
+    interval: Duration = key(kinds.duration(1), "between logged steps", Duration(10, "steps"), free=True)
+    tensorboard: bool = key(kinds.boolean(), "write TensorBoard files", True, free=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: str = key(kinds.path(), 'run folder; default "runs/<name>"', "", free=True)
+    init_timeout: int = key(
+        kinds.integer(), "seconds for a collective up to a stage's first step", 300, free=True
+    )
+    train_timeout: int = key(kinds.integer(), "seconds for a collective after it", 100, free=True)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One TOML file, checked: everything that defines a run. Values are parsed; amounts are in tokens."""
+
+    name: str = key(kinds.name(), "names the run and its folder", free=True)
+    seed: int = key(kinds.integer(0, 2**32 - 1), "of initialization, data order and growth")
+    budget: Budget = table(Budget, "how much is trained", required=True)
+    data: Data = table(Data, "what is trained on", required=True)
+    model: Model = table(Model, "the target: what the last stage trains", required=True)
+    base: Base | None = table(Base, "what differs from [model] in the base model", optional=True)
+    growth: tuple[Growth, ...] = table(Growth, "growths in order of their timing", many=True)
+    train: Train = table(Train, "every stage", required=True)
+    parallel: Parallel = table(Parallel, "how the ranks share the work")
+    validation: Validation = table(Validation, "loss on held-out documents")
+    checkpoint: Checkpoint = table(Checkpoint, "what is kept on disk")
+    log: Log = table(Log, "what is written down")
+    run: Run = table(Run, "where and how it runs")
+
+    @property
+    def folder(self) -> str:
+        return self.run.folder or f"runs/{self.name}"

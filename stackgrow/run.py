@@ -1,0 +1,268 @@
+"""Executes a Plan stage by stage in a run folder, which is a state machine on disk: any interruption, at any moment,
+is followed by the same command again.
+
+A stage is done when its ``DONE`` stands, naming its hash and its parent's. A train stage goes on from its newest
+sealed checkpoint, or from its stated input; a grow stage is done again from the start. No stage ever starts from
+anything else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stackgrow import provenance, seal
+from stackgrow.data.store import Manifest, TokenStore, read_manifest
+from stackgrow.errors import ChangedError, DamagedError, LockedError
+from stackgrow.load import Problem, RecipeError, load_recipe, to_toml
+from stackgrow.plan import Plan, Stage, TrainStage, identity, make_plan, world_problems
+from stackgrow.report.summary import ledger, render_summary
+
+STAGE_FILE, DONE, LEDGER = "stage.json", "DONE", "ledger.json"
+PR_SET_PDEATHSIG = 1
+
+
+def run(file: str, sets: Sequence[str] = ()) -> None:
+    """Runs, or goes on with, the recipe in ``file``. Every rank calls this.
+
+    Raises:
+        RecipeError: anything wrong with the recipe, the data or the ranks, before anything is created on disk.
+        RunError: the run cannot go on; its exit code and message say why.
+    """
+    plan, manifest = check(file, sets)
+    folder = Path(plan.recipe.folder).absolute()
+    hashes = plan.stage_hashes(manifest.hash("train"))
+    refuse_changed(plan, folder, hashes)
+    die_with_parent()
+    rank = int(os.environ.get("RANK", "0"))
+    with run_lock(folder) if rank == 0 else no_lock():
+        if rank == 0:
+            _open_run(plan, folder, sets, manifest)
+        log_to(folder / "logs" / f"rank-{rank}.log")
+        _run_stages(plan, folder, hashes, rank)
+
+
+def check(file: str, sets: Sequence[str]) -> tuple[Plan, Manifest]:
+    """The plan, checked against the token store and the number of ranks that are there."""
+    recipe = load_recipe(file, sets)
+    plan = make_plan(recipe, file)
+    problems = [*world_problems(plan, int(os.environ.get("WORLD_SIZE", "1")))]
+    manifest, store_problems = _store(plan)
+    problems += store_problems
+    if problems or manifest is None:
+        raise RecipeError(file, problems)
+    from stackgrow.titan import device  # torch is loaded only for a recipe that is otherwise good
+
+    if problems := list(device.problems(plan)):
+        raise RecipeError(file, problems)
+    return plan, manifest
+
+
+def _store(plan: Plan) -> tuple[Manifest | None, list[Problem]]:
+    recipe = plan.recipe
+    path = Path(recipe.data.path)
+    try:
+        manifest = read_manifest(path)
+    except ValueError as error:
+        return None, [("data.path", str(error))]
+    problems = []
+    if manifest.vocab_size != recipe.model.vocab_size:
+        problems.append(
+            ("model.vocab_size", f"{recipe.model.vocab_size} is not the vocabulary of the store {path}, "
+             f"{manifest.vocab_size}; use that, or prepare the data with another tokenizer")
+        )  # fmt: skip
+    if manifest.splits["train"].tokens <= recipe.data.seq_len:
+        problems.append(("data.seq_len", f"{recipe.data.seq_len} is longer than all of the store {path}"))
+    return manifest, problems
+
+
+def refuse_changed(plan: Plan, folder: Path, hashes: dict[str, str]) -> None:
+    """An edited recipe must not go on in the folder of the old one.
+
+    Raises:
+        ChangedError: naming the stage and the values that differ.
+    """
+    known = {stage.name: stage for stage in plan.stages}
+    for path in sorted(folder.glob("stage-*")):
+        stored = seal.read_json(path / STAGE_FILE)
+        if stored is None or stored["stage_hash"] == hashes.get(path.name):
+            continue
+        changes = ["the recipe has no such stage"]
+        if path.name in known:
+            new = {"seed": plan.recipe.seed, **identity(known[path.name])}
+            changes = list(differences({"seed": stored["seed"], **stored["stage"]}, new))
+        what = "; ".join(changes[:6]) or "the data or a stage before it"
+        raise ChangedError(
+            f"{path} was made by another recipe: {what}. Undo the change, or use another folder "
+            f"(--set run.folder={plan.recipe.folder}-2), or move {path.name} and the stages after it away"
+        )
+
+
+def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    """``train.learning_rate: 0.001 -> 0.002`` for every leaf that differs between two trees."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(name), new.get(name), f"{where}.{name}" if where else name)
+    elif old != new:
+        yield f"{where}: {old} -> {new}"
+
+
+def _open_run(plan: Plan, folder: Path, sets: Sequence[str], manifest: Manifest) -> None:
+    """Rank 0 states in the folder what is about to run."""
+    header = f"# {plan.recipe.name}, resolved: every key with its value, command-line overrides applied.\n"
+    overrides = "".join(f"# --set {assignment}\n" for assignment in sets)
+    (folder / "recipe.toml").write_text(header + overrides + "\n" + to_toml(plan.recipe))
+    data = {"path": plan.recipe.data.path, "manifest_hash": manifest.hash("train")}
+    previous = seal.read_json(folder / "provenance.json")
+    seal.write_json(folder / "provenance.json", provenance.provenance(plan.recipe, sets, data, previous))
+
+
+def _run_stages(plan: Plan, folder: Path, hashes: dict[str, str], rank: int) -> None:
+    from stackgrow.titan import session
+
+    session.start(plan.recipe, folder / "logs")
+    try:
+        parent: Path | None = None  # the folder of the stage before
+        for stage in plan.stages:
+            path = folder / stage.name
+            if seal.read_json(path / DONE) is not None:
+                if rank == 0:
+                    print(f"{stage.name}  done before", flush=True)
+            else:
+                _run_stage(plan, stage, path, parent, hashes, rank)
+            parent = path
+    finally:
+        session.stop()
+    if rank == 0:
+        seal.write_json(folder / LEDGER, ledger(plan, folder))
+        print(render_summary(plan, folder), flush=True)
+
+
+def _open_stage(plan: Plan, stage: Stage, path: Path, hashes: dict[str, str]) -> None:
+    path.mkdir(exist_ok=True)
+    stored = {"stage_hash": hashes[stage.name], "seed": plan.recipe.seed, "stage": identity(stage)}
+    seal.write_json(path / STAGE_FILE, stored)
+
+
+def _run_stage(
+    plan: Plan, stage: Stage, path: Path, parent: Path | None, hashes: dict[str, str], rank: int
+) -> None:
+    from torch.distributed import barrier
+
+    from stackgrow.growth.stage import grow
+    from stackgrow.titan.job import StageJob
+    from stackgrow.titan.trainer import run_stage
+
+    started = time.monotonic()
+    if rank == 0:
+        _open_stage(plan, stage, path, hashes)
+    barrier()
+    source = final_checkpoint(parent) if parent else None
+    if isinstance(stage, TrainStage):
+        output = path / "checkpoint" / f"step-{stage.steps}"
+        store = TokenStore.open(plan.recipe.data.path, split="train")
+        run_stage(StageJob(plan.recipe, stage, hashes[stage.name], path, store, source))
+    else:
+        output = path / "checkpoint"
+        if rank == 0:
+            assert source is not None
+            print(grow(stage, hashes[stage.name], source, output), flush=True)
+        barrier()
+    if rank == 0:
+        done = _done_record(plan, stage, path, output, hashes, time.monotonic() - started)
+        seal.write_json(path / DONE, done)
+    barrier()
+
+
+def _done_record(
+    plan: Plan, stage: Stage, path: Path, output: Path, hashes: dict[str, str], seconds: float
+) -> dict[str, Any]:
+    index = plan.stages.index(stage)
+    manifest = seal.read_seal(output)
+    if manifest is None:
+        raise DamagedError(f"{output}: the stage ended without a sealed checkpoint; run the command again")
+    counts = (
+        {"steps": stage.steps, "tokens": stage.tokens, "flops": stage.flops} if isinstance(stage, TrainStage) else {}
+    )
+    return {
+        "stage_hash": hashes[stage.name],
+        "parent_hash": hashes[plan.stages[index - 1].name] if index else None,
+        "checkpoint": str(output.relative_to(path)),
+        "manifest_sha256": seal.file_records(output, [seal.MANIFEST])[seal.MANIFEST]["sha256"],
+        "seconds": round(seconds, 3),
+        **counts,
+    }
+
+
+def final_checkpoint(stage_folder: Path) -> Path:
+    """The checkpoint that a finished stage hands on.
+
+    Raises:
+        DamagedError: it is gone or its manifest is not the one that DONE names.
+    """
+    done = seal.read_json(stage_folder / DONE)
+    if done is None:
+        raise DamagedError(f"{stage_folder} is not finished: it has no {DONE}")
+    path = stage_folder / done["checkpoint"]
+    if seal.read_seal(path) is None:
+        raise DamagedError(f"{path} is missing, though {stage_folder / DONE} names it; restore it or remove {DONE}")
+    if seal.file_records(path, [seal.MANIFEST])[seal.MANIFEST]["sha256"] != done["manifest_sha256"]:
+        raise DamagedError(f"{path / seal.MANIFEST} is not the one that {stage_folder / DONE} names; restore it")
+    return path
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """One process group per run folder; the kernel frees the lock when its holder dies.
+
+    Raises:
+        LockedError: naming the holder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "run.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise LockedError(f"{folder} is in use by {holder}; wait for it or stop it first") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
+        yield
+
+
+@contextmanager
+def no_lock() -> Iterator[None]:
+    """The other ranks work under rank 0's lock."""
+    yield
+
+
+def die_with_parent() -> None:
+    """A killed torchrun leaves its workers running and writing; the kernel is asked to kill them with it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def log_to(file: Path) -> None:
+    """torchtitan logs into the run folder; the console is for progress, for stackgrow's own warnings and for errors."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    console = logging.StreamHandler(sys.stderr)
+    console.addFilter(lambda r: r.levelno >= (logging.WARNING if r.name.startswith("stackgrow") else logging.ERROR))
+    logging.basicConfig(level=logging.INFO, handlers=[handler, console], force=True)
+    # A float32 recipe makes torchtitan ask for a float32 autocast, which is none.
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
+    warnings.filterwarnings("ignore", message="In .* autocast, but the target dtype is not supported")

@@ -1,0 +1,156 @@
+"""torchtitan's CheckpointManager with one rule added: a checkpoint is sealed and verified, or it is ignored.
+
+torchtitan 0.2.2 trains from random weights after a kill in a stage's first save, takes any folder whose name holds
+``step-N`` for a checkpoint, loads a model with fewer layers without a word, and unpickles what it finds. Here a
+stage loads its newest verified checkpoint, or else the input that it was given, or else (a base stage) nothing; and
+what it loaded is compared with what was saved, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
+
+from stackgrow import seal
+from stackgrow.errors import DamagedError, NonFiniteError
+from stackgrow.growth.dcp import SafePlanner, SafeReader, is_model_key, read_metadata, tensor_shapes
+from stackgrow.titan.job import StageJob, checkpoint_config
+from stackgrow.titan.shards import fingerprints
+
+logger = logging.getLogger(__name__)
+
+
+class StageCheckpoints(CheckpointManager):
+    """Loads and saves the checkpoints of one train stage under ``<stage>/checkpoint/step-N``."""
+
+    def __init__(self, job: StageJob, **components: Any):
+        self.job = job
+        self._unsealed: tuple[int, dict[str, Any]] | None = None
+        super().__init__(
+            checkpoint_config=checkpoint_config(job), base_folder=str(job.folder), sd_adapter=None, **components
+        )
+
+    def load(self, step: int = -1) -> bool:
+        """Loads the newest verified checkpoint of this stage, or its input, or nothing for a base stage."""
+        folder = self._newest_verified()
+        if folder is None and self.job.parent is None:
+            return False
+        source = folder or self.job.parent
+        assert source is not None
+        manifest = seal.read_seal(source)
+        if manifest is None:
+            raise DamagedError(f"{source}: the stage's input is not sealed; run the growth stage again")
+        states = self._states_to_load(model_only=folder is None)
+        check_same_tensors(source, self.states[MODEL].state_dict())
+        self.dcp_load(states, str(source), from_hf=False, from_quantized=False)
+        self._check_loaded(source, manifest)
+        logger.info("Loaded and verified %s", source)
+        return True
+
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
+        """As in torchtitan, through a reader and a planner that unpickle nothing but DCP's own metadata."""
+        dcp.load(state_dict, storage_reader=SafeReader(checkpoint_id), planner=SafePlanner())
+        self.states[MODEL].load_state_dict(state_dict)
+
+    @torch.no_grad()
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        if not self._should_save(curr_step, last_step):
+            return
+        prints = fingerprints(self._weights())
+        self._refuse_nonfinite(curr_step)
+        super().save(curr_step, last_step)
+        facts = {
+            "step": curr_step,
+            "position": self.job.stage.start_sequences + curr_step * self.job.stage.batch_sequences,
+            "stage_hash": self.job.stage_hash,
+            "tensors": prints,
+        }
+        self._unsealed = (curr_step, facts)
+        if last_step or self.async_mode == AsyncMode.DISABLED:
+            self._seal()
+
+    def finish(self) -> None:
+        """Waits for a checkpoint that is still being written, and seals it."""
+        self._async_wait()
+
+    def _async_wait(self) -> None:
+        super()._async_wait()
+        self._seal()
+
+    def _seal(self) -> None:
+        """Every rank hashes its share of the files; rank 0 writes the seal, then drops what is not kept."""
+        if self._unsealed is None:
+            return
+        (step, facts), self._unsealed = self._unsealed, None
+        folder = Path(self._create_checkpoint_id(step))
+        rank, world = dist.get_rank(), dist.get_world_size()
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, seal.file_records(folder, seal.contents(folder)[rank::world]))
+        if rank == 0:
+            seal.seal(folder, {name: r for part in parts for name, r in part.items()}, facts)
+            seal.purge(folder.parent, self.job.recipe.checkpoint.keep, always=(self.job.stage.steps,))
+        dist.barrier()
+
+    def _newest_verified(self) -> Path | None:
+        """The newest sealed checkpoint whose files are whole; damaged ones are moved aside and told of."""
+        folder = Path(self.folder)
+        if dist.get_rank() == 0:
+            for moved in seal.quarantine_unsealed(folder):
+                logger.warning("Incomplete checkpoint moved to %s", moved)
+        dist.barrier()
+        for step in reversed(seal.sealed_steps(folder)):
+            path = folder / f"step-{step}"
+            manifest = seal.read_seal(path)
+            assert manifest is not None
+            faults: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(faults, seal.damage(path, manifest, dist.get_rank(), dist.get_world_size()))
+            found = sorted({fault for part in faults for fault in part})
+            if not found:
+                return path
+            if dist.get_rank() == 0:
+                moved = seal.move_to_quarantine(path)
+                logger.warning("Damaged checkpoint moved to %s: %s", moved, "; ".join(found))
+            dist.barrier()
+        return None
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return self.states[MODEL].state_dict()
+
+    def _check_loaded(self, source: Path, manifest: dict[str, Any]) -> None:
+        loaded = fingerprints(self._weights())
+        wrong = sorted(name for name in loaded if manifest["tensors"].get(name) != loaded[name])
+        if wrong:
+            raise DamagedError(
+                f"{source}: {len(wrong)} of {len(loaded)} tensors are not what was saved after loading, "
+                f"first {wrong[0]}; the checkpoint is damaged or was made for another model"
+            )
+
+    def _refuse_nonfinite(self, step: int) -> None:
+        """A model with a NaN or infinite weight is never saved, so that the last good checkpoint stays the newest."""
+        shards = [getattr(w, "_local_tensor", w) for w in self._weights().values()]
+        finite = torch.stack([torch.isfinite(s).all() for s in shards]).all().to(torch.int32)
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if not finite.item():
+            raise NonFiniteError(f"{self.job.stage.name}: weights are not finite at step {step}")
+
+
+def check_same_tensors(source: Path, weights: dict[str, torch.Tensor]) -> None:
+    """The model tensors in a checkpoint and in the model must be equal in names, shapes and dtypes: DCP itself
+    passes over what a smaller model does not ask for.
+
+    Raises:
+        DamagedError: naming the first differences.
+    """
+    stored = {n: s for n, s in tensor_shapes(read_metadata(source)).items() if is_model_key(n)}
+    wanted = {name: (tuple(w.shape), w.dtype) for name, w in weights.items()}
+    faults = [f"{n} is missing" for n in wanted if n not in stored]
+    faults += [f"{n} is {stored[n]}, the model has {wanted[n]}" for n in wanted if n in stored and stored[n] != wanted[n]]
+    faults += [f"{n} is not in the model" for n in stored if n not in wanted]
+    if faults:
+        raise DamagedError(f"{source} does not fit the model: " + "; ".join(faults[:5]))

@@ -1,0 +1,92 @@
+"""A CPU device for torchtitan 0.2.2, which knows only accelerators, and the process group that all stages share.
+
+torchtitan asks torch for an accelerator when it is imported, falls back to "cuda", and then calls functions that
+``torch.cpu`` lacks. ``install`` answers those calls on a machine without an accelerator and does nothing elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import socket
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch._utils
+
+from stackgrow.load import Problem
+from stackgrow.plan import Plan
+
+
+class CpuDevice:
+    """``torch.cpu`` plus the device-module functions that torchtitan calls; memory figures are the process's own."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cpu, name)
+
+    def current_device(self) -> int:
+        # torch.cpu answers "cpu", which barrier(device_ids=[...]) refuses.
+        return 0
+
+    def get_device_name(self, device: Any = None) -> str:
+        return platform.processor() or platform.machine()
+
+    def get_device_properties(self, device: Any = None) -> SimpleNamespace:
+        return SimpleNamespace(total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+    def memory_stats(self, device: Any = None) -> dict[str, int]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        stats = dict.fromkeys(("active_bytes.all.peak", "reserved_bytes.all.peak"), peak)
+        return stats | {"num_alloc_retries": 0, "num_ooms": 0}
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        """The operating system's peak cannot be reset."""
+
+    def empty_cache(self) -> None:
+        """CPU memory is not cached."""
+
+
+def install() -> None:
+    """Gives torchtitan the CPU device when torch sees no accelerator. Call before torchtitan is imported."""
+    if torch._utils._get_available_device_type() is not None:
+        return
+    available, module = torch._utils._get_available_device_type, torch._utils._get_device_module
+    cpu = CpuDevice()
+    torch._utils._get_available_device_type = lambda: "cpu"
+    torch._utils._get_device_module = lambda name: cpu if name == "cpu" else module(name)
+    try:
+        import torchtitan.tools.utils  # noqa: F401  (reads both functions once, here)
+    finally:
+        torch._utils._get_available_device_type = available
+        torch._utils._get_device_module = module
+
+
+def problems(plan: Plan) -> Iterator[Problem]:
+    """What the recipe asks for and this machine's devices cannot do; needs no process group."""
+    recipe = plan.recipe
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        if local_ranks > torch.cuda.device_count():
+            yield "parallel", f"{local_ranks} ranks on this machine, which has {torch.cuda.device_count()} GPUs"
+        return
+    if any(s.train.cpu_offload for s in plan.train_stages):
+        yield "train.cpu_offload", "true needs a GPU; there is none, and the weights are in host memory already"
+    if recipe.checkpoint.async_mode == "async_with_pinned_mem":
+        yield "checkpoint.async_mode", '"async_with_pinned_mem" needs a GPU; use "async" or "disabled"'
+    if any(s.train.compile for s in plan.train_stages) and not shutil.which("g++"):
+        yield "train.compile", "true needs the compiler g++ on a machine without a GPU; install it or set false"
+
+
+def default_environment() -> None:
+    """Lets plain ``python`` run as a single process: sets what torchrun would have set."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

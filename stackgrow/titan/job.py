@@ -1,0 +1,177 @@
+"""A train stage -> torchtitan's JobConfig and TrainSpec, built whole; the only importer of torchtitan's config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.optimizer import build_optimizers
+from torchtitan.config import job_config as titan
+from torchtitan.protocols import BaseModelArgs, train_spec
+from torchtitan.protocols.train_spec import TrainSpec
+
+from stackgrow.data.loader import TokenLoader
+from stackgrow.data.store import TokenStore
+from stackgrow.plan import TrainStage
+from stackgrow.recipe import Recipe
+from stackgrow.titan import metrics, model
+
+PRECISION = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass
+class StageJob:
+    """One train stage, ready to run: where it reads, where it writes, and what it must start from."""
+
+    recipe: Recipe
+    stage: TrainStage
+    stage_hash: str
+    folder: Path
+    store: TokenStore
+    parent: Path | None  # the grown checkpoint that the stage starts from; None: random weights
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per forward pass on one rank, given the ranks that there are now."""
+        return self.stage.micro_batch(dist.get_world_size() // self.recipe.parallel.tensor)
+
+
+@dataclass
+class StageJobConfig(titan.JobConfig):
+    """torchtitan's JobConfig, carrying the stage to the builders below."""
+
+    stage_job: StageJob | None = field(default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "stage_job"}
+
+
+def job_config(job: StageJob) -> StageJobConfig:
+    """Everything torchtitan needs to run the stage."""
+    recipe, stage, train = job.recipe, job.stage, job.stage.train
+    return StageJobConfig(
+        stage_job=job,
+        job=titan.Job(dump_folder=str(job.folder), description=f"{recipe.name} {stage.name}"),
+        metrics=titan.Metrics(
+            log_freq=stage.every(recipe.log.interval),
+            enable_tensorboard=recipe.log.tensorboard,
+            disable_color_printing=True,
+        ),
+        model=titan.Model(name=register(stage, recipe.seed), flavor=stage.name),
+        optimizer=titan.Optimizer(
+            lr=train.learning_rate,
+            beta1=train.beta1,
+            beta2=train.beta2,
+            eps=train.eps,
+            weight_decay=train.weight_decay,
+            implementation=train.optimizer,  # type: ignore[arg-type]
+        ),
+        lr_scheduler=titan.LRScheduler(
+            warmup_steps=stage.warmup_steps,
+            total_steps=stage.horizon_steps,
+            decay_ratio=train.decay_fraction if train.schedule == "wsd" else None,
+            decay_type="cosine" if train.schedule == "cosine" else "linear",
+            min_lr_factor=train.min_learning_rate / train.learning_rate,
+        ),
+        training=titan.Training(
+            local_batch_size=job.micro_batch,
+            global_batch_size=stage.batch_sequences,
+            seq_len=stage.seq_len,
+            max_norm=train.max_grad_norm,
+            steps=stage.steps,
+            mixed_precision_param=PRECISION[train.precision],  # type: ignore[arg-type]
+            enable_cpu_offload=train.cpu_offload,
+        ),
+        parallelism=_parallelism(recipe),
+        # The stage's own manager is switched on after the Trainer is built: see trainer.py.
+        checkpoint=titan.Checkpoint(enable=False),
+        activation_checkpoint=titan.ActivationCheckpoint(
+            mode=train.activation_checkpoint,  # type: ignore[arg-type]
+            selective_ac_option="op",
+        ),
+        compile=titan.Compile(enable=train.compile),
+        comm=comm(recipe),
+        debug=titan.Debug(seed=recipe.seed, deterministic=train.deterministic),
+    )
+
+
+def comm(recipe: Recipe, trace_buffer: int = 0) -> titan.Comm:
+    """Timeouts of collectives; ``trace_buffer`` switches NCCL's flight recorder on."""
+    return titan.Comm(
+        init_timeout_seconds=recipe.run.init_timeout,
+        train_timeout_seconds=recipe.run.train_timeout,
+        trace_buf_size=trace_buffer,
+    )
+
+
+def checkpoint_config(job: StageJob) -> titan.Checkpoint:
+    """Full checkpoints throughout, the last included (a finished stage can be extended and audited); nothing is
+    purged by torchtitan, which counts torn and foreign folders as checkpoints: see checkpoint.py."""
+    recipe = job.recipe
+    return titan.Checkpoint(
+        enable=True,
+        interval=job.stage.every(recipe.checkpoint.interval),
+        last_save_model_only=False,
+        keep_latest_k=0,
+        async_mode=recipe.checkpoint.async_mode,  # type: ignore[arg-type]
+    )
+
+
+def _parallelism(recipe: Recipe) -> titan.Parallelism:
+    parallel = recipe.parallel
+    return titan.Parallelism(
+        data_parallel_replicate_degree=parallel.replicate,
+        data_parallel_shard_degree=parallel.shard,
+        fsdp_reshard_after_forward=parallel.reshard_after_forward,  # type: ignore[arg-type]
+        tensor_parallel_degree=parallel.tensor,
+        disable_loss_parallel=not parallel.loss_parallel,
+        enable_async_tensor_parallel=parallel.async_tensor,
+    )
+
+
+def register(stage: TrainStage, seed: int) -> str:
+    """Makes the stage's model known to torchtitan and returns the name it goes by."""
+    if not FLAVORS:
+        train_spec.register_train_spec(SPEC_NAME, _train_spec())
+    FLAVORS[stage.name] = model.model_args(stage.model, seed)
+    return SPEC_NAME
+
+
+SPEC_NAME = "stackgrow-llama2"
+FLAVORS: dict[str, BaseModelArgs] = {}
+
+
+def _train_spec() -> TrainSpec:
+    return TrainSpec(
+        model_cls=model.Llama,
+        model_args=FLAVORS,
+        parallelize_fn=model.parallelize,
+        pipelining_fn=None,
+        build_optimizers_fn=build_optimizers,
+        build_lr_schedulers_fn=build_lr_schedulers,
+        build_dataloader_fn=_build_loader,
+        build_tokenizer_fn=None,
+        build_loss_fn=build_cross_entropy_loss,
+        build_metrics_processor_fn=metrics.StageMetrics,
+    )
+
+
+def _build_loader(*, dp_world_size: int, dp_rank: int, job_config: StageJobConfig, **_: Any) -> TokenLoader:
+    job = job_config.stage_job
+    assert job is not None
+    return TokenLoader(
+        job.store,
+        seq_len=job.stage.seq_len,
+        seed=job.recipe.seed,
+        global_batch=job.stage.batch_sequences,
+        micro_batch=job.micro_batch,
+        dp_rank=dp_rank,
+        dp_world_size=dp_world_size,
+        start_position=job.stage.start_sequences,
+        num_workers=job.recipe.data.workers,
+        pin_memory=False,
+    )

@@ -1,0 +1,93 @@
+"""What a train stage records: torchtitan's metrics, metrics.jsonl, validation.jsonl and the progress line."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch.distributed as dist
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.distributed import ParallelDims
+
+from stackgrow.errors import NonFiniteError
+from stackgrow.progress import Progress
+from stackgrow.records import RecordWriter
+
+
+class StageMetrics(MetricsProcessor):
+    """torchtitan's processor (TensorBoard, log) with the stage's own records beside it."""
+
+    def __init__(self, job_config: Any, parallel_dims: ParallelDims, *args: Any, **kwargs: Any):
+        super().__init__(job_config, parallel_dims, *args, **kwargs)
+        self.job = job_config.stage_job
+        self.rank0 = dist.get_rank() == 0
+        self.progress = Progress(self.job.stage.name, self.job.stage.steps, enabled=self.rank0)
+        self._metrics: RecordWriter | None = None
+        self._validation: RecordWriter | None = None
+
+    def resume(self, step: int) -> None:
+        """Opens the records at the step that training goes on from."""
+        self.progress.start(step)
+        if self.rank0:
+            self._metrics = RecordWriter(self.job.folder / "metrics.jsonl", step)
+            # A validation belongs to the step after which it is made, and is made again when that step is.
+            self._validation = RecordWriter(self.job.folder / "validation.jsonl", step if step else -1)
+
+    def should_log(self, step: int) -> bool:
+        return super().should_log(step) or step == self.job.stage.steps
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        seconds = time.perf_counter() - self.time_last_log
+        parallel = self.parallel_dims
+        tps = self.ntokens_since_last_log * parallel.dp_replicate * parallel.dp_shard / seconds
+        record = {
+            **self._place(step),
+            "loss": global_avg_loss,
+            "max_loss": global_max_loss,
+            "grad_norm": grad_norm,
+            "lr": (extra_metrics or {})["lr"],
+            "tps": tps,
+            "memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
+        }
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
+        if self._metrics:
+            self._metrics.write(record)
+        if not (math.isfinite(global_avg_loss) and math.isfinite(grad_norm)):
+            raise NonFiniteError(
+                f"{self.job.stage.name}: loss {global_avg_loss} with gradient norm {grad_norm} at step {step}; the "
+                "newest checkpoint is from before it. Lower the learning rate or look at the data at position "
+                f"{record['position']}, then run again"
+            )
+        self.progress.update(record)
+
+    def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
+        super().log_validation(loss, step, extra_metrics)
+        if self._validation:
+            self._validation.write({**self._place(step), "loss": loss})
+        self.progress.validated(step, loss)
+
+    def close(self) -> None:
+        super().close()
+        self.progress.close()
+        for writer in (self._metrics, self._validation):
+            if writer:
+                writer.close()
+
+    def _place(self, step: int) -> dict[str, Any]:
+        stage = self.job.stage
+        tokens = step * stage.train.global_batch_tokens
+        return {
+            "stage": stage.name,
+            "step": step,
+            "position": stage.start_sequences + step * stage.batch_sequences,
+            "tokens": stage.start_tokens + tokens,
+            "flops": stage.start_flops + tokens * stage.flops_per_token,
+        }

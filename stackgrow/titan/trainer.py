@@ -1,0 +1,127 @@
+"""torchtitan's Trainer running one stage of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import FSDPModule
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.train import Trainer
+
+from stackgrow.data.loader import validation_batches
+from stackgrow.data.store import TokenStore
+from stackgrow.titan.checkpoint import StageCheckpoints
+from stackgrow.titan.job import StageJob, job_config
+
+
+class StageTrainer(Trainer):
+    """Trains one stage from its verified input to its last sealed checkpoint.
+
+    Differs from torchtitan's Trainer in the checkpoint manager, in the loop's order (validate, then save, so that a
+    resumed run has every record) and in validating before the first step, i.e. right after growth.
+    """
+
+    @record
+    def __init__(self, job: StageJob):
+        self.stage_job = job
+        super().__init__(job_config(job))
+        self.checkpointer = StageCheckpoints(
+            job,
+            dataloader=self.dataloader,
+            model_parts=self.model_parts,
+            optimizers=self.optimizers,
+            lr_schedulers=self.lr_schedulers,
+            states={"train_state": self},
+        )
+
+    @record
+    def train(self) -> None:
+        """Runs the steps that are left of the stage."""
+        steps, comm = self.stage_job.stage.steps, self.job_config.comm
+        # A stage before this one may have left the shorter timeout behind; the first step can compile for minutes.
+        self._set_timeout(comm.init_timeout_seconds)
+        self.checkpointer.load()
+        first = self.step + 1
+        self.metrics_processor.resume(self.step)
+        if self.step == 0:
+            self.validate()
+        assert self.dataloader is not None
+        batches = self.batch_generator(self.dataloader)
+        while self.should_continue_training():
+            self.step += 1
+            self.gc_handler.run(self.step)
+            self.train_step(batches)
+            last = self.step == steps
+            if last or self.step % self.stage_job.stage.every(self.stage_job.recipe.validation.interval) == 0:
+                self.validate()
+            self.checkpointer.save(self.step, last_step=last)
+            if self.step == first:
+                self._set_timeout(comm.train_timeout_seconds)
+        self.checkpointer.finish()
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Mean loss per token over the held-out sequences, the same ones every time and on any number of ranks."""
+        job, dims = self.stage_job, self.parallel_dims
+        store = TokenStore.open(job.recipe.data.path, split="validation")
+        sequences = min(job.recipe.validation.sequences, store.windows(job.stage.seq_len))
+        if sequences == 0:
+            return
+        ranks, rank = 1, 0
+        if dims.dp_enabled:
+            mesh = dims.get_mesh("batch")
+            ranks, rank = mesh.size(), mesh.get_local_rank()
+        batches = validation_batches(
+            store, job.stage.seq_len, sequences, job.micro_batch, rank, ranks
+        )
+        total = self._summed_loss(batches)
+        loss = dist_utils.dist_sum(total, dims.get_optional_mesh("loss")) / (sequences * job.stage.seq_len)
+        self.metrics_processor.log_validation(loss=loss, step=self.step)
+
+    def _summed_loss(self, batches: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> torch.Tensor:
+        model: nn.Module = self.model_parts[0]
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        amp: AbstractContextManager[Any] = self.maybe_enable_amp
+        model.eval()
+        for inputs, labels in batches:
+            with self.train_context(), amp:
+                loss = self.loss_fn(model(inputs["input"].to(self.device)), labels.to(self.device))
+            total += loss.full_tensor() if hasattr(loss, "full_tensor") else loss
+            self.metrics_processor.ntokens_since_last_log += int((labels != IGNORE_INDEX).sum())
+        model.train()
+        # FSDP keeps the head gathered until a backward pass, which a validation has none of; a checkpoint saved
+        # then would not find the head's optimizer state.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return total
+
+    def _set_timeout(self, seconds: int) -> None:
+        dist_utils.set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
+
+    def state_dict(self) -> dict[str, Any]:
+        # The step alone: the position in the data is the loader's, and tokens follow from the plan. torchtitan's
+        # ntokens_seen is one rank's count and wrong as soon as the number of ranks changes.
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["step"]
+
+
+def run_stage(job: StageJob) -> None:
+    """Trains ``job`` to its end, then frees what it held."""
+    trainer = StageTrainer(job)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    del trainer
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

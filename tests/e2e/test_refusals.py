@@ -1,0 +1,107 @@
+"""What a run refuses: one message, its own exit code, and nothing lost."""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from launch import RECIPE, Workplace, environment, steps_logged
+
+from stackgrow import seal
+
+BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
+
+
+def test_edited_recipe_does_not_go_on_in_the_old_folder(workplace: Workplace, reference: Path) -> None:
+    output = workplace.run("run.folder=reference", "train.learning_rate=1e-3", code=65)
+    assert "train.learning_rate: 0.003 -> 0.001" in output
+    assert BASE in output
+    assert "Traceback" not in output
+
+
+def test_free_keys_may_change(workplace: Workplace, reference: Path) -> None:
+    output = workplace.run("run.folder=reference", "log.interval=5 steps", "train.compile=true")
+    assert output.count("done before") == 3
+
+
+def test_two_runs_on_one_folder(workplace: Workplace, tmp_path: Path) -> None:
+    place = f"run.folder={tmp_path}/run"
+    long = ("budget.tokens=1B", "train.horizon=stage")
+    command = workplace.command(place, *long)
+    with subprocess.Popen(command, cwd=workplace.folder, env=environment(), stdout=subprocess.DEVNULL) as first:
+        while steps_logged(tmp_path / "run", BASE) < 2:
+            assert first.poll() is None
+            time.sleep(0.01)
+        output = workplace.run(place, *long, code=73)
+        assert f"in use by process {first.pid}" in output
+        assert first.poll() is None, "the first run goes on"
+        first.kill()
+    workplace.run(place, "budget.tokens=24Ki", code=65)  # the lock is free; the recipe is another one
+
+
+def test_nan_stops_the_run_and_is_never_saved(workplace: Workplace, tmp_path: Path) -> None:
+    output = workplace.run(f"run.folder={tmp_path}/run", "train.learning_rate=1e30", code=76)
+    assert "stage-0-train-2L: loss" in output
+    assert not list(tmp_path.glob("run/**/MANIFEST.json"))
+
+
+def test_nan_between_logged_steps_is_never_saved(workplace: Workplace, tmp_path: Path) -> None:
+    place = f"run.folder={tmp_path}/run"
+    output = workplace.run(place, "train.learning_rate=1e30", "log.interval=1000 steps", code=76)
+    assert "weights are not finite at step 4" in output
+    assert not list(tmp_path.glob("run/**/MANIFEST.json"))
+
+
+def test_lost_input_stops_the_grown_stage(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference, run, ignore=shutil.ignore_patterns(TARGET))
+    shutil.rmtree(run / GROW / "checkpoint")
+    output = workplace.run(f"run.folder={run}", code=65)
+    assert f"{GROW}/checkpoint is missing" in output
+    assert not (run / TARGET / "metrics.jsonl").exists()
+
+
+def test_exchanged_weights_are_noticed_after_loading(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
+    """Valid files, a valid seal, but not the weights that growth.json and the manifest state."""
+    run = tmp_path / "run"
+    shutil.copytree(reference, run, ignore=shutil.ignore_patterns(TARGET))
+    grown = run / GROW / "checkpoint"
+    manifest = seal.read_seal(grown)
+    assert manifest is not None
+    tensors = manifest["tensors"]
+    tensors["layers.0.attention.wq.weight"] = tensors["layers.1.attention.wq.weight"]
+    seal.write_json(grown / seal.MANIFEST, manifest)
+    done = seal.read_json(run / GROW / "DONE")
+    assert done is not None
+    done["manifest_sha256"] = seal.file_records(grown, [seal.MANIFEST])[seal.MANIFEST]["sha256"]
+    seal.write_json(run / GROW / "DONE", done)
+    output = workplace.run(f"run.folder={run}", code=65)
+    assert "layers.0.attention.wq.weight" in output
+
+
+def test_bad_recipe_is_told_once_under_torchrun(workplace: Workplace, tmp_path: Path) -> None:
+    bad = RECIPE.replace("n_heads = 4", "n_heads = 5").replace("[train]", "[train]\nlr = 1")
+    (workplace.folder / "bad.toml").write_text(bad)
+    output = workplace.run(f"run.folder={tmp_path}/run", ranks=2, code=1, recipe="bad.toml")
+    assert output.count("bad.toml: ") == 1
+    assert output.index("train.lr: unknown key") < output.index("torch.distributed.elastic")
+    assert "exitcode  : 2" in output
+    assert not os.listdir(tmp_path)
+
+
+def test_missing_store_and_wrong_vocabulary(workplace: Workplace, tmp_path: Path) -> None:
+    output = workplace.run(f"run.folder={tmp_path}/run", "data.path=nowhere", code=2)
+    assert "data.path" in output
+    assert "tools/prepare_data.py" in output
+    output = workplace.run(f"run.folder={tmp_path}/run", "model.vocab_size=1000", code=2)
+    assert "model.vocab_size: 1000 is not the vocabulary of the store" in output
+    assert not os.listdir(tmp_path)
+
+
+def test_ranks_that_do_not_fit(workplace: Workplace, tmp_path: Path) -> None:
+    output = workplace.run(f"run.folder={tmp_path}/run", "parallel.tensor=2", code=2)
+    assert "does not make 1 ranks" in output
+    output = workplace.run(f"run.folder={tmp_path}/run", "parallel.pipeline=2", code=2)
+    assert "gradients" in output
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,76 @@
+"""Kill -9 at the moments that matter, run the same command again: bit for bit the undisturbed run."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from launch import Workplace, losses, records, steps_logged, weights
+
+BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    assert losses(run) == losses(reference)
+    assert losses(run, "validation.jsonl") == losses(reference, "validation.jsonl")
+    final = Path(TARGET) / "checkpoint" / "step-20"
+    assert weights(run / final) == weights(reference / final)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_in_base_after_growth_and_in_target(
+    workplace: Workplace, tmp_path: Path, ranks: int, request: pytest.FixtureRequest
+) -> None:
+    reference: Path = request.getfixturevalue("reference" if ranks == 1 else "reference_fsdp")
+    run, place = tmp_path / "run", f"run.folder={tmp_path}/run"
+    workplace.kill_when(lambda: steps_logged(run, BASE) >= 6, place, ranks=ranks)
+    assert not (run / BASE / "DONE").exists()
+    # Right after growth, before the first checkpoint of the grown model: torchtitan itself would go on from
+    # random weights here, since the stage's checkpoint folder may exist already.
+    workplace.kill_when(lambda: steps_logged(run, TARGET) >= 2, place, ranks=ranks)
+    assert not list((run / TARGET).glob("checkpoint/*/MANIFEST.json"))
+    workplace.kill_when(lambda: steps_logged(run, TARGET) >= 9, place, ranks=ranks)
+    assert not (run / TARGET / "DONE").exists()
+    workplace.run(place, ranks=ranks)
+    assert_same_run(run, reference)
+
+
+def test_torn_first_save_of_the_grown_stage(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
+    """A first save that was torn (data without metadata) is set aside, and the stage starts from its input."""
+    run = tmp_path / "run"
+    shutil.copytree(reference, run, ignore=shutil.ignore_patterns(TARGET, "ledger.json"))
+    torn = run / TARGET / "checkpoint" / "step-4"
+    torn.mkdir(parents=True)
+    (torn / "__0_0.distcp").write_bytes(b"half a tensor")
+    shutil.copy(reference / TARGET / "stage.json", run / TARGET)
+    output = workplace.run(f"run.folder={run}")
+    assert "Incomplete checkpoint moved to" in output
+    assert (run / TARGET / "quarantine" / "step-4.0" / "__0_0.distcp").exists()
+    assert_same_run(run, reference)
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    workplace: Workplace, reference: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference, run, ignore=shutil.ignore_patterns("ledger.json"))
+    (run / TARGET / "DONE").unlink()
+    data = run / TARGET / "checkpoint" / "step-20" / "__0_0.distcp"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.unlink()
+    data.write_bytes(content)
+    output = workplace.run(f"run.folder={run}")
+    assert "__0_0.distcp is damaged (SHA-256 differs)" in output
+    assert_same_run(run, reference)
+
+
+def test_more_ranks_on_resume_keep_the_order_of_the_data(
+    workplace: Workplace, reference: Path, tmp_path: Path
+) -> None:
+    run, place = tmp_path / "run", f"run.folder={tmp_path}/run"
+    workplace.kill_when(lambda: steps_logged(run, BASE) >= 10, place)
+    workplace.run(place, ranks=2)
+    expected, found = records(reference), records(run)
+    assert [r["position"] for r in found.values()] == [r["position"] for r in expected.values()]
+    worst = max(abs(found[k]["loss"] / expected[k]["loss"] - 1) for k in expected)
+    assert worst < 2e-6  # float32 summation order, as in test_parallel.py

@@ -1,0 +1,96 @@
+"""What an undisturbed run leaves behind, and what it shows."""
+
+import json
+import math
+from pathlib import Path
+
+from launch import Workplace, losses, records, weights
+
+from stackgrow import seal
+
+BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
+KEYS = {"stage", "step", "position", "tokens", "flops", "loss", "grad_norm", "lr", "tps"}
+
+
+def test_metrics_count_tokens_positions_and_flops_without_a_gap(reference: Path) -> None:
+    rows = list(records(reference).values())
+    assert [(r["stage"], r["step"]) for r in rows] == [(s, i) for s in (BASE, TARGET) for i in range(1, 21)]
+    assert all(KEYS <= r.keys() for r in rows)
+    assert [r["position"] for r in rows] == [16 * i for i in range(1, 41)]
+    assert [r["tokens"] for r in rows] == [1024 * i for i in range(1, 41)]
+    steps = [b["flops"] - a["flops"] for a, b in zip(rows, rows[1:], strict=False)]
+    assert all(math.isclose(s, steps[0]) for s in steps[:19])
+    assert all(s > steps[0] for s in steps[19:]), "a step of the grown model costs more"
+
+
+def test_validation_at_start_and_end_of_every_stage_and_falling(reference: Path) -> None:
+    seen = losses(reference, "validation.jsonl")
+    assert [k for k in seen if k[0] == BASE] == [(BASE, i) for i in (0, 5, 10, 15, 20)]
+    assert [k for k in seen if k[0] == TARGET] == [(TARGET, i) for i in (0, 5, 10, 15, 20)]
+    for stage in (BASE, TARGET):
+        assert seen[stage, 20] < seen[stage, 0] - 0.1
+
+
+def test_grown_stage_starts_from_the_grown_weights(reference: Path) -> None:
+    growth = json.loads((reference / GROW / "growth.json").read_text())
+    base = weights(reference / BASE / "checkpoint" / "step-20")
+    grown = weights(reference / GROW / "checkpoint")
+    assert growth["layer_map"] == [0, 1, 0, 1]
+    for layer, source in enumerate([0, 1, 0, 1]):
+        for name in ("attention.wq", "feed_forward.w2", "ffn_norm"):
+            assert grown[f"layers.{layer}.{name}.weight"] == base[f"layers.{source}.{name}.weight"]
+    assert grown["layers.0.attention.wq.weight"] != grown["layers.1.attention.wq.weight"]
+    assert growth["bytes_written"] < 20_000
+
+
+def test_growth_links_the_base_checkpoint_and_moves_no_weights(reference: Path) -> None:
+    for name in json.loads((reference / GROW / "growth.json").read_text())["linked_files"]:
+        source = reference / BASE / "checkpoint" / "step-20" / name
+        assert (reference / GROW / "checkpoint" / name).samefile(source)
+
+
+def test_done_names_the_stage_its_parent_and_its_result(reference: Path) -> None:
+    done = {s: json.loads((reference / s / "DONE").read_text()) for s in (BASE, GROW, TARGET)}
+    assert done[BASE]["parent_hash"] is None
+    assert done[GROW]["parent_hash"] == done[BASE]["stage_hash"]
+    assert done[TARGET]["parent_hash"] == done[GROW]["stage_hash"]
+    final = reference / TARGET / done[TARGET]["checkpoint"]
+    manifest = seal.read_seal(final)
+    assert manifest is not None
+    assert manifest["position"] == 640
+    assert not seal.damage(final, manifest)
+
+
+def test_ledger_adds_up_to_the_budget(reference: Path) -> None:
+    ledger = json.loads((reference / "ledger.json").read_text())
+    assert sum(s["tokens"] for s in ledger["stages"]) == ledger["total"]["tokens"] == 40 * 1024
+    assert ledger["budget_tokens"] == 40 * 1024
+
+
+def test_boundary_checkpoint_is_full_and_kept(reference: Path) -> None:
+    from stackgrow.growth.dcp import read_metadata
+
+    checkpoints = {p.name for p in (reference / BASE / "checkpoint").iterdir()}
+    assert checkpoints == {"step-16", "step-20"}, "keep = 2, and the boundary is one of them"
+    names = read_metadata(reference / BASE / "checkpoint" / "step-20").state_dict_metadata
+    assert {"train_state.step", "dataloader.position"} <= names.keys()
+    assert any(n.startswith("optimizer.state.layers.1.") and n.endswith("exp_avg_sq") for n in names)
+
+
+def test_terminal_output_tells_progress_growth_and_where_things_lie(reference: Path) -> None:
+    output = (reference.parent / "reference.txt").read_text()
+    assert "stage-0-train-2L  step 20/20 (100%)" in output
+    assert "ETA" in output
+    assert "stack 2 -> 4 layers" in output
+    assert "Traceback" not in output
+    assert "Warning" not in output
+    for name in ("recipe.toml", "provenance.json", "ledger.json", "tensorboard --logdir"):
+        assert name in output
+    assert list(reference.glob("stage-*/tb/**/events.out.tfevents.*"))
+
+
+def test_second_call_does_nothing(workplace: Workplace, reference: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in reference.glob("stage-*/**/*") if p.is_file()}
+    output = workplace.run("run.folder=reference")
+    assert output.count("done before") == 3
+    assert {p: p.stat().st_mtime_ns for p in reference.glob("stage-*/**/*") if p.is_file()} == before

@@ -1,0 +1,106 @@
+"""The plan as people and programs read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from recipes_for_tests import RECIPE, plan_of
+
+from stackgrow.load import recipe_hash
+from stackgrow.report.plan_table import WIDTH, compact_map, plan_dict, render_plan, render_plan_json
+
+GIANT = [
+    "budget.tokens=750B", "model.dim=4096", "model.n_layers=32", "model.n_heads=32", "model.ffn_dim=11008",
+    "model.vocab_size=32000", "data.seq_len=2048", "train.global_batch_tokens=2Mi", "train.warmup=3000 steps",
+    "growth[0].timing=10B", "growth[0].factor=4", "growth[1].timing=30B", "growth[1].factor=4",
+]  # fmt: skip
+
+
+def test_text(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    text = render_plan(plan)
+    lines = text.splitlines()
+    assert lines[0] == f"tiny   recipe {recipe_hash(plan.recipe)[:12]}, seed 7"
+    assert lines[1] == (
+        "budget   100,000 tokens asked for, 99,328 planned; the other 672 are less than one step of 1,024"
+    )
+    assert lines[2] == "data     data/tiny, 1,552 sequences of 64 tokens"
+    rows = [line.split() for line in lines]
+    assert ["stage-0-train-2L", "2", "64", "103K", "70K", "20.5K", "20", "16", "0"] in rows
+    assert [
+        "stage-0-train-2L",
+        "1.06e+10",
+        "7.9%",
+        "2.01e+09",
+        "0.00025",
+        "0.001",
+        "9.61e-06",
+        "1.23MB",
+    ] in rows
+    assert "stage-1-grow   stack, 2 -> 4 layers: 0 1 | 0 1" in lines
+    assert "  layer map [0, 1, 0, 1, 0, 1, 2, 3]" not in lines
+    assert "  layer map [0, 1, 2, 3, 0, 1, 2, 3]" in lines
+    assert f"- {plan.base_share:.1%} of the FLOPs are spent before the last growth" in lines
+
+
+def test_shares_add_up(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    values = plan_dict(plan)
+    trained = [stage for stage in values["stages"] if stage["kind"] == "train"]
+    assert sum(stage["flops"] for stage in trained) == values["flops"]
+    assert sum(stage["tokens"] for stage in trained) == values["tokens"] == 97 * 1024
+    assert 1 - trained[-1]["flops"] / values["flops"] == values["base_share"]
+
+
+def test_a_budget_of_whole_steps_has_no_remainder(tmp_path: Path) -> None:
+    text = render_plan(plan_of(tmp_path, RECIPE, ["budget.tokens=100Ki"]))
+    assert "102,400 tokens asked for, 102,400 planned\n" in text
+
+
+def test_it_fits_the_width(tmp_path: Path) -> None:
+    text = render_plan(plan_of(tmp_path, RECIPE, GIANT))
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "0-7 | 0-7 | 0-7 | 0-7" in text
+    assert "6.74B" in text
+    assert "80.9GB" in text
+
+
+def test_notes_are_shown(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, RECIPE, [*GIANT, "growth[1].timing=auto", "growth[0].timing=8B"])
+    assert plan.notes
+    assert plan.notes[0] in " ".join(render_plan(plan).split())
+
+
+def test_scratch_has_no_growth(tmp_path: Path) -> None:
+    scratch = RECIPE[: RECIPE.index("[base]")] + RECIPE[RECIPE.index("[train]") :]
+    text = render_plan(plan_of(tmp_path, scratch))
+    assert "layer map" not in text
+    assert "before the last growth" not in text
+
+
+def test_json(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    values = json.loads(render_plan_json(plan))
+    assert values == plan_dict(plan)
+    assert [stage["name"] for stage in values["stages"]] == [stage.name for stage in plan.stages]
+    assert values["stages"][3]["layer_map"] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert values["stages"][0]["learning_rate"]["peak"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("layer_map", "text"),
+    [
+        ([0, 1, 0, 1], "0 1 | 0 1"),
+        ([0, 0, 1, 1], "0 0 | 1 1"),
+        ([0, 0, 0], "0 0 0"),
+        ([0], "0"),
+        ([*range(24), *range(8, 32)], "0-23 | 8-31"),
+        ([0, 1, 2, 3, 4, 5, 3, 4, 5, 5], "0-5 | 3 4 5 | 5"),
+        ([2, 1, 0], "2 | 1 | 0"),
+        ([0, 1, 2, 3], "0-3"),
+    ],
+)
+def test_compact_map(layer_map: list[int], text: str) -> None:
+    assert compact_map(layer_map) == text
