@@ -99,9 +99,8 @@ def number(low: float = 0.0, high: float = math.inf, *, above: bool = False, bel
 
     def parse(value: Any) -> float:
         _require(isinstance(value, (int, float)) and not isinstance(value, bool), rule)
-        _require(
-            abs(value) <= sys.float_info.max, rule
-        )  # NaN, infinity, and whole numbers that no float holds
+        # Refuses NaN, infinity, and whole numbers that no float holds.
+        _require(abs(value) <= sys.float_info.max, rule)
         _require(value > low if above else value >= low, rule)
         _require(value < high if below else value <= high, rule)
         return float(value) + 0.0  # -0.0 is 0.0

@@ -141,9 +141,7 @@ def _build(cls: Any, raw: Any, where: str, problems: list[Problem], *, partial: 
         if "kind" in spec.metadata:
             values[name] = _value(spec, raw, inner, problems)
         elif "overrides" in spec.metadata:
-            values[name] = _build(
-                spec.metadata["overrides"], raw.get(name, {}), inner, problems, partial=True
-            )
+            values[name] = _build(spec.metadata["overrides"], raw.get(name, {}), inner, problems, partial=True)
         else:
             values[name] = _table(spec, raw, inner, problems)
     return values if partial else cls(**values)

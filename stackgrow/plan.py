@@ -423,8 +423,7 @@ def world_problems(plan: Plan, world_size: int) -> Iterator[Problem]:
             remedy = f"start {fixed} ranks, or set parallel.shard = -1"
         yield (
             "parallel",
-            f"replicate {p.replicate} x shard {p.shard} x tensor {p.tensor} does not make "
-            f"{world_size} ranks; {remedy}",
+            f"replicate {p.replicate} x shard {p.shard} x tensor {p.tensor} does not make {world_size} ranks; {remedy}",
         )
         return
     data_ranks = world_size // p.tensor

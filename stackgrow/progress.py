@@ -55,4 +55,9 @@ class Progress:
 
     def _show(self, line: str) -> None:
         if self.enabled:
-            print(f"\r\x1b[K{line}" if self.terminal else line, end="" if self.terminal else "\n", file=self.stream, flush=True)
+            print(
+                f"\r\x1b[K{line}" if self.terminal else line,
+                end="" if self.terminal else "\n",
+                file=self.stream,
+                flush=True,
+            )

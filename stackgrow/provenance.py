@@ -20,7 +20,9 @@ PACKAGES = ("stackgrow", "torch", "torchtitan", "torchdata", "numpy", "sentencep
 REPOSITORY = Path(__file__).parent.parent
 
 
-def provenance(recipe: Recipe, sets: Sequence[str], data: dict[str, Any], previous: dict[str, Any] | None) -> dict[str, Any]:
+def provenance(
+    recipe: Recipe, sets: Sequence[str], data: dict[str, Any], previous: dict[str, Any] | None
+) -> dict[str, Any]:
     """The content of provenance.json: the recipe's and the data's identity, and every session up to this one."""
     sessions = list((previous or {}).get("sessions", []))
     return {

@@ -44,9 +44,7 @@ class Budget:
 class Data:
     path: str = key(kinds.path(), "folder of a token store written by tools/prepare_data.py", free=True)
     seq_len: int = key(kinds.integer(2, 2**20), "tokens in one training sequence")
-    workers: int = key(
-        kinds.integer(0, 256), "loader processes per rank; 0 loads in the trainer", 0, free=True
-    )
+    workers: int = key(kinds.integer(0, 256), "loader processes per rank; 0 loads in the trainer", 0, free=True)
 
 
 @dataclass(frozen=True)
@@ -113,9 +111,7 @@ class Model:
 @dataclass(frozen=True)
 class Train:
     global_batch_tokens: int = key(kinds.tokens(), "tokens in one optimizer step, over all ranks")
-    micro_batch: int = key(
-        kinds.integer(), "sequences in one forward pass on one rank, at most", 8, free=True
-    )
+    micro_batch: int = key(kinds.integer(), "sequences in one forward pass on one rank, at most", 8, free=True)
     learning_rate: float = key(kinds.number(above=True), "peak learning rate")
     min_learning_rate: float = key(kinds.number(), "learning rate at the end of the horizon", 0.0)
     schedule: str = key(
@@ -129,20 +125,14 @@ class Train:
         "length of the whole schedule, apart from the stage's own",
         "stage",
     )
-    decay_fraction: float = key(
-        kinds.number(0, 1, above=True), "wsd: the last part of the horizon that decays", 0.1
-    )
+    decay_fraction: float = key(kinds.number(0, 1, above=True), "wsd: the last part of the horizon that decays", 0.1)
     beta1: float = key(kinds.number(0, 1, below=True), "AdamW", 0.9)
     beta2: float = key(kinds.number(0, 1, below=True), "AdamW", 0.95)
     eps: float = key(kinds.number(above=True), "AdamW", 1e-8)
     weight_decay: float = key(kinds.number(), "AdamW, on all parameters", 0.1)
     max_grad_norm: float = key(kinds.number(above=True), "gradient norm is clipped to this", 1.0)
-    precision: str = key(
-        kinds.choice("bf16", "fp32"), "of matrix products (weights and moments stay float32)", "bf16"
-    )
-    optimizer: str = key(
-        kinds.choice("fused", "foreach", "for-loop"), "AdamW implementation", "fused", free=True
-    )
+    precision: str = key(kinds.choice("bf16", "fp32"), "of matrix products (weights and moments stay float32)", "bf16")
+    optimizer: str = key(kinds.choice("fused", "foreach", "for-loop"), "AdamW implementation", "fused", free=True)
     compile: bool = key(kinds.boolean(), "torch.compile each block and the loss", False, free=True)
     activation_checkpoint: str = key(
         kinds.choice("none", "selective", "full"),
@@ -150,9 +140,7 @@ class Train:
         "none",
         free=True,
     )
-    cpu_offload: bool = key(
-        kinds.boolean(), "keep sharded weights and moments in host memory", False, free=True
-    )
+    cpu_offload: bool = key(kinds.boolean(), "keep sharded weights and moments in host memory", False, free=True)
     deterministic: bool = key(kinds.boolean(), "only deterministic kernels; slower on GPUs", False, free=True)
 
 
@@ -183,16 +171,12 @@ class Growth:
 
 @dataclass(frozen=True)
 class Parallel:
-    replicate: int = key(
-        kinds.integer(), "data parallel, weights replicated (DDP; with shard: HSDP)", 1, free=True
-    )
+    replicate: int = key(kinds.integer(), "data parallel, weights replicated (DDP; with shard: HSDP)", 1, free=True)
     shard: int = key(
         kinds.integer(also=(-1,)), "data parallel, weights sharded (FSDP2); -1: all ranks left", -1, free=True
     )
     tensor: int = key(kinds.integer(), "tensor parallel, with sequence parallel", 1, free=True)
-    loss_parallel: bool = key(
-        kinds.boolean(), "with tensor > 1: keep the logits sharded in the loss", True, free=True
-    )
+    loss_parallel: bool = key(kinds.boolean(), "with tensor > 1: keep the logits sharded in the loss", True, free=True)
     async_tensor: bool = key(
         kinds.boolean(), "with tensor > 1 and compile: overlap its communication", False, free=True
     )
@@ -211,9 +195,7 @@ class Validation:
         Duration(500, "steps"),
         free=True,
     )
-    sequences: int = key(
-        kinds.integer(0), "held-out sequences per validation; 0: no validation", 64, free=True
-    )
+    sequences: int = key(kinds.integer(0), "held-out sequences per validation; 0: no validation", 64, free=True)
 
 
 @dataclass(frozen=True)
@@ -237,9 +219,7 @@ class Log:
 @dataclass(frozen=True)
 class Run:
     folder: str = key(kinds.path(), 'run folder; default "runs/<name>"', "", free=True)
-    init_timeout: int = key(
-        kinds.integer(), "seconds for a collective up to a stage's first step", 300, free=True
-    )
+    init_timeout: int = key(kinds.integer(), "seconds for a collective up to a stage's first step", 300, free=True)
     train_timeout: int = key(kinds.integer(), "seconds for a collective after it", 100, free=True)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from stackgrow import provenance, seal
-from stackgrow.data.store import Manifest, TokenStore, read_manifest
+from stackgrow.data.store import Manifest, StoreError, TokenStore, read_manifest
 from stackgrow.errors import ChangedError, DamagedError, LockedError
 from stackgrow.load import Problem, RecipeError, load_recipe, to_toml
 from stackgrow.plan import Plan, Stage, TrainStage, identity, make_plan, world_problems
@@ -74,7 +74,8 @@ def _store(plan: Plan) -> tuple[Manifest | None, list[Problem]]:
     path = Path(recipe.data.path)
     try:
         manifest = read_manifest(path)
-    except ValueError as error:
+        TokenStore.open(path)  # that all shards are there, in their size
+    except StoreError as error:
         return None, [("data.path", str(error))]
     problems = []
     if manifest.vocab_size != recipe.model.vocab_size:
@@ -84,6 +85,12 @@ def _store(plan: Plan) -> tuple[Manifest | None, list[Problem]]:
         )  # fmt: skip
     if manifest.splits["train"].tokens <= recipe.data.seq_len:
         problems.append(("data.seq_len", f"{recipe.data.seq_len} is longer than all of the store {path}"))
+    held_out = manifest.splits["validation"].tokens if "validation" in manifest.splits else 0
+    if recipe.validation.sequences and held_out <= recipe.data.seq_len:
+        problems.append(
+            ("validation.sequences", f"{recipe.validation.sequences} cannot be taken from the store {path}, which "
+             f"holds out {held_out} tokens; set 0, or prepare it with a larger --validation")
+        )  # fmt: skip
     return manifest, problems
 
 
@@ -155,9 +162,7 @@ def _open_stage(plan: Plan, stage: Stage, path: Path, hashes: dict[str, str]) ->
     seal.write_json(path / STAGE_FILE, stored)
 
 
-def _run_stage(
-    plan: Plan, stage: Stage, path: Path, parent: Path | None, hashes: dict[str, str], rank: int
-) -> None:
+def _run_stage(plan: Plan, stage: Stage, path: Path, parent: Path | None, hashes: dict[str, str], rank: int) -> None:
     from torch.distributed import barrier
 
     from stackgrow.growth.stage import grow

@@ -82,9 +82,7 @@ NASTY: list[tuple[str, str, str, tuple[str, ...]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "where", "parts"), NASTY, ids=lambda v: v[:30] if isinstance(v, str) else ""
-)
+@pytest.mark.parametrize(("old", "new", "where", "parts"), NASTY, ids=lambda v: v[:30] if isinstance(v, str) else "")
 def test_one_wrong_value(tmp_path: Path, old: str, new: str, where: str, parts: tuple[str, ...]) -> None:
     problems = problems_of(tmp_path, edited((old, new)))
     assert where in problems, problems
@@ -146,9 +144,7 @@ def test_growth_must_be_an_array_of_tables(tmp_path: Path) -> None:
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
-    text = edited(
-        ("seed = 7", "sed = 7"), ("dim = 64", "dim = 0"), ('factor = 2\ntiming = "20K"', "factor = 1")
-    )
+    text = edited(("seed = 7", "sed = 7"), ("dim = 64", "dim = 0"), ('factor = 2\ntiming = "20K"', "factor = 1"))
     problems = problems_of(tmp_path, text, ["parallel.tensor=x", "nonsense"])
     assert list(problems) == [
         "--set nonsense", "sed", "seed", "model.dim", "growth[0].timing", "growth[0].factor", "parallel.tensor",
@@ -260,9 +256,7 @@ def mutated(draw: st.DrawFn) -> bytes:
         index = draw(st.integers(0, len(lines) - 1))
         other = lines[draw(st.integers(0, len(lines) - 1))]
         key = lines[index].partition("=")[0]
-        value = draw(
-            st.sampled_from(VALUES) | st.integers().map(str) | st.floats().map(repr) | st.just(other)
-        )
+        value = draw(st.sampled_from(VALUES) | st.integers().map(str) | st.floats().map(repr) | st.just(other))
         lines[index] = draw(st.sampled_from([f"{key}= {value}", "", f"{other}\n{lines[index]}"]))
     content = bytearray("\n".join(lines).encode())
     for _ in range(draw(st.integers(0, 2))):

@@ -87,19 +87,13 @@ def test_flops_and_bytes(tmp_path: Path) -> None:
 
 def test_factor_may_be_left_out_of_a_single_growth(tmp_path: Path) -> None:
     start, end = RECIPE.index("[[growth]]"), RECIPE.index("[train]")
-    one = (
-        RECIPE[:start]
-        + '[[growth]]\noperator = "stack"\ntiming = "20K"\norder = "interleave"\n'
-        + RECIPE[end:]
-    )
+    one = RECIPE[:start] + '[[growth]]\noperator = "stack"\ntiming = "20K"\norder = "interleave"\n' + RECIPE[end:]
     assert plan_of(tmp_path, one).stages[1].layer_map == (0, 0, 0, 0, 1, 1, 1, 1)  # type: ignore[union-attr]
     assert "none leads from 3 layers" in problems_of(tmp_path, one, ["base.n_layers=3"])["growth[0].factor"]
 
 
 def test_layer_map(tmp_path: Path) -> None:
-    text = edited(
-        ('factor = 2\ntiming = "40 steps"', 'layer_map = [0, 1, 0, 1, 0, 1, 2, 2]\ntiming = "40 steps"')
-    )
+    text = edited(('factor = 2\ntiming = "40 steps"', 'layer_map = [0, 1, 0, 1, 0, 1, 2, 2]\ntiming = "40 steps"'))
     plan = plan_of(tmp_path, text)
     assert plan.stages[3].layer_map == (0, 1, 0, 1, 0, 1, 2, 2)  # type: ignore[union-attr]
     assert plan.notes == ("growth[1].layer_map: source layers 3 are dropped",)
@@ -156,14 +150,13 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (("train.min_learning_rate=1",), "train.min_learning_rate", ("1 is above learning_rate = 0.001",)),
     (("base.train.min_learning_rate=1",), "base.train.min_learning_rate", ("1 is above",)),
     (("train.warmup=50 steps",), "train.warmup", ("50 steps", "stage-2-train-4L")),
+    (("train.horizon=500 steps", "train.warmup=58 steps"), "train.warmup", ("58 steps", "57 steps of stage-4")),
     (("growth[1].train.warmup=58 steps",), "growth[1].train.warmup", ("58 steps", "57 steps of stage-4-train-8L")),
     (("train.horizon=20 steps",), "train.horizon", ("20 steps are fewer than the 57 steps",)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("sets", "where", "parts"), CONTRADICTIONS, ids=[" ".join(c[0])[:60] for c in CONTRADICTIONS]
-)
+@pytest.mark.parametrize(("sets", "where", "parts"), CONTRADICTIONS, ids=[" ".join(c[0])[:60] for c in CONTRADICTIONS])
 def test_contradictions(tmp_path: Path, sets: tuple[str, ...], where: str, parts: tuple[str, ...]) -> None:
     with pytest.raises(RecipeError) as caught:
         plan_of(tmp_path, RECIPE, sets)
@@ -316,9 +309,7 @@ def test_free_keys_leave_the_stage_hashes(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize("key", DEFINING)
 def test_defining_keys_change_every_stage_hash(tmp_path: Path, key: str) -> None:
     extra = ("model.n_layers=4",) if key == "base.n_layers" else ()
-    assert set(hashes(tmp_path, f"{key}={DEFINING[key]}", *extra).values()).isdisjoint(
-        hashes(tmp_path).values()
-    )
+    assert set(hashes(tmp_path, f"{key}={DEFINING[key]}", *extra).values()).isdisjoint(hashes(tmp_path).values())
 
 
 def test_the_data_change_every_stage_hash(tmp_path: Path) -> None:
@@ -338,9 +329,7 @@ def test_the_data_change_every_stage_hash(tmp_path: Path) -> None:
         ("base.train.beta1=0.8", 0),
     ],
 )
-def test_an_edit_changes_its_stage_and_the_later_ones(
-    tmp_path: Path, assignment: str, first_changed: int
-) -> None:
+def test_an_edit_changes_its_stage_and_the_later_ones(tmp_path: Path, assignment: str, first_changed: int) -> None:
     old, new = list(hashes(tmp_path).items()), list(hashes(tmp_path, assignment).items())
     assert [a == b for a, b in zip(old, new, strict=True)] == [i < first_changed for i in range(5)]
 
@@ -432,9 +421,7 @@ def test_plans_are_made_without_torch() -> None:
 
 def test_plan_of_a_recipe_made_in_python(tmp_path: Path) -> None:
     """make_plan needs no file: the error then speaks of the recipe."""
-    recipe = dataclasses.replace(
-        recipe_of(tmp_path), train=Train(global_batch_tokens=1000, learning_rate=1e-3)
-    )
+    recipe = dataclasses.replace(recipe_of(tmp_path), train=Train(global_batch_tokens=1000, learning_rate=1e-3))
     with pytest.raises(RecipeError, match=r"^recipe: 1 problem"):
         make_plan(recipe)
     assert isinstance(make_plan(recipe_of(tmp_path)), Plan)

@@ -119,9 +119,7 @@ BASES = [("1.1B", 6, 439), ("3B", 8, 722), ("7B", 8, 1881)]
 
 
 @pytest.mark.parametrize(("name", "shape", "total", "non_embedding"), PAPER, ids=[p[0] for p in PAPER])
-def test_parameters_of_the_papers_targets(
-    name: str, shape: dict[str, int], total: int, non_embedding: int
-) -> None:
+def test_parameters_of_the_papers_targets(name: str, shape: dict[str, int], total: int, non_embedding: int) -> None:
     model = Model(**LLAMA, **shape)  # type: ignore[arg-type]
     assert round(model.parameters() / 1e6) == total
     assert round(model.non_embedding_parameters() / 1e6) == non_embedding

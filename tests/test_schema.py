@@ -34,9 +34,7 @@ def test_files_are_fresh() -> None:
 @pytest.mark.parametrize("file", RECIPES, ids=[str(f.relative_to(README_FILE.parent)) for f in RECIPES])
 def test_shipped_recipes_are_valid(file: Path) -> None:
     assert errors(file.read_text()) == []
-    assert file.read_text().startswith(
-        "#:schema " + "../" * len(file.relative_to(README_FILE.parents[1]).parents[:-1])
-    )
+    assert file.read_text().startswith("#:schema " + "../" * len(file.relative_to(README_FILE.parents[1]).parents[:-1]))
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--input", type=Path, nargs="+", action="extend", default=[], help="folders of text files"
-    )
+    parser.add_argument("--input", type=Path, nargs="+", action="extend", default=[], help="folders of text files")
     parser.add_argument("--pattern", default="**/*", help="files to take, relative to --input (default: all)")
     parser.add_argument("--exclude", action="append", default=[], help="files to leave out; may be repeated")
     parser.add_argument("--stdlib", action="store_true", help="take Python's standard library, too")

@@ -193,9 +193,7 @@ def validation_batches(
     padding = torch.zeros(seq_len, dtype=torch.int64), torch.full((seq_len,), IGNORE)
 
     def batches() -> Iterator[Batch]:
-        for start in range(
-            dp_rank * micro_batch, sequences + dp_rank * micro_batch, dp_world_size * micro_batch
-        ):
+        for start in range(dp_rank * micro_batch, sequences + dp_rank * micro_batch, dp_world_size * micro_batch):
             windows = range(start, start + micro_batch)
             rows = [_window(store, i, seq_len) if i < sequences else padding for i in windows]
             inputs, labels = zip(*rows, strict=True)

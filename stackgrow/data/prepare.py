@@ -176,9 +176,7 @@ def _scan(sources: Sequence[Source], skipped: Skipped) -> list[Document]:
     if not documents:
         where = ", ".join(f"{source.root}/{source.pattern}" for source in sources)
         reasons = ", ".join(f"{entry['files']} {why}" for why, entry in skipped.items())
-        raise PrepareError(
-            f"no documents in {where} (skipped: {reasons or 'none'}); look at --pattern, --exclude"
-        )
+        raise PrepareError(f"no documents in {where} (skipped: {reasons or 'none'}); look at --pattern, --exclude")
     return documents
 
 

@@ -106,9 +106,7 @@ def _parse(folder: Path, raw: Any) -> Manifest:
         raise ValueError(f"dtype {dtype!r}, vocab_size {vocab_size} and bos_id {bos_id} disagree")
     splits = {name: _parse_split(name, raw["splits"][name]) for name in ("train", "validation")}
     tokenizer = _plain(raw["tokenizer"]["file"])
-    return Manifest(
-        folder, dtype, vocab_size, bos_id, tokenizer, str(raw["tokenizer"]["sha256"]), splits, raw
-    )
+    return Manifest(folder, dtype, vocab_size, bos_id, tokenizer, str(raw["tokenizer"]["sha256"]), splits, raw)
 
 
 def _parse_split(name: str, raw: dict[str, Any]) -> Split:
@@ -224,9 +222,7 @@ class TokenStore:
             except (OSError, ValueError) as error:
                 raise StoreError(f"{path} cannot be read ({error}); {AGAIN}") from error
             if array.dtype != self.manifest.dtype or array.shape != (shard.tokens,):
-                raise StoreError(
-                    f"{path} does not hold {shard.tokens} tokens of {self.manifest.dtype}; {AGAIN}"
-                )
+                raise StoreError(f"{path} does not hold {shard.tokens} tokens of {self.manifest.dtype}; {AGAIN}")
             if len(self._maps) >= OPEN_SHARDS:
                 del self._maps[next(iter(self._maps))]
             self._maps[index] = array
@@ -237,9 +233,7 @@ class TokenStore:
         if not path.is_file():
             raise StoreError(f"{path} is missing; {AGAIN}")
         if path.stat().st_size != shard.bytes:
-            raise StoreError(
-                f"{path} has {path.stat().st_size} bytes, the manifest states {shard.bytes}; {AGAIN}"
-            )
+            raise StoreError(f"{path} has {path.stat().st_size} bytes, the manifest states {shard.bytes}; {AGAIN}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}

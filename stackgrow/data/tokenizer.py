@@ -28,9 +28,7 @@ class Tokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise TokenizerError(
-                f"{name} is not a SentencePiece model; give a tokenizer.model file"
-            ) from error
+            raise TokenizerError(f"{name} is not a SentencePiece model; give a tokenizer.model file") from error
         if self._model.bos_id() < 0:
             raise TokenizerError(f"{name} has no BOS token; every document must begin with one")
         self.model = model

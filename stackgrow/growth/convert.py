@@ -102,10 +102,7 @@ def commit(source: Path, target: Path, rules: Rules, world_size: int = 1) -> dic
     computed = {name: rule for name, rule in rules.targets.items() if isinstance(rule, Compute)}
     notes = {name: f"{rule.note}({', '.join(rule.sources)})" for name, rule in computed.items()}
     return {
-        "map": {
-            name: rule.source if isinstance(rule, Alias) else notes[name]
-            for name, rule in rules.targets.items()
-        },
+        "map": {name: rule.source if isinstance(rule, Alias) else notes[name] for name, rule in rules.targets.items()},
         "dropped": sorted(rules.dropped),
         "linked_files": linked,
         "copied_files": [name for name in files if name not in linked],
@@ -150,9 +147,7 @@ def _add_aliases(old: meta.Metadata, new: meta.Metadata, rules: Rules) -> list[s
     return sorted(files)
 
 
-def _add_part(
-    old: meta.Metadata, new: meta.Metadata, target: Path, rules: Rules, rank: int, world_size: int
-) -> None:
+def _add_part(old: meta.Metadata, new: meta.Metadata, target: Path, rules: Rules, rank: int, world_size: int) -> None:
     """Enter what one rank computed into the new metadata."""
     file, names = _index(target, rank), _share(rules, rank, world_size)
     index = json.loads(file.read_text()) if file.exists() else {}
@@ -163,9 +158,7 @@ def _add_part(
         chunk = meta.ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
         properties = meta.TensorProperties(dtype=getattr(torch, dtype))
         new.state_dict_metadata[name] = meta.TensorStorageMetadata(properties, shape, [chunk])
-        new.storage_data[meta.MetadataIndex(name, chunk.offsets)] = _StorageInfo(
-            _part(old, rank), offset, length
-        )
+        new.storage_data[meta.MetadataIndex(name, chunk.offsets)] = _StorageInfo(_part(old, rank), offset, length)
     file.unlink(missing_ok=True)
 
 

@@ -19,12 +19,14 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from stackgrow.errors import DamagedError
+
 METADATA = ".metadata"
 # What torchtitan saves beside the model: nested states, which DCP flattens. Model tensors have no prefix.
 STATE_PREFIXES = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(DamagedError):
     """A checkpoint that is unsafe, damaged, or not the one that was asked for."""
 
 
@@ -98,9 +100,7 @@ def _check_files(folder: Path, metadata: meta.Metadata) -> None:
         if file.parent != folder.resolve():
             raise CheckpointError(f"data file {name} is a link out of the checkpoint, to {file}")
         if not file.is_file() or file.stat().st_size < end:
-            raise CheckpointError(
-                f"data file {name} is missing or truncated: it must have {end} bytes or more"
-            )
+            raise CheckpointError(f"data file {name} is missing or truncated: it must have {end} bytes or more")
 
 
 class SafeReader(FileSystemReader):
@@ -165,8 +165,6 @@ def read_tensor(folder: Path, metadata: meta.Metadata, fqn: str) -> torch.Tensor
             part = torch.load(view, map_location="cpu", weights_only=True)
         box = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
         if part.dtype != tensor.dtype or not part.shape == chunk.sizes == tensor[box].shape:
-            raise CheckpointError(
-                f"{fqn}: {folder / info.relative_path} holds another tensor at {info.offset}"
-            )
+            raise CheckpointError(f"{fqn}: {folder / info.relative_path} holds another tensor at {info.offset}")
         tensor[box] = part
     return tensor

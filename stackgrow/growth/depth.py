@@ -46,9 +46,7 @@ def depth_rules(layer_map: Sequence[int], source: Model, target: Model) -> Rules
 
 def _check_counts(n_source: int, n_target: int) -> None:
     if not 1 <= n_source <= n_target:
-        raise GrowthError(
-            f"depth growth needs 1 <= source layers <= target layers, not {n_source} -> {n_target}"
-        )
+        raise GrowthError(f"depth growth needs 1 <= source layers <= target layers, not {n_source} -> {n_target}")
 
 
 def _check_models(layer_map: Sequence[int], source: Model, target: Model) -> None:
@@ -59,15 +57,11 @@ def _check_models(layer_map: Sequence[int], source: Model, target: Model) -> Non
         )
     wrong = sorted({i for i in layer_map if not 0 <= i < source.n_layers})
     if wrong:
-        raise GrowthError(
-            f"the layer map names layers {wrong}; the source model has 0 to {source.n_layers - 1}"
-        )
+        raise GrowthError(f"the layer map names layers {wrong}; the source model has 0 to {source.n_layers - 1}")
     pairs = [(key, getattr(source, key), getattr(target, key)) for key in GEOMETRY]
     differ = [f"{key} {have!r} -> {want!r}" for key, have, want in pairs if have != want]
     if differ:
-        raise GrowthError(
-            f"depth growth changes n_layers alone, but the models differ in {', '.join(differ)}"
-        )
+        raise GrowthError(f"depth growth changes n_layers alone, but the models differ in {', '.join(differ)}")
 
 
 def _layer(name: str) -> int | None:

@@ -73,9 +73,7 @@ class Rules:
     def _reshaped(self) -> list[str]:
         pairs = [(t, r.source) for t, r in self.targets.items() if isinstance(r, Alias)]
         shapes = [(t, self.target_shapes.get(t), s, self.source_shapes.get(s)) for t, s in pairs]
-        return [
-            f"{t} {want} from {s} {have}" for t, want, s, have in shapes if want and have and want != have
-        ]
+        return [f"{t} {want} from {s} {have}" for t, want, s, have in shapes if want and have and want != have]
 
 
 def _named(what: str, names: Iterable[str], most: int = 8) -> list[str]:

@@ -27,10 +27,17 @@ def ledger(plan: Plan, folder: Path) -> dict[str, Any]:
     total = {name: sum(row[name] for row in rows) for name in ("steps", "tokens", "flops", "seconds")}
     if total["tokens"] != plan.tokens:
         raise DamagedError(f"{folder}: its stages trained {total['tokens']} tokens, the plan has {plan.tokens}")
-    return {"budget_tokens": plan.recipe.budget.tokens, "planned_tokens": plan.tokens, "stages": rows, "total": total}
+    return {
+        "budget_tokens": plan.recipe.budget.tokens,
+        "planned_tokens": plan.tokens,
+        "stages": rows,
+        "total": total,
+    }
 
 
-COLUMNS = f"{'stage':<22}{'tokens':>9}{'steps':>9}{'FLOPs':>11}{'loss':>9}{'val start':>11}{'val end':>9}{'tok/s':>8}{'time':>9}"
+COLUMNS = f"{'stage':<22}{'tokens':>9}{'steps':>9}{'FLOPs':>11}{'loss':>9}" + (
+    f"{'val start':>11}{'val end':>9}{'tok/s':>8}{'time':>9}"
+)
 
 
 def render_summary(plan: Plan, folder: Path) -> str:

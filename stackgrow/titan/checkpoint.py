@@ -33,7 +33,10 @@ class StageCheckpoints(CheckpointManager):
         self.job = job
         self._unsealed: tuple[int, dict[str, Any]] | None = None
         super().__init__(
-            checkpoint_config=checkpoint_config(job), base_folder=str(job.folder), sd_adapter=None, **components
+            checkpoint_config=checkpoint_config(job),
+            base_folder=str(job.folder),
+            sd_adapter=None,
+            **components,
         )
 
     def load(self, step: int = -1) -> bool:
@@ -150,7 +153,9 @@ def check_same_tensors(source: Path, weights: dict[str, torch.Tensor]) -> None:
     stored = {n: s for n, s in tensor_shapes(read_metadata(source)).items() if is_model_key(n)}
     wanted = {name: (tuple(w.shape), w.dtype) for name, w in weights.items()}
     faults = [f"{n} is missing" for n in wanted if n not in stored]
-    faults += [f"{n} is {stored[n]}, the model has {wanted[n]}" for n in wanted if n in stored and stored[n] != wanted[n]]
+    faults += [
+        f"{n} is {stored[n]}, the model has {wanted[n]}" for n in wanted if n in stored and stored[n] != wanted[n]
+    ]
     faults += [f"{n} is not in the model" for n in stored if n not in wanted]
     if faults:
         raise DamagedError(f"{source} does not fit the model: " + "; ".join(faults[:5]))

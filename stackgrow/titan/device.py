@@ -71,14 +71,23 @@ def problems(plan: Plan) -> Iterator[Problem]:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         if local_ranks > torch.cuda.device_count():
-            yield "parallel", f"{local_ranks} ranks on this machine, which has {torch.cuda.device_count()} GPUs"
+            yield (
+                "parallel",
+                f"{local_ranks} ranks on this machine, which has {torch.cuda.device_count()} GPUs",
+            )
         return
     if any(s.train.cpu_offload for s in plan.train_stages):
-        yield "train.cpu_offload", "true needs a GPU; there is none, and the weights are in host memory already"
+        yield (
+            "train.cpu_offload",
+            "true needs a GPU; there is none, and the weights are in host memory already",
+        )
     if recipe.checkpoint.async_mode == "async_with_pinned_mem":
         yield "checkpoint.async_mode", '"async_with_pinned_mem" needs a GPU; use "async" or "disabled"'
     if any(s.train.compile for s in plan.train_stages) and not shutil.which("g++"):
-        yield "train.compile", "true needs the compiler g++ on a machine without a GPU; install it or set false"
+        yield (
+            "train.compile",
+            "true needs the compiler g++ on a machine without a GPU; install it or set false",
+        )
 
 
 def default_environment() -> None:

@@ -68,7 +68,7 @@ def job_config(job: StageJob) -> StageJobConfig:
             beta2=train.beta2,
             eps=train.eps,
             weight_decay=train.weight_decay,
-            implementation=train.optimizer,  # type: ignore[arg-type]
+            implementation=train.optimizer,
         ),
         lr_scheduler=titan.LRScheduler(
             warmup_steps=stage.warmup_steps,
@@ -83,14 +83,14 @@ def job_config(job: StageJob) -> StageJobConfig:
             seq_len=stage.seq_len,
             max_norm=train.max_grad_norm,
             steps=stage.steps,
-            mixed_precision_param=PRECISION[train.precision],  # type: ignore[arg-type]
+            mixed_precision_param=PRECISION[train.precision],
             enable_cpu_offload=train.cpu_offload,
         ),
         parallelism=_parallelism(recipe),
         # The stage's own manager is switched on after the Trainer is built: see trainer.py.
         checkpoint=titan.Checkpoint(enable=False),
         activation_checkpoint=titan.ActivationCheckpoint(
-            mode=train.activation_checkpoint,  # type: ignore[arg-type]
+            mode=train.activation_checkpoint,
             selective_ac_option="op",
         ),
         compile=titan.Compile(enable=train.compile),
@@ -117,7 +117,7 @@ def checkpoint_config(job: StageJob) -> titan.Checkpoint:
         interval=job.stage.every(recipe.checkpoint.interval),
         last_save_model_only=False,
         keep_latest_k=0,
-        async_mode=recipe.checkpoint.async_mode,  # type: ignore[arg-type]
+        async_mode=recipe.checkpoint.async_mode,
     )
 
 
@@ -126,7 +126,7 @@ def _parallelism(recipe: Recipe) -> titan.Parallelism:
     return titan.Parallelism(
         data_parallel_replicate_degree=parallel.replicate,
         data_parallel_shard_degree=parallel.shard,
-        fsdp_reshard_after_forward=parallel.reshard_after_forward,  # type: ignore[arg-type]
+        fsdp_reshard_after_forward=parallel.reshard_after_forward,
         tensor_parallel_degree=parallel.tensor,
         disable_loss_parallel=not parallel.loss_parallel,
         enable_async_tensor_parallel=parallel.async_tensor,

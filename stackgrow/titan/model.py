@@ -60,6 +60,7 @@ class Llama(Transformer):
     """
 
     model_args: LlamaArgs
+    freqs_cis: Tensor
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         with torch.device(buffer_device or self.freqs_cis.device):

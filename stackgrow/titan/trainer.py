@@ -70,17 +70,15 @@ class StageTrainer(Trainer):
     def validate(self) -> None:
         """Mean loss per token over the held-out sequences, the same ones every time and on any number of ranks."""
         job, dims = self.stage_job, self.parallel_dims
+        if job.recipe.validation.sequences == 0:
+            return
         store = TokenStore.open(job.recipe.data.path, split="validation")
         sequences = min(job.recipe.validation.sequences, store.windows(job.stage.seq_len))
-        if sequences == 0:
-            return
         ranks, rank = 1, 0
         if dims.dp_enabled:
             mesh = dims.get_mesh("batch")
             ranks, rank = mesh.size(), mesh.get_local_rank()
-        batches = validation_batches(
-            store, job.stage.seq_len, sequences, job.micro_batch, rank, ranks
-        )
+        batches = validation_batches(store, job.stage.seq_len, sequences, job.micro_batch, rank, ranks)
         total = self._summed_loss(batches)
         loss = dist_utils.dist_sum(total, dims.get_optional_mesh("loss")) / (sequences * job.stage.seq_len)
         self.metrics_processor.log_validation(loss=loss, step=self.step)

@@ -37,9 +37,7 @@ def write_store(folder: Path, shard_tokens: int = 100) -> Path:
             np.save(path, part)
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
             size = path.stat().st_size
-            shards.append(
-                {"file": path.name, "tokens": len(part), "documents": 0, "sha256": sha256, "bytes": size}
-            )
+            shards.append({"file": path.name, "tokens": len(part), "documents": 0, "sha256": sha256, "bytes": size})
         splits[split] = {"tokens": len(tokens), "documents": 0, "shards": shards}
     manifest = {"format": 1, "dtype": "uint16", "vocab_size": 1000, "bos_id": 1, "splits": splits}
     manifest["tokenizer"] = {"file": "tokenizer.model", "sha256": hashlib.sha256(b"").hexdigest()}
@@ -71,10 +69,7 @@ def session(
     store: TokenStore, position: int, steps: int, ranks: int, micro: int, workers: int
 ) -> tuple[list[int], int]:
     """Windows in the order in which ``ranks`` loaders give them, and the position reached."""
-    loaders = [
-        loader(store, ranks, rank, micro, start_position=position, num_workers=workers)
-        for rank in range(ranks)
-    ]
+    loaders = [loader(store, ranks, rank, micro, start_position=position, num_workers=workers) for rank in range(ranks)]
     iterators = [iter(each) for each in loaders]
     order: list[int] = []
     for _ in range(steps * GLOBAL_BATCH // (ranks * micro)):
@@ -195,10 +190,7 @@ class Recorder(WindowDataset):
     """Its labels are the id of the process that reads."""
 
     def __getitems__(self, positions: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [
-            (inputs, torch.full_like(labels, os.getpid()))
-            for inputs, labels in super().__getitems__(positions)
-        ]
+        return [(inputs, torch.full_like(labels, os.getpid())) for inputs, labels in super().__getitems__(positions)]
 
 
 def test_dataset_pickles_and_indexes_singly(store: TokenStore) -> None:
@@ -218,9 +210,7 @@ def test_dataset_pickles_and_indexes_singly(store: TokenStore) -> None:
         ({"seq_len": 1000}, StoreError, "needs 1001"),
     ],
 )
-def test_bad_arguments(
-    store: TokenStore, options: dict[str, int], error: type[Exception], message: str
-) -> None:
+def test_bad_arguments(store: TokenStore, options: dict[str, int], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         loader(store, **options)
 
@@ -265,9 +255,7 @@ def test_permute_spreads_evenly() -> None:
     assert (steps == 1).mean() < 0.004, "two of 1,000 is chance"
 
 
-@pytest.mark.parametrize(
-    ("sequences", "ranks", "micro"), [(1, 1, 1), (10, 1, 4), (10, 2, 3), (61, 4, 4), (3, 4, 2)]
-)
+@pytest.mark.parametrize(("sequences", "ranks", "micro"), [(1, 1, 1), (10, 1, 4), (10, 2, 3), (61, 4, 4), (3, 4, 2)])
 def test_validation_batches(store: TokenStore, sequences: int, ranks: int, micro: int) -> None:
     held_out = TokenStore.open(store.manifest.folder, "validation")
     per_rank = [list(validation_batches(held_out, S, sequences, micro, r, ranks)) for r in range(ranks)]

@@ -60,9 +60,7 @@ def test_split_is_by_document_and_stable(corpus: Path, out: Path) -> None:
         prepare([Source(corpus)], folder, tokenizer=400, validation=0.2)
         store = TokenStore.open(folder, "validation")
         tokenizer = Tokenizer.load(folder / "tokenizer.model")
-        text = tokenizer.decode(
-            [t for t in store.tokens(0, store.n_tokens).tolist() if t != tokenizer.bos_id]
-        )
+        text = tokenizer.decode([t for t in store.tokens(0, store.n_tokens).tolist() if t != tokenizer.bos_id])
         return {line for line in text.splitlines() if line.startswith("def")}
 
     before = validation_documents("a")
@@ -243,10 +241,7 @@ def test_tool(corpus: Path, out: Path) -> None:
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(out)
     for split in manifest.splits.values():
-        assert (
-            f"{split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards)} shards"
-            in done.stdout
-        )
+        assert f"{split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards)} shards" in done.stdout
     assert sum(split.documents for split in manifest.splits.values()) == 40
     again = tool(*arguments, "--train-tokenizer", 400)
     assert again.returncode == 0
@@ -282,9 +277,7 @@ def test_tool_errors(tmp_path: Path, arguments: list[str], message: str) -> None
 def test_stdlib_source_is_code_without_its_tests() -> None:
     names = list(prepare_module._names(prepare_module.stdlib_source(), prepare_module.Skipped()))
     assert {"argparse.py", "json/decoder.py", "asyncio/tasks.py"} <= set(names)
-    assert not [
-        name for name in names if "site-packages" in name or "/test" in f"/{name}".replace("unittest", "")
-    ]
+    assert not [name for name in names if "site-packages" in name or "/test" in f"/{name}".replace("unittest", "")]
 
 
 def test_manifest_names_sources_and_versions(corpus: Path, out: Path) -> None:

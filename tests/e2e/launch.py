@@ -64,7 +64,14 @@ class Workplace:
     folder: Path
 
     def command(self, *sets: str, ranks: int = 0, recipe: str = "tiny.toml") -> list[str]:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+        ]
         arguments = [a for s in sets for a in ("--set", s)]
         return [*(torchrun if ranks else [sys.executable]), RUN_RECIPE, recipe, *arguments]
 

@@ -1,6 +1,5 @@
 """What a run refuses: one message, its own exit code, and nothing lost."""
 
-import os
 import shutil
 import subprocess
 import time
@@ -87,7 +86,7 @@ def test_bad_recipe_is_told_once_under_torchrun(workplace: Workplace, tmp_path: 
     assert output.count("bad.toml: ") == 1
     assert output.index("train.lr: unknown key") < output.index("torch.distributed.elastic")
     assert "exitcode  : 2" in output
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_store_and_wrong_vocabulary(workplace: Workplace, tmp_path: Path) -> None:
@@ -96,7 +95,7 @@ def test_missing_store_and_wrong_vocabulary(workplace: Workplace, tmp_path: Path
     assert "tools/prepare_data.py" in output
     output = workplace.run(f"run.folder={tmp_path}/run", "model.vocab_size=1000", code=2)
     assert "model.vocab_size: 1000 is not the vocabulary of the store" in output
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_ranks_that_do_not_fit(workplace: Workplace, tmp_path: Path) -> None:
@@ -104,4 +103,4 @@ def test_ranks_that_do_not_fit(workplace: Workplace, tmp_path: Path) -> None:
     assert "does not make 1 ranks" in output
     output = workplace.run(f"run.folder={tmp_path}/run", "parallel.pipeline=2", code=2)
     assert "gradients" in output
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -64,9 +64,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
     assert_same_run(run, reference)
 
 
-def test_more_ranks_on_resume_keep_the_order_of_the_data(
-    workplace: Workplace, reference: Path, tmp_path: Path
-) -> None:
+def test_more_ranks_on_resume_keep_the_order_of_the_data(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
     run, place = tmp_path / "run", f"run.folder={tmp_path}/run"
     workplace.kill_when(lambda: steps_logged(run, BASE) >= 10, place)
     workplace.run(place, ranks=2)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 from stackgrow.growth import convert
@@ -251,12 +252,19 @@ def change(model: Tensors, **changed: torch.Tensor | None) -> Tensors:
     ],
     ids=["missing", "extra", "shape", "dtype", "more layers", "fewer layers"],
 )
-def test_another_model_is_refused_before_anything_is_written(
-    tmp_path: Path, model: Tensors, told: str
-) -> None:
+def test_another_model_is_refused_before_anything_is_written(tmp_path: Path, model: Tensors, told: str) -> None:
     save(tmp_path / "source", model)
     with pytest.raises(CheckpointError, match=told):
         grow_checkpoint(tmp_path / "source", tmp_path / "grown", depth(MAPS["stack"]))
+    assert {folder.name for folder in tmp_path.iterdir()} == {"source"}
+
+
+def test_a_source_with_a_chunk_missing_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
+    metadata = read_metadata(source)
+    del metadata.storage_data[MetadataIndex("layers.1.attention.wq.weight", (0, 0))]
+    (source / METADATA).write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.attention\.wq\.weight: its 1 stored chunks do not fill"):
+        grow_checkpoint(source, tmp_path / "grown", depth(MAPS["stack"]))
     assert {folder.name for folder in tmp_path.iterdir()} == {"source"}
 
 
