@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,10 @@ def run(file: str, sets: Sequence[str] = ()) -> None:
     plan, manifest = check(file, sets)
     folder = Path(plan.recipe.folder).absolute()
     hashes = plan.stage_hashes(manifest.hash("train"))
-    refuse_changed(plan, folder, hashes)
     die_with_parent()
     rank = int(os.environ.get("RANK", "0"))
-    with run_lock(folder) if rank == 0 else no_lock():
+    with run_lock(folder) if rank == 0 else nullcontext():  # the others work under rank 0's lock
+        refuse_changed(plan, folder, hashes)
         if rank == 0:
             _open_run(plan, folder, sets, manifest)
         log_to(folder / "logs" / f"rank-{rank}.log")
@@ -102,7 +102,9 @@ def refuse_changed(plan: Plan, folder: Path, hashes: dict[str, str]) -> None:
     """
     known = {stage.name: stage for stage in plan.stages}
     for path in sorted(folder.glob("stage-*")):
-        stored = seal.read_json(path / STAGE_FILE)
+        stored, done = seal.read_json(path / STAGE_FILE), seal.read_json(path / DONE)
+        if done is not None and (stored is None or stored["stage_hash"] != done["stage_hash"]):
+            raise DamagedError(f"{path / DONE} and {path / STAGE_FILE} disagree; restore them or move {path} away")
         if stored is None or stored["stage_hash"] == hashes.get(path.name):
             continue
         changes = ["the recipe has no such stage"]
@@ -246,12 +248,6 @@ def run_lock(folder: Path) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {platform.node()}\n")
         lock.flush()
         yield
-
-
-@contextmanager
-def no_lock() -> Iterator[None]:
-    """The other ranks work under rank 0's lock."""
-    yield
 
 
 def die_with_parent() -> None:

@@ -18,10 +18,10 @@ import torch.distributed.checkpoint as dcp
 from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
 
 from stackgrow import seal
-from stackgrow.errors import DamagedError, NonFiniteError
+from stackgrow.errors import ChangedError, DamagedError, NonFiniteError
 from stackgrow.growth.dcp import SafePlanner, SafeReader, is_model_key, read_metadata, tensor_shapes
 from stackgrow.titan.job import StageJob, checkpoint_config
-from stackgrow.titan.shards import fingerprints
+from stackgrow.titan.shards import fingerprints, shard_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ class StageCheckpoints(CheckpointManager):
         manifest = seal.read_seal(source)
         if manifest is None:
             raise DamagedError(f"{source}: the stage's input is not sealed; run the growth stage again")
+        if folder is not None and manifest["stage_hash"] != self.job.stage_hash:
+            raise ChangedError(f"{source} was made by another recipe; move it away or undo the change")
         states = self._states_to_load(model_only=folder is None)
         check_same_tensors(source, self.states[MODEL].state_dict())
         self.dcp_load(states, str(source), from_hf=False, from_quantized=False)
@@ -136,8 +138,8 @@ class StageCheckpoints(CheckpointManager):
 
     def _refuse_nonfinite(self, step: int) -> None:
         """A model with a NaN or infinite weight is never saved, so that the last good checkpoint stays the newest."""
-        shards = [getattr(w, "_local_tensor", w) for w in self._weights().values()]
-        finite = torch.stack([torch.isfinite(s).all() for s in shards]).all().to(torch.int32)
+        finite = torch.stack([torch.isfinite(shard_of(w).local).all() for w in self._weights().values()]).all()
+        finite = finite.to(torch.int32)
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite.item():
             raise NonFiniteError(f"{self.job.stage.name}: weights are not finite at step {step}")

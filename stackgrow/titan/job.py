@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
@@ -173,5 +174,5 @@ def _build_loader(*, dp_world_size: int, dp_rank: int, job_config: StageJobConfi
         dp_world_size=dp_world_size,
         start_position=job.stage.start_sequences,
         num_workers=job.recipe.data.workers,
-        pin_memory=False,
+        pin_memory=torch.cuda.is_available(),
     )

@@ -19,6 +19,21 @@ def test_edited_recipe_does_not_go_on_in_the_old_folder(workplace: Workplace, re
     assert "Traceback" not in output
 
 
+def test_checkpoint_of_another_recipe_is_not_taken_over(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
+    """stage.json is gone, but every checkpoint names the stage that it belongs to."""
+    run = tmp_path / "run"
+    shutil.copytree(reference, run, ignore=shutil.ignore_patterns(GROW, TARGET, "DONE", "stage.json"))
+    output = workplace.run(f"run.folder={run}", "train.learning_rate=1e-3", code=65)
+    assert "step-20 was made by another recipe" in output
+
+
+def test_done_of_another_stage_is_noticed(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    shutil.copy(run / GROW / "DONE", run / TARGET / "DONE")
+    assert "disagree" in workplace.run(f"run.folder={run}", code=65)
+
+
 def test_free_keys_may_change(workplace: Workplace, reference: Path) -> None:
     output = workplace.run("run.folder=reference", "log.interval=5 steps", "train.compile=true")
     assert output.count("done before") == 3
