@@ -11,6 +11,8 @@ from typing import Any
 
 from stackgrow import guidelines
 from stackgrow.growth.depth import interleave_map, stack_map
+from stackgrow.growth.operators import growth_rules
+from stackgrow.growth.rules import GrowthError
 from stackgrow.kinds import Duration, human, nearest
 from stackgrow.load import Problem, RecipeError, canonical_hash, to_dict
 from stackgrow.recipe import Growth, Model, Recipe, Train
@@ -107,12 +109,22 @@ class GrowStage:
     source: Model
     target: Model
     operator: str
-    layer_map: tuple[int, ...]
+    layer_map: tuple[int, ...] | None  # None: the depth stays
+    noise: float
+    seed: int  # the recipe's, made different for every growth
     kind: str = "grow"
 
     @property
     def name(self) -> str:
         return f"stage-{self.index}-grow"
+
+    @property
+    def change(self) -> str:
+        """``2 -> 8 layers, dim 64 -> 128``."""
+        names = ("dim", "n_heads", "n_kv_heads", "ffn_dim")
+        pairs = [(name, getattr(self.source, name), getattr(self.target, name)) for name in names]
+        widths = [f", {name} {before} -> {after}" for name, before, after in pairs if before != after]
+        return f"{self.source.n_layers} -> {self.target.n_layers} layers" + "".join(widths)
 
 
 Stage = TrainStage | GrowStage
@@ -194,7 +206,7 @@ class _Hop:
     where: str
     source: Model
     target: Model
-    layer_map: tuple[int, ...]
+    layer_map: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -223,13 +235,7 @@ def _parts(recipe: Recipe, hops: Sequence[_Hop]) -> list[_Part]:
 
 
 def _geometry_problems(recipe: Recipe) -> Iterator[Problem]:
-    m = recipe.model
-    if m.dim % m.n_heads:
-        yield "model.n_heads", f"{m.n_heads} does not divide model.dim = {m.dim}; choose a divisor of {m.dim}"
-    elif m.head_dim % 2:
-        yield "model.n_heads", f"gives heads of odd width {m.head_dim}; rotary embeddings need an even one"
-    if m.n_heads % m.kv_heads:
-        yield "model.n_kv_heads", f"{m.kv_heads} does not divide model.n_heads = {m.n_heads}"
+    yield from _head_problems(recipe.model, "model")
     if recipe.growth and recipe.base is None:
         yield (
             "base",
@@ -239,8 +245,18 @@ def _geometry_problems(recipe: Recipe) -> Iterator[Problem]:
         yield "growth", "is missing; [base] needs a [[growth]] that leads from it to [model]"
 
 
+def _head_problems(m: Model, where: str) -> Iterator[Problem]:
+    if m.dim % m.n_heads:
+        yield f"{where}.n_heads", f"{m.n_heads} does not divide {where}.dim = {m.dim}; choose a divisor of {m.dim}"
+    elif m.head_dim % 2:
+        yield f"{where}.n_heads", f"gives heads of odd width {m.head_dim}; rotary embeddings need an even one"
+    if m.n_heads % m.kv_heads:
+        yield f"{where}.n_kv_heads", f"{m.kv_heads} does not divide {where}.n_heads = {m.n_heads}"
+
+
 def _parallel_problems(recipe: Recipe) -> Iterator[Problem]:
     p, m, seq_len = recipe.parallel, recipe.model, recipe.data.seq_len
+    base = recipe.base.model if recipe.base else {}
     if p.pipeline > 1:
         yield (
             "parallel.pipeline",
@@ -250,8 +266,9 @@ def _parallel_problems(recipe: Recipe) -> Iterator[Problem]:
     if p.context > 1:
         yield "parallel.context", f"{p.context} is not supported; use parallel.shard and parallel.tensor"
     for name in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
-        if (size := getattr(m, name)) % p.tensor:
-            yield "parallel.tensor", f"{p.tensor} does not divide model.{name} = {size}"
+        for where, size in (("model", getattr(m, name)), ("base.model", base.get(name))):
+            if size and size % p.tensor:
+                yield "parallel.tensor", f"{p.tensor} does not divide {where}.{name} = {size}"
     if p.tensor > 1 and seq_len % (2 * p.tensor):
         yield "parallel.tensor", f"data.seq_len = {seq_len} must be a multiple of 2 x tensor = {2 * p.tensor}"
 
@@ -261,20 +278,47 @@ def _resolve_growths(recipe: Recipe) -> tuple[list[_Hop], list[Problem]]:
     hops: list[_Hop] = []
     if not recipe.growth or recipe.base is None:
         return hops, []
-    source = dataclasses.replace(recipe.model, n_layers=recipe.base.n_layers or recipe.model.n_layers)
+    source = _resized(recipe.model, recipe.base.model, recipe.base.n_layers or recipe.model.n_layers)
+    if recipe.base.model and (problems := list(_head_problems(source, "base.model"))):
+        return hops, problems
     for index, growth in enumerate(recipe.growth):
-        where = f"growth[{index}]"
+        where, last = f"growth[{index}]", index == len(recipe.growth) - 1
         if problems := list(_growth_problems(recipe, growth, source.n_layers, where)):
             return hops, problems  # the next growth's source is unknown
-        layer_map = _layer_map(growth, source.n_layers, recipe.model.n_layers)
-        target = dataclasses.replace(source, n_layers=len(layer_map))
+        layer_map = _layer_map(growth, source.n_layers, recipe.model.n_layers if last else source.n_layers)
+        n_layers = len(layer_map) if layer_map else source.n_layers
+        target = _resized(recipe.model if last else source, growth.model, n_layers)
         hops.append(_Hop(growth, where, source, target, layer_map))
+        if growth.model and (problems := list(_head_problems(target, f"{where}.model"))):
+            return hops, problems
+        if problems := list(_operator_problems(hops[-1], recipe.model, last)):
+            return hops, problems
         source = target
     if source.n_layers == recipe.model.n_layers:
         return hops, []
     path = " -> ".join(str(n) for n in [hops[0].source.n_layers, *(hop.target.n_layers for hop in hops)])
     rule = f"lead {path} layers, but model.n_layers = {recipe.model.n_layers}"
     return hops, [("growth", f"the growths {rule}; change base.n_layers, a factor, or give a layer_map")]
+
+
+def _resized(model: Model, widths: dict[str, Any], n_layers: int) -> Model:
+    """``model`` with other widths and depth; key/value heads follow the heads where there are as many."""
+    if "n_heads" in widths and model.n_kv_heads == model.n_heads:
+        widths = {"n_kv_heads": widths["n_heads"], **widths}
+    return dataclasses.replace(model, n_layers=n_layers, **widths)
+
+
+def _operator_problems(hop: _Hop, final: Model, last: bool) -> Iterator[Problem]:
+    """Whether the operator is defined between these two models: its rules are made, and nothing is computed."""
+    if last and hop.growth.model and dataclasses.replace(final, n_layers=hop.target.n_layers) != hop.target:
+        yield f"{hop.where}.model", "differs from [model], to which the last growth leads; remove it"
+        return
+    if any(_head_problems(final, "model")):
+        return  # told already
+    try:
+        growth_rules(hop.growth.operator, hop.source, hop.target, hop.layer_map)
+    except GrowthError as error:
+        yield hop.where, str(error)
 
 
 def _growth_problems(recipe: Recipe, growth: Growth, n_source: int, where: str) -> Iterator[Problem]:
@@ -298,8 +342,9 @@ def _growth_problems(recipe: Recipe, growth: Growth, n_source: int, where: str) 
                 f"{growth.factor} makes {n} layers of {n_source}; the limit is {MAX_LAYERS}",
             )
     elif len(recipe.growth) > 1:
-        yield f"{where}.factor", "is missing; with several growths each needs a factor or a layer_map"
-    elif recipe.model.n_layers % n_source or recipe.model.n_layers == n_source:
+        if not growth.model:
+            yield f"{where}.factor", "is missing; with several growths each needs a factor, a layer_map or a model"
+    elif recipe.model.n_layers % n_source:
         yield (
             f"{where}.factor",
             f"is missing, and none leads from {n_source} layers to model.n_layers = {recipe.model.n_layers}; "
@@ -307,10 +352,12 @@ def _growth_problems(recipe: Recipe, growth: Growth, n_source: int, where: str) 
         )
 
 
-def _layer_map(growth: Growth, n_source: int, n_final: int) -> tuple[int, ...]:
+def _layer_map(growth: Growth, n_source: int, n_final: int) -> tuple[int, ...] | None:
     if growth.layer_map is not None:
         return growth.layer_map
     n_target = n_source * growth.factor if growth.factor else n_final
+    if n_target == n_source:
+        return None
     return tuple((stack_map if growth.order == "stack" else interleave_map)(n_source, n_target))
 
 
@@ -329,7 +376,10 @@ def _resolve_stages(recipe: Recipe, parts: Sequence[_Part], problems: list[Probl
         tokens, sequences = tokens + stage.tokens, sequences + count * stage.batch_sequences
         steps, flops = steps + count, flops + stage.flops
         if hop := part.hop:
-            stages.append(GrowStage(index + 1, hop.source, hop.target, hop.growth.operator, hop.layer_map))
+            growth, seed = hop.growth, recipe.seed + index + 1
+            stages.append(
+                GrowStage(index + 1, hop.source, hop.target, growth.operator, hop.layer_map, growth.noise, seed)
+            )
     return stages
 
 
@@ -409,7 +459,7 @@ def _notes(recipe: Recipe, hops: Sequence[_Hop]) -> Iterator[str]:
             note = f"{hop.where}.timing: guideline d = {human(_auto_timing(recipe, hop))} tokens"
             fit = "" if guidelines.in_fitted_range(n, c) else ", extrapolated: fitted up to 3B, 1.2e21"
             yield f"{note} (N = {human(n)}, C = 6 N D = {c:.2e}{fit})"
-        if unused := sorted(set(range(hop.source.n_layers)) - set(hop.layer_map)):
+        if unused := sorted(set(range(hop.source.n_layers)) - set(hop.layer_map or range(hop.source.n_layers))):
             yield f"{hop.where}.layer_map: source layers {', '.join(map(str, unused))} are dropped"
 
 
@@ -427,8 +477,12 @@ def world_problems(plan: Plan, world_size: int) -> Iterator[Problem]:
         )
         return
     data_ranks = world_size // p.tensor
-    if p.tensor > 1 and data_ranks == p.replicate and p.replicate > 1:
-        yield "parallel.replicate", "torchtitan cannot replicate tensor-parallel models; use parallel.shard"
+    if p.replicate > 1 and data_ranks == p.replicate:
+        yield (
+            "parallel.replicate",
+            f"{p.replicate} without sharding is DDP, in which torchtitan 0.2.2 divides gradients by the number of "
+            "ranks once too often; use parallel.shard, alone or with replicate (HSDP)",
+        )
     if p.tensor > 1 and data_ranks == 1 and any(s.train.precision == "bf16" for s in plan.train_stages):
         yield (
             "train.precision",

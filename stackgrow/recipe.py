@@ -13,7 +13,7 @@ from typing import Any
 from stackgrow import kinds
 from stackgrow.kinds import Duration, Kind
 
-OPERATORS = ("stack",)
+OPERATORS = ("stack", "split", "zero")
 
 
 def key(kind: Kind, help: str, *default: Any, free: bool = False) -> Any:
@@ -145,10 +145,22 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Widths:
+    """The widths of a model that growth can change; those that are not given stay."""
+
+    dim: int = key(kinds.integer(2), "hidden width D", None)
+    n_heads: int = key(kinds.integer(), "attention heads", None)
+    n_kv_heads: int = key(kinds.integer(), "key/value heads; n_heads where [model] has as many", None)
+    ffn_dim: int = key(kinds.integer(), "width F of the SwiGLU layer", None)
+    norm_eps: float = key(kinds.number(0, 1, above=True), "epsilon of RMSNorm", None)
+
+
+@dataclass(frozen=True)
 class Base:
     """What differs from [model] in the model that training starts from."""
 
     n_layers: int | None = key(kinds.integer(1, 4096), "layers of the base model", None)
+    model: dict[str, Any] = overrides(Widths, "widths of the base model that differ from [model]'s")
     train: dict[str, Any] = overrides(Train, "keys of [train] that differ in the base stage")
 
 
@@ -156,7 +168,11 @@ class Base:
 class Growth:
     """One growth of the model, and the stage that trains the grown model."""
 
-    operator: str = key(kinds.choice(*OPERATORS), '"stack": depthwise G_direct, G_stack (paper, Algorithm 1)')
+    operator: str = key(
+        kinds.choice(*OPERATORS),
+        '"stack": whole layers copied, G_stack; "split": neurons copied, G_direct widthwise; '
+        '"zero": new parameters whose outputs are zero (paper, appendix A)',
+    )
     timing: Duration | str = key(
         kinds.duration(1, words=("auto",)),
         'tokens since the start of the run at this growth; "auto": guideline',
@@ -166,6 +182,10 @@ class Growth:
         kinds.layer_list(), "instead of factor: the source layer of each target layer", None
     )
     order: str = key(kinds.choice("stack", "interleave"), "with factor: 0 1 0 1, or 0 0 1 1", "stack")
+    noise: float = key(
+        kinds.number(0, 1), "share of random weights blended into the grown ones (paper, appendix I: 0.2)", 0.0
+    )
+    model: dict[str, Any] = overrides(Widths, "widths after this growth; the last growth leads to [model]")
     train: dict[str, Any] = overrides(Train, "keys of [train] that differ in the stage after this growth")
 
 

@@ -182,10 +182,11 @@ def _run_stage(plan: Plan, stage: Stage, path: Path, parent: Path | None, hashes
         run_stage(StageJob(plan.recipe, stage, hashes[stage.name], path, store, source))
     else:
         output = path / "checkpoint"
+        assert source is not None
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        line = grow(stage, hashes[stage.name], source, output, rank=rank, world_size=world_size, barrier=barrier)
         if rank == 0:
-            assert source is not None
-            print(grow(stage, hashes[stage.name], source, output), flush=True)
-        barrier()
+            print(line, flush=True)
     if rank == 0:
         done = _done_record(plan, stage, path, output, hashes, time.monotonic() - started)
         seal.write_json(path / DONE, done)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed.checkpoint.metadata as meta
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from stackgrow.fingerprint import fingerprint
 from stackgrow.growth.dcp import METADATA, CheckpointError, is_model_key, places, read_metadata, read_tensor
 from stackgrow.growth.rules import Alias, Compute, Rules
 
@@ -67,12 +68,12 @@ def write_part(source: Path, target: Path, rules: Rules, rank: int = 0, world_si
     if not names:
         return
     metadata = _read_source(source, rules)
-    index: dict[str, tuple[str, int, int]] = {}
+    index: dict[str, tuple[str, int, int, str]] = {}
     with (_work(target) / _part(metadata, rank)).open("wb") as stream:
         for name in names:
             offset = stream.tell()
-            dtype = _write_tensor(source, metadata, rules, name, stream)
-            index[name] = (dtype, offset, stream.tell() - offset)
+            dtype, mark = _write_tensor(source, metadata, rules, name, stream)
+            index[name] = (dtype, offset, stream.tell() - offset, mark)
         _sync(stream)
     _index(target, rank).write_text(json.dumps(index))  # last: it vouches for the part
 
@@ -88,8 +89,9 @@ def commit(source: Path, target: Path, rules: Rules, world_size: int = 1) -> dic
         storage_data={},
         storage_meta=meta.StorageMeta(checkpoint_id=str(target)),
     )
+    marks: dict[str, str] = {}
     for rank in range(world_size):
-        _add_part(old, new, target, rules, rank, world_size)
+        marks |= _add_part(old, new, target, rules, rank, world_size)
     files = _add_aliases(old, new, rules)
     linked = [name for name in files if _link(source / name, work / name)]
     with (work / METADATA).open("wb") as stream:
@@ -104,6 +106,7 @@ def commit(source: Path, target: Path, rules: Rules, world_size: int = 1) -> dic
     return {
         "map": {name: rule.source if isinstance(rule, Alias) else notes[name] for name, rule in rules.targets.items()},
         "dropped": sorted(rules.dropped),
+        "fingerprints": marks,
         "linked_files": linked,
         "copied_files": [name for name in files if name not in linked],
         "bytes_written": written,
@@ -147,23 +150,26 @@ def _add_aliases(old: meta.Metadata, new: meta.Metadata, rules: Rules) -> list[s
     return sorted(files)
 
 
-def _add_part(old: meta.Metadata, new: meta.Metadata, target: Path, rules: Rules, rank: int, world_size: int) -> None:
-    """Enter what one rank computed into the new metadata."""
+def _add_part(
+    old: meta.Metadata, new: meta.Metadata, target: Path, rules: Rules, rank: int, world_size: int
+) -> dict[str, str]:
+    """Enter what one rank computed into the new metadata; returns the fingerprints."""
     file, names = _index(target, rank), _share(rules, rank, world_size)
     index = json.loads(file.read_text()) if file.exists() else {}
     if set(index) != set(names):
         raise CheckpointError(f"rank {rank} of {world_size} has not written its part of {target}")
-    for name, (dtype, offset, length) in index.items():
+    for name, (dtype, offset, length, _) in index.items():
         shape = torch.Size(rules.target_shapes[name])
         chunk = meta.ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
         properties = meta.TensorProperties(dtype=getattr(torch, dtype))
         new.state_dict_metadata[name] = meta.TensorStorageMetadata(properties, shape, [chunk])
         new.storage_data[meta.MetadataIndex(name, chunk.offsets)] = _StorageInfo(_part(old, rank), offset, length)
     file.unlink(missing_ok=True)
+    return {name: mark for name, (*_, mark) in index.items()}
 
 
-def _write_tensor(source: Path, metadata: meta.Metadata, rules: Rules, name: str, stream: IO[bytes]) -> str:
-    """Compute one target tensor and append it to the part; returns its dtype's name."""
+def _write_tensor(source: Path, metadata: meta.Metadata, rules: Rules, name: str, stream: IO[bytes]) -> tuple[str, str]:
+    """Compute one target tensor and append it to the part; returns its dtype's name and its fingerprint."""
     rule, shape = rules.targets[name], rules.target_shapes[name]
     assert isinstance(rule, Compute)
     sources = [read_tensor(source, metadata, fqn) for fqn in rule.sources]
@@ -176,7 +182,7 @@ def _write_tensor(source: Path, metadata: meta.Metadata, rules: Rules, name: str
         )
     # torch.save writes a whole storage, also what a view of it does not show.
     torch.save(tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone(), stream)
-    return str(tensor.dtype).removeprefix("torch.")
+    return str(tensor.dtype).removeprefix("torch."), fingerprint(tensor)
 
 
 def _share(rules: Rules, rank: int, world_size: int) -> list[str]:

@@ -2,50 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from stackgrow import seal
 from stackgrow.growth import convert
-from stackgrow.growth.depth import depth_rules
+from stackgrow.growth.noise import noisy_rules
+from stackgrow.growth.operators import growth_rules
 from stackgrow.growth.rules import Alias, Rules
 from stackgrow.plan import GrowStage
 
 
-def grow(stage: GrowStage, stage_hash: str, source: Path, target: Path) -> str:
-    """Grows checkpoint ``source`` into ``target`` and returns a line that says so; one rank calls this.
+def grow(
+    stage: GrowStage,
+    stage_hash: str,
+    source: Path,
+    target: Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], object] = lambda: None,
+) -> str:
+    """Grows checkpoint ``source`` into ``target``, all ranks together, and returns a line that says so.
 
     Whatever an interrupted attempt left is moved aside and the growth done again: it is a function of its source.
     """
-    if seal.read_seal(target) is not None:
+    done = seal.read_seal(target) is not None
+    barrier()  # before rank 0 changes what the others look at
+    if done:
         return f"{stage.name}  grown before"
-    if target.exists():
-        seal.move_to_quarantine(target)
-    rules = depth_rules(stage.layer_map, stage.source, stage.target)
-    record = convert.grow_checkpoint(source, target, rules)
-    _seal_grown(stage, stage_hash, source, target, rules, record)
-    return (
-        f"{stage.name}  {stage.operator} {stage.source.n_layers} -> {stage.target.n_layers} layers in "
-        f"{1000 * record['seconds']:.0f} ms, {record['bytes_written']} bytes written"
-    )
+    rules = rules_of(stage)
+    if rank == 0:
+        if target.exists():
+            seal.move_to_quarantine(target)
+        convert.begin(source, target, rules)
+    barrier()
+    convert.write_part(source, target, rules, rank, world_size)
+    barrier()
+    line = ""
+    if rank == 0:
+        record = convert.commit(source, target, rules, world_size)
+        _seal_grown(stage, stage_hash, source, target, rules, record)
+        line = f"{stage.name}  {stage.operator} {stage.change}, {record['bytes_written']} bytes written"
+    barrier()
+    return line
+
+
+def rules_of(stage: GrowStage) -> Rules:
+    """The rule of every target tensor of a stage."""
+    rules = growth_rules(stage.operator, stage.source, stage.target, stage.layer_map, stage.seed)
+    return noisy_rules(rules, stage.target.n_layers, stage.noise, stage.seed) if stage.noise else rules
 
 
 def _seal_grown(
     stage: GrowStage, stage_hash: str, source: Path, target: Path, rules: Rules, record: dict[str, Any]
 ) -> None:
-    """A linked file is the source's own, so its SHA-256 is known; an aliased tensor has its source's fingerprint,
-    which the next stage must find again in what it loads."""
+    """A linked file is the source's own, so its SHA-256 is known; an aliased tensor has its source's fingerprint.
+    The next stage must find every fingerprint again in what it loads."""
     before = seal.read_seal(source)
     assert before is not None, "run.py hands over sealed checkpoints only"
-    tensors = {name: before["tensors"][r.source] for name, r in rules.targets.items() if isinstance(r, Alias)}
+    aliased = {name: before["tensors"][r.source] for name, r in rules.targets.items() if isinstance(r, Alias)}
+    tensors = aliased | record.pop("fingerprints")
     growth = {
         "operator": stage.operator,
-        "layer_map": list(stage.layer_map),
-        "source": {
-            "checkpoint": str(source),
-            "stage_hash": before["stage_hash"],
-            "position": before["position"],
-        },
+        "layer_map": list(stage.layer_map) if stage.layer_map else None,
+        "noise": stage.noise,
+        "seed": stage.seed,
+        "source": {"checkpoint": str(source), "stage_hash": before["stage_hash"], "position": before["position"]},
         **record,
         "tensors": tensors,
     }

@@ -103,8 +103,12 @@ def _aligned(rows: Table) -> list[str]:
 
 
 def _growth(stage: GrowStage) -> Iterator[str]:
-    head = f"{stage.name}   {stage.operator}, {stage.source.n_layers} -> {stage.target.n_layers} layers: "
-    yield from _wrapped(head + compact_map(stage.layer_map))
+    noise = f", noise {stage.noise:g}" if stage.noise else ""
+    head = f"{stage.name}   {stage.operator}, {stage.change}{noise}"
+    if stage.layer_map is None:
+        yield from _wrapped(head)
+        return
+    yield from _wrapped(f"{head}: {compact_map(stage.layer_map)}")
     yield from _wrapped(f"  layer map {list(stage.layer_map)}")
 
 
@@ -163,8 +167,10 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 def _stage_dict(stage: TrainStage | GrowStage) -> dict[str, Any]:
     if isinstance(stage, GrowStage):
         layers = {"source_layers": stage.source.n_layers, "target_layers": stage.target.n_layers}
-        map_ = {"operator": stage.operator, "layer_map": list(stage.layer_map)}
-        return {"name": stage.name, "kind": stage.kind, **layers, **map_}
+        widths = {"source_dim": stage.source.dim, "target_dim": stage.target.dim}
+        layer_map = list(stage.layer_map) if stage.layer_map else None
+        map_ = {"operator": stage.operator, "layer_map": layer_map, "noise": stage.noise}
+        return {"name": stage.name, "kind": stage.kind, **layers, **widths, **map_}
     rates = (stage.learning_rate(1), stage.train.learning_rate, stage.learning_rate(stage.steps))
     return {
         "name": stage.name,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
+from stackgrow.growth.draw import draw, generator
 from stackgrow.recipe import Model
 from stackgrow.titan.shards import shard_of
 
@@ -66,12 +65,9 @@ class Llama(Transformer):
         with torch.device(buffer_device or self.freqs_cis.device):
             self.freqs_cis = self._precompute_freqs_cis()
         for name, parameter in self.named_parameters():
-            shard = shard_of(parameter)
-            if parameter.dim() == 1:  # RMSNorm
-                shard.local.fill_(1.0)
-            else:
-                whole = draw(plain_name(name), shard.shape, self.model_args)
-                shard.local.copy_(whole[shard.slices])
+            shard, name = shard_of(parameter), plain_name(name)
+            whole = draw(name, shard.shape, self.model_args, generator(self.model_args.seed, name))
+            shard.local.copy_(whole[shard.slices])
 
 
 def plain_name(name: str) -> str:
@@ -79,37 +75,6 @@ def plain_name(name: str) -> str:
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
-
-
-def draw(name: str, shape: tuple[int, ...], args: LlamaArgs) -> Tensor:
-    """The initial value of a matrix, [d_out, d_in] or [vocabulary, D], float32 on the CPU."""
-    digest = hashlib.sha256(f"{args.seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    whole = torch.empty(shape, device="cpu", dtype=torch.float32)
-    if args.init == "paper":
-        return whole.normal_(0.0, paper_std(name, shape, args.n_layers), generator=generator)
-    std, cut = torchtitan_std(name, args.dim)
-    if math.isinf(cut):
-        return whole.normal_(0.0, std, generator=generator)
-    return nn.init.trunc_normal_(whole, 0.0, std, -cut, cut, generator=generator)
-
-
-def paper_std(name: str, shape: tuple[int, ...], n_layers: int) -> float:
-    """sqrt(2 / (5 d_in)) for the embedding and every linear, 1 / (sqrt(d_in) L) for the MLP output w2
-    (official code, tongxuluo/prts; the embedding's d_in is the width D)."""
-    d_in = shape[1]
-    return 1 / (math.sqrt(d_in) * n_layers) if name.endswith("feed_forward.w2.weight") else math.sqrt(2 / (5 * d_in))
-
-
-def torchtitan_std(name: str, dim: int) -> tuple[float, float]:
-    """Standard deviation and cut-off of torchtitan's Llama 3 (models/llama3/model/model.py, ``depth_init``)."""
-    if name == "tok_embeddings.weight":
-        return 1.0, math.inf
-    if name == "output.weight":
-        return dim**-0.5, 3 * dim**-0.5
-    if name.endswith(("wo.weight", "w2.weight", "w3.weight")):
-        return 0.02 / math.sqrt(2 * (int(name.split(".")[1]) + 1)), 2.0
-    return 0.02, 2.0
 
 
 def parallelize(model: Any, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,8 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-CHUNK = 1 << 22  # elements hashed at a time: bounds the memory of a fingerprint to a few times 32 MB
-_MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # golden-ratio multiplier of splitmix64, as a signed 64-bit number
+from stackgrow.fingerprint import hexadecimal, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -43,44 +41,12 @@ def shard_of(tensor: Tensor) -> Shard:
 
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """A 64-bit fingerprint of each float32 tensor's bits, equal for every sharding; collective over all ranks.
-
-    The sum, modulo 2^64, of each element's bits times an odd number drawn from its place in the whole tensor: sums
-    of pieces add up, and no single changed element, swapped tensor or shifted row goes unnoticed. It guards
-    against faults, not against an attacker, who would be caught by the SHA-256 of the files.
-    """
+    """The fingerprint of each tensor, equal for every sharding; collective over all ranks."""
     names = sorted(tensors)
-    device = tensors[names[0]].device
-    sums = torch.zeros(len(names), dtype=torch.int64, device=device)
+    sums = torch.zeros(len(names), dtype=torch.int64, device=tensors[names[0]].device)
     for i, name in enumerate(names):
         shard = shard_of(tensors[name].detach())
         if shard.owned and shard.local.numel():
-            sums[i] = _weighted_sum(shard)
+            sums[i] = weighted_sum(shard.local, shard.shape, shard.offset)
     torch.distributed.all_reduce(sums)
-    return {n: f"{s & (2**64 - 1):016x}" for n, s in zip(names, sums.tolist(), strict=True)}
-
-
-def combined(prints: Mapping[str, str]) -> str:
-    """One SHA-256 over all fingerprints of a model."""
-    return hashlib.sha256("".join(f"{n}={prints[n]};" for n in sorted(prints)).encode()).hexdigest()
-
-
-def _weighted_sum(shard: Shard) -> Tensor:
-    flat = shard.local.reshape(shard.local.shape[0], -1).contiguous().view(torch.int32)
-    rows, width = flat.shape
-    row_stride = 1
-    for size in shard.shape[1:]:
-        row_stride *= size
-    # Only the first dimension and, in 2-D tensors, the second are ever sharded.
-    column = shard.offset[1] if len(shard.offset) > 1 else 0
-    columns = torch.arange(column, column + width, device=flat.device, dtype=torch.int64)
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    step = max(1, CHUNK // max(width, 1))
-    for start in range(0, rows, step):
-        bits = flat[start : start + step].to(torch.int64)
-        first = shard.offset[0] + start
-        row = torch.arange(first, first + bits.shape[0], device=flat.device, dtype=torch.int64)
-        place = (row * row_stride)[:, None] + columns[None, :]
-        mixed = place * _MIX
-        total += (bits * ((mixed ^ (mixed >> 29)) * _MIX | 1)).sum()
-    return total
+    return {name: hexadecimal(total) for name, total in zip(names, sums.tolist(), strict=True)}

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torchtitan.models.llama3 import Transformer
 
+from stackgrow.growth.draw import draw, generator, paper_std
 from stackgrow.recipe import Model
-from stackgrow.titan.model import Llama, draw, model_args, paper_std, plain_name
+from stackgrow.titan.model import Llama, model_args, plain_name
 
 # Paper's FFN widths by hidden width, odd widths, and one narrower than 8 D / 3 would ever give.
 FFN = [(1024, 2816), (2048, 5632), (2560, 7040), (4096, 11008), (128, 352), (64, 177), (64, 32), (6, 1)]
@@ -134,8 +135,9 @@ def test_names_survive_compile_and_recomputation_wrappers() -> None:
 
 def test_draw_is_pinned() -> None:
     """Weights drawn by an older version must be drawn again alike: a recipe names its seed and means these."""
-    args = model_args(Model(family="llama2", dim=4, n_layers=1, n_heads=1, ffn_dim=4, vocab_size=4), 3407)
-    weight = draw("layers.0.attention.wq.weight", (4, 4), args)
+    model = Model(family="llama2", dim=4, n_layers=1, n_heads=1, ffn_dim=4, vocab_size=4)
+    name = "layers.0.attention.wq.weight"
+    weight = draw(name, (4, 4), model, generator(3407, name))
     assert weight.flatten()[:3].tolist() == pytest.approx(PINNED, rel=1e-6)
 
 

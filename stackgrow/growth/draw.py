@@ -1,0 +1,65 @@
+"""Initial weights, drawn alike by whoever draws them: every tensor has its own generator."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Initialized(Protocol):
+    """A model's geometry, the recipe's or torchtitan's."""
+
+    @property
+    def init(self) -> str: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def n_layers(self) -> int: ...
+
+
+def generator(*key: object) -> torch.Generator:
+    """A CPU generator seeded by the key: (seed, tensor name), or with a word between for draws that must differ."""
+    import torch
+
+    digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def draw(name: str, shape: tuple[int, ...], model: Initialized, rng: torch.Generator) -> Tensor:
+    """The initial value of a tensor of ``model``, by its ``init``: a matrix [d_out, d_in] or [vocabulary, D], or
+    an RMSNorm weight (ones). float32 on the CPU."""
+    import torch
+    from torch import nn
+
+    if len(shape) == 1:
+        return torch.ones(shape)
+    whole = torch.empty(shape)
+    if model.init == "paper":
+        return whole.normal_(0.0, paper_std(name, shape, model.n_layers), generator=rng)
+    std, cut = torchtitan_std(name, model.dim)
+    if math.isinf(cut):
+        return whole.normal_(0.0, std, generator=rng)
+    return nn.init.trunc_normal_(whole, 0.0, std, -cut, cut, generator=rng)
+
+
+def paper_std(name: str, shape: tuple[int, ...], n_layers: int) -> float:
+    """sqrt(2 / (5 d_in)) for the embedding and every linear, 1 / (sqrt(d_in) L) for the MLP output w2
+    (official code, tongxuluo/prts; the embedding's d_in is the width D)."""
+    d_in = shape[1]
+    return 1 / (math.sqrt(d_in) * n_layers) if name.endswith("feed_forward.w2.weight") else math.sqrt(2 / (5 * d_in))
+
+
+def torchtitan_std(name: str, dim: int) -> tuple[float, float]:
+    """Standard deviation and cut-off of torchtitan's Llama 3 (models/llama3/model/model.py, ``depth_init``)."""
+    if name == "tok_embeddings.weight":
+        return 1.0, math.inf
+    if name == "output.weight":
+        return dim**-0.5, 3 * dim**-0.5
+    if name.endswith(("wo.weight", "w2.weight", "w3.weight")):
+        return 0.02 / math.sqrt(2 * (int(name.split(".")[1]) + 1)), 2.0
+    return 0.02, 2.0

@@ -1,0 +1,116 @@
+"""G_learn (LiGO): the target's weights as learned linear maps of the source's. Here: the maps, and folding them in.
+
+Paper: arXiv 2405.15319, appendix A.6. B matrices widen, [target channels, source channels]; D matrices mix layers,
+[L, l]. Eq. 40 prints the head without the transpose that its shapes need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stackgrow.growth.draw import generator
+from stackgrow.growth.rules import Compute, GrowthError, Rule, Rules
+from stackgrow.growth.width import AXES, check_widths, kept_channels, kind, repeats
+from stackgrow.recipe import Model
+
+LAYER_KINDS = tuple(name for name in AXES if name not in ("tok_embeddings", "norm", "output"))
+CHANNELS = {"emb": "stream", "q": "query", "k": "key", "v": "key", "mlp": "ffn"}  # of each B, in the words of AXES
+ROWS = 4096  # of the embedding and the head, computed in float64 at a time
+
+
+@dataclass(frozen=True)
+class HyperNetwork:
+    """What LiGO learns: ``widths`` {"emb", "q", "k", "v", "mlp": B}, ``depths`` {name in LAYER_KINDS: D}."""
+
+    widths: Mapping[str, Tensor]
+    depths: Mapping[str, Tensor]
+
+
+def initial_network(source: Model, target: Model, seed: int) -> HyperNetwork:
+    """B: the identity on the old channels, as ``kept_channels`` places them, and rows from N(0, 1/sqrt(rows of B));
+    D: stacked identities, so that layer i is layer i mod l (official code, tongxuluo/prts)."""
+    kept, widths = kept_channels(source, target), {}
+    for name, shape in _shapes(source, target)["widths"].items():
+        widths[name] = torch.empty(shape).normal_(0, 1 / math.sqrt(shape[0]), generator=generator(seed, "learn", name))
+        widths[name][kept[CHANNELS[name]]] = torch.eye(shape[1])
+    D = torch.eye(source.n_layers)[torch.arange(target.n_layers) % source.n_layers]
+    return HyperNetwork(widths, {name: D.clone() for name in LAYER_KINDS})
+
+
+def widen(name: str, weight: Tensor, widths: Mapping[str, Tensor]) -> Tensor:
+    """Eqs. 37-40, W' = B_out W B_in^T, for one tensor; differentiable. ``widths`` come from ``with_output``."""
+    sides = {"stream": "emb", "ffn": "mlp", "vocab": ""}
+    rows, *columns = [sides.get(axis, name.split(".")[-2][-1]) for axis in AXES[kind(name)]]  # wq: "q", .. wo: "o"
+    for column in columns:
+        weight = weight @ widths[column].T
+    return widths[rows] @ weight if rows else weight
+
+
+def with_output(widths: Mapping[str, Tensor], source: Model, target: Model) -> dict[str, Tensor]:
+    """``widths`` and "o", [H E, h e]: B_V as wo must read it, where each query head brings the values of its
+    key/value head. Query head t of a target group takes from query head t mod r of the source groups; with one query
+    head per group (MHA), "o" is B_V itself, as in eq. 38. Under GQA the paper defines nothing: this is ours."""
+    pairs = torch.eye(repeats(source)).to(widths["v"])[torch.arange(repeats(target)) % repeats(source)]
+    blocks = widths["v"].view(target.kv_heads, target.head_dim, source.kv_heads, source.head_dim)
+    o = torch.einsum("ts,GEge->GtEgse", pairs, blocks)
+    return {**widths, "o": o.reshape(target.n_heads * target.head_dim, source.n_heads * source.head_dim)}
+
+
+def learned_rules(source: Model, target: Model, network: HyperNetwork) -> Rules:
+    """Fold a trained network in: W_i' = B_out (sum_j D[i, j] W_j) B_in^T (eqs. 37-42), in float64, then rounded.
+
+    A layer's rule reads every source layer whose D is not zero: all of one weight type, once D is trained. Raises
+    GrowthError where the geometry or a matrix's shape does not fit.
+    """
+    check_widths(source, replace(target, n_layers=source.n_layers))
+    _check_shapes(network, _shapes(source, target))
+    widths = with_output({name: B.detach().double() for name, B in network.widths.items()}, source, target)
+    targets: dict[str, Rule] = {}
+    for name in target.tensors():
+        mixed = {name: 1.0}
+        if kind(name) in LAYER_KINDS:
+            layer, tensor = name.split(".", 2)[1:]
+            row = network.depths[kind(name)][int(layer)].tolist()
+            mixed = {f"layers.{j}.{tensor}": c for j, c in enumerate(row) if c} or {f"layers.0.{tensor}": 0.0}
+        targets[name] = _folded(name, mixed, widths)
+    used = {fqn for rule in targets.values() for fqn in rule.sources}
+    return Rules(targets, source.tensors(), target.tensors(), frozenset(set(source.tensors()) - used))
+
+
+def _folded(name: str, mixed: Mapping[str, float], widths: Mapping[str, Tensor]) -> Compute:
+    def fn(first: Tensor, *others: Tensor) -> Tensor:
+        coefficient, *more = mixed.values()
+        total = coefficient * first.double()
+        for c, weight in zip(more, others, strict=True):
+            total += c * weight.double()
+        return widen(name, total, widths).to(first.dtype)
+
+    def by_rows(weight: Tensor) -> Tensor:  # the vocabulary is the one long axis, and not widened
+        return torch.cat([fn(rows) for rows in weight.split(ROWS)])
+
+    return Compute(tuple(mixed), by_rows if AXES[kind(name)][0] == "vocab" else fn, "learned map")
+
+
+def _shapes(source: Model, target: Model) -> dict[str, dict[str, tuple[int, ...]]]:
+    sizes = [
+        {"stream": m.dim, "query": m.dim, "key": m.kv_heads * m.head_dim, "ffn": m.ffn_dim} for m in (target, source)
+    ]
+    widths: dict[str, tuple[int, ...]] = {name: (sizes[0][axis], sizes[1][axis]) for name, axis in CHANNELS.items()}
+    return {"widths": widths, "depths": dict.fromkeys(LAYER_KINDS, (target.n_layers, source.n_layers))}
+
+
+def _check_shapes(network: HyperNetwork, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    have = {part: {name: tuple(M.shape) for name, M in getattr(network, part).items()} for part in shapes}
+    problems = [
+        f"{part}[{name!r}] is {have[part].get(name, 'missing')}, not {shape}"
+        for part, wanted in shapes.items()
+        for name, shape in wanted.items()
+        if have[part].get(name) != shape
+    ]
+    if problems:
+        raise GrowthError(f"the network does not fit these models: {'; '.join(problems)}")

@@ -1,0 +1,107 @@
+"""The growth operators by name. Importable without torch: an operator is loaded when its rules are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from stackgrow.growth.depth import GEOMETRY
+from stackgrow.growth.rules import Alias, Compute, GrowthError, Rule, Rules
+from stackgrow.recipe import Model
+
+if TYPE_CHECKING:
+    import torch
+
+PAPER = "https://arxiv.org/abs/2405.15319"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """``preserves``: when the grown model computes what its source did; "" where that is not claimed.
+
+    ``width``, ``depth`` and ``whole`` name functions of this package, "module:function", and what they take.
+    """
+
+    name: str
+    title: str
+    equations: str  # of PAPER, appendix A
+    directions: tuple[str, ...]
+    preserves: str = ""
+    width: str = ""  # (source, target, seed)
+    depth: str = ""  # (layer_map, source, target), and seed if ``seeded``
+    whole: str = ""  # (source, target, network): width and depth in one, from matrices trained first
+    seeded: bool = False
+
+
+ANY, PADDED = ("depth", "width", "both"), "in width where the target's norm_eps is the source's * d / D"
+_TABLE = (
+    Operator("stack", "G_direct depthwise (G_stack): whole layers are copied", "Algorithm 1",
+             ("depth",), depth="depth:depth_rules"),
+    Operator("split", "G_direct widthwise: neurons are copied and their fan-out split; layers, if any, are stacked",
+             "eqs. 4-11", ("width", "both"), "in width, up to RMSNorm", "width:split_rules", "depth:depth_rules"),
+    Operator("zero", "G_zero: new parameters whose outputs are zero", "eqs. 12-19",
+             ANY, f"exactly; {PADDED}", "zero:zero_width_rules", "zero:zero_depth_rules"),
+    Operator("random", "G_random: new random parameters, whose outputs training unmasks", "eqs. 20-36",
+             ANY, f"with mask 0; {PADDED}", "zero:random_width_rules", "zero:random_depth_rules", seeded=True),
+    Operator("learn", "G_learn (LiGO): learned linear maps of all weights", "eqs. 37-42",
+             ANY, whole="learned:learned_rules"),
+)  # fmt: skip
+OPERATORS: Mapping[str, Operator] = {operator.name: operator for operator in _TABLE}
+
+
+def growth_rules(
+    name: str, source: Model, target: Model, layer_map: Sequence[int] | None = None, seed: int = 0, network: Any = None
+) -> Rules:
+    """The rules of one growth: in width where the geometry differs, then in depth by ``layer_map``, if given.
+
+    ``seed`` should differ between the growths of a run. "learn" takes its trained HyperNetwork instead of a map.
+    Raises GrowthError for an unknown operator, and where the operator does not define the growth.
+    """
+    if name not in OPERATORS:
+        raise GrowthError(f"no growth operator {name!r}: the operators are {', '.join(OPERATORS)}")
+    operator, wide = OPERATORS[name], replace(target, n_layers=source.n_layers)
+    if operator.whole:
+        if network is None or layer_map is not None:
+            raise GrowthError(f"{name!r} takes a trained network, which says how layers mix, and no layer map")
+        return _call(operator.whole, source, target, network)
+    wider = bool(operator.width) and any(getattr(source, key) != getattr(wide, key) for key in GEOMETRY)
+    direction = ("both" if wider else "depth") if layer_map is not None else "width"
+    if direction not in operator.directions:
+        able = [other.name for other in _TABLE if direction in other.directions]
+        raise GrowthError(f"{name!r} does not grow in {direction}: use {', '.join(able)}")
+    if layer_map is None:
+        return _call(operator.width, source, target, seed)
+    deeper = _call(operator.depth, layer_map, wide if wider else source, target, *[seed] * operator.seeded)
+    return compose(_call(operator.width, source, wide, seed), deeper) if wider else deeper
+
+
+def compose(first: Rules, second: Rules) -> Rules:
+    """``second`` after ``first``, as one growth of the source of ``first``."""
+    targets = {name: _through(first.targets, rule) for name, rule in second.targets.items()}
+    used = {name for rule in targets.values() for name in rule.sources}
+    return Rules(targets, first.source_shapes, second.target_shapes, frozenset(set(first.source_shapes) - used))
+
+
+def _through(first: Mapping[str, Rule], rule: Rule) -> Rule:
+    if isinstance(rule, Alias):
+        return first[rule.source]
+    outer, inner = rule, [first[name] for name in rule.sources]
+
+    def fn(*tensors: torch.Tensor) -> torch.Tensor:
+        made, left = [], list(tensors)
+        for step in inner:
+            mine, left = left[: len(step.sources)], left[len(step.sources) :]
+            made.append(mine[0] if isinstance(step, Alias) else step.fn(*mine))
+        return outer.fn(*made)
+
+    notes = [outer.note, *(step.note for step in inner if isinstance(step, Compute))]
+    return Compute(tuple(fqn for step in inner for fqn in step.sources), fn, " of ".join(notes))
+
+
+def _call(function: str, *arguments: Any) -> Rules:
+    module, name = function.split(":")
+    rules = getattr(import_module(f"stackgrow.growth.{module}"), name)(*arguments)
+    assert isinstance(rules, Rules)
+    return rules

@@ -1,0 +1,108 @@
+"""A real run, exported as a user would export it."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch import REPOSITORY, Workplace, environment, losses
+
+from stackgrow import seal
+from stackgrow.data.store import TokenStore
+from stackgrow.data.tokenizer import Tokenizer
+from stackgrow.evaluate.hf import import_hf
+from stackgrow.load import load_recipe, recipe_hash
+
+transformers = pytest.importorskip("transformers")
+
+BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
+
+
+def export(workplace: Workplace, *arguments: object, code: int = 0) -> str:
+    command = [sys.executable, str(REPOSITORY / "tools" / "export_hf.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=workplace.folder, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def validation_loss(folder: Path, store: TokenStore) -> float:
+    """Of the run's 11 held-out sequences, through transformers."""
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    windows = torch.tensor([store.tokens(64 * i, 64 * i + 65).tolist() for i in range(11)])
+    with torch.no_grad():
+        logits = model(windows[:, :-1]).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+
+
+def test_exported_run_has_the_losses_that_it_had_in_training(
+    workplace: Workplace, reference: Path, tmp_path: Path
+) -> None:
+    """The last stage by default, and any other; the same tokenizer, and the history on the card."""
+    store = TokenStore.open(workplace.folder / "store", split="validation")
+    logged = losses(reference, "validation.jsonl")
+    assert "parameters in float32 from" in export(workplace, "reference", tmp_path / "last")
+    assert validation_loss(tmp_path / "last", store) == pytest.approx(logged[TARGET, 20], rel=1e-5)
+    export(workplace, "reference", tmp_path / "base", "--stage", BASE, "--step", 16)
+    assert validation_loss(tmp_path / "base", store) > logged[BASE, 20] + 1e-3
+    export(workplace, reference / GROW / "checkpoint", tmp_path / "grown")
+    assert validation_loss(tmp_path / "grown", store) == pytest.approx(logged[TARGET, 0], rel=1e-5)
+
+    text = "import json\n\ndef f(x):\n    return x"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "last")
+    ours = Tokenizer.load(workplace.folder / "store" / store.manifest.tokenizer)
+    assert theirs.encode(text) == [ours.bos_id, *ours.encode(text)]
+    assert theirs.model_max_length == 64
+
+    card = (tmp_path / "last" / "README.md").read_text()
+    recipe = load_recipe(reference / "recipe.toml", trusted=True)
+    for part in (
+        f"checkpoint: {TARGET}/checkpoint/step-20", recipe_hash(recipe),
+        "1. Trained 2 layers", "20.5K tokens (20 of 20 steps of 1.02K)", "2. Grown by `stack`: 2 -> 4 layers",
+        "source layer of each layer: 0 1 0 1", "3. Trained 4 layers", "pre-trained on 41K tokens",
+    ):  # fmt: skip
+        assert part in card, part
+    assert "(16 of 20 steps of 1.02K)" in (tmp_path / "base" / "README.md").read_text()
+    assert str(workplace.folder) not in card, "a card is published: no paths of this machine"
+
+
+def test_imported_export_has_the_weights_of_the_run(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
+    export(workplace, "reference", tmp_path / "hf")
+    model = import_hf(tmp_path / "hf", tmp_path / "back")
+    run = load_recipe(reference / "recipe.toml", trusted=True)
+    assert dataclasses.replace(model, init=run.model.init) == run.model
+    mine, back = seal.read_seal(reference / TARGET / "checkpoint" / "step-20"), seal.read_seal(tmp_path / "back")
+    assert mine is not None
+    assert back is not None
+    assert mine["tensors"] == back["tensors"]
+    assert "no tokenizer" in export(workplace, tmp_path / "back", tmp_path / "again", "--dtype", "bfloat16")
+
+
+def test_what_cannot_be_exported_is_told(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
+    cases = {
+        "is not among the run's stages": ("reference", "--stage", "stage-9"),
+        "has not the checkpoint asked for; it has those of steps [16, 20]": (
+            "reference",
+            "--stage",
+            BASE,
+            "--step",
+            "3",
+        ),
+        "has not the checkpoint asked for": ("reference", "--stage", GROW, "--step", "3"),
+        "neither a run, nor a checkpoint": ("store",),
+    }
+    for message, (source, *options) in cases.items():
+        assert message in export(workplace, source, tmp_path / "hf", *options, code=65)
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(reference, unfinished, ignore=shutil.ignore_patterns("DONE"))
+    assert "none is finished" in export(workplace, unfinished, tmp_path / "hf", code=65)
+    record = json.loads((unfinished / "provenance.json").read_text())
+    record["data"]["manifest_hash"] = "0" * 64
+    (unfinished / "provenance.json").write_text(json.dumps(record))
+    told = export(workplace, unfinished, tmp_path / "hf", "--stage", BASE, code=65)
+    assert "is not the token store that" in told
+    assert not (tmp_path / "hf").exists()

@@ -1,0 +1,54 @@
+"""Each operator in a real run: what it computes is sealed, loaded, checked and trained on, by one rank and by two."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launch import Workplace, losses, steps_logged, weights
+
+GROW = "stage-1-grow"
+NARROW = ["base.model.dim=32", "base.model.n_heads=2", "base.model.n_kv_heads=1", "base.model.ffn_dim=88"]
+CASES = {
+    "zero depth": (["growth[0].operator=zero"], "stage-0-train-2L"),
+    "split width": (["growth[0].operator=split", "base.n_layers=4", *NARROW], "stage-0-train-4L"),
+    "zero both": (["growth[0].operator=zero", "base.model.norm_eps=2e-5", *NARROW], "stage-0-train-2L"),
+    "stack noise": (["growth[0].noise=0.2"], "stage-0-train-2L"),
+}
+PRESERVING = {"zero depth": 1e-6, "zero both": 1e-6}  # float32 rounding of a mean over 704 tokens
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_operator_runs_and_keeps_its_promise(workplace: Workplace, tmp_path: Path, case: str) -> None:
+    sets, base = CASES[case]
+    run = tmp_path / "run"
+    workplace.run("budget.tokens=26Ki", *sets, f"run.folder={run}", ranks=2 if case == "zero both" else 0)
+    validation = losses(run, "validation.jsonl")
+    before, after = validation[base, 20], validation["stage-2-train-4L", 0]
+    if case in PRESERVING:
+        assert abs(after / before - 1) < PRESERVING[case]
+    else:
+        assert after != before
+    assert validation["stage-2-train-4L", 6] < after, "the grown model learns"
+    growth = json.loads((run / GROW / "growth.json").read_text())
+    assert growth["tensors"] == weights(run / GROW / "checkpoint")
+    assert growth["bytes_written"] > 10_000
+
+
+def test_every_new_parameter_learns(workplace: Workplace, tmp_path: Path) -> None:
+    """Zeroed projections get gradients from the first step on, and no tensor is left out of the optimizer."""
+    run = tmp_path / "run"
+    workplace.run("budget.tokens=24Ki", "growth[0].operator=zero", f"run.folder={run}")
+    grown, trained = weights(run / GROW / "checkpoint"), weights(run / "stage-2-train-4L" / "checkpoint" / "step-4")
+    assert grown.keys() == trained.keys()
+    assert not [name for name in grown if grown[name] == trained[name]]
+
+
+def test_growth_is_the_same_after_a_kill_and_on_other_ranks(workplace: Workplace, tmp_path: Path) -> None:
+    sets = ["budget.tokens=24Ki", "growth[0].operator=split", "base.n_layers=4", *NARROW]
+    one, two = tmp_path / "one", tmp_path / "two"
+    workplace.run(*sets, f"run.folder={one}")
+    workplace.kill_when(lambda: steps_logged(two, "stage-0-train-4L") >= 10, *sets, f"run.folder={two}")
+    workplace.kill_when(lambda: (two / GROW).exists(), *sets, f"run.folder={two}")
+    workplace.run(*sets, f"run.folder={two}")
+    assert weights(two / GROW / "checkpoint") == weights(one / GROW / "checkpoint")
+    assert losses(two) == losses(one)

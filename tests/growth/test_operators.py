@@ -1,0 +1,124 @@
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from growth_for_tests import apply, assert_same, deviation, logits, through_checkpoints, weights
+
+from stackgrow.growth.depth import depth_rules, stack_map
+from stackgrow.growth.learned import initial_network, learned_rules
+from stackgrow.growth.operators import OPERATORS, compose, growth_rules
+from stackgrow.growth.rules import Alias, Compute, GrowthError
+from stackgrow.growth.width import split_rules
+from stackgrow.growth.zero import random_depth_rules, zero_depth_rules, zero_width_rules
+from stackgrow.recipe import Model
+
+SOURCE = Model(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=40, vocab_size=31)
+WIDE = replace(SOURCE, dim=64, n_heads=8, n_kv_heads=4, ffn_dim=80)
+DEEP = replace(SOURCE, n_layers=4)
+LARGE = replace(WIDE, n_layers=4)
+TARGETS = {"width": (WIDE, None), "depth": (DEEP, [0, 1, 0, 1]), "both": (LARGE, [0, 1, 0, 1])}
+
+
+def test_the_table() -> None:
+    assert list(OPERATORS) == ["stack", "split", "zero", "random", "learn"]
+    for name, operator in OPERATORS.items():
+        assert operator.name == name
+        assert operator.title
+        assert operator.equations
+
+
+def test_it_is_importable_without_torch() -> None:
+    code = "import sys; from stackgrow.growth.operators import OPERATORS; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("direction", TARGETS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_claimed_direction_grows_and_no_other(name: str, direction: str) -> None:
+    target, layer_map = TARGETS[direction]
+    if name == "learn":
+        network = initial_network(SOURCE, target, 0)
+        rules = growth_rules(name, SOURCE, target, network=network)
+        assert_same(apply(rules, weights(SOURCE)), apply(learned_rules(SOURCE, target, network), weights(SOURCE)))
+    elif direction in OPERATORS[name].directions:
+        grown = apply(growth_rules(name, SOURCE, target, layer_map, seed=3), weights(SOURCE))
+        assert {n: tuple(w.shape) for n, w in grown.items()} == target.tensors()
+        assert all(w.isfinite().all() for w in grown.values())
+    else:
+        with pytest.raises(GrowthError, match=r"does not grow in|changes n_layers alone"):
+            growth_rules(name, SOURCE, target, layer_map)
+
+
+def test_both_directions_are_width_then_depth() -> None:
+    small, layer_map = weights(SOURCE), [0, 1, 0, 1]
+    wide = apply(split_rules(SOURCE, WIDE, 3), small)
+    want = apply(depth_rules(layer_map, WIDE, LARGE), wide)
+    assert_same(apply(growth_rules("split", SOURCE, LARGE, layer_map, seed=3), small), want)
+    wide = apply(zero_width_rules(SOURCE, WIDE, 3), small)
+    want = apply(zero_depth_rules(layer_map, WIDE, LARGE), wide)
+    assert_same(apply(growth_rules("zero", SOURCE, LARGE, layer_map, seed=3), small), want)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_both_directions_through_checkpoints(parts: int, tmp_path: Path) -> None:
+    small = weights(SOURCE)
+    for name in ("split", "zero", "random"):
+        rules = growth_rules(name, SOURCE, LARGE, [0, 1, 0, 1], seed=3)
+        assert_same(through_checkpoints(rules, small, tmp_path / name, parts), apply(rules, small))
+
+
+def test_zero_in_both_directions_preserves_the_function() -> None:
+    target, small = replace(LARGE, norm_eps=SOURCE.norm_eps / 2), weights(SOURCE)
+    grown = apply(growth_rules("zero", SOURCE, target, [0, 1, 0, 1]), small)
+    assert deviation(logits(target, grown), logits(SOURCE, small)) < 1e-5
+
+
+def test_composition_passes_each_rule_its_own_sources() -> None:
+    """Alias of Compute, Compute of Alias, and Compute of two, of which one has two sources itself."""
+    names, map_of_two = list(SOURCE.tensors()), [0, 1]
+    w, v = "layers.0.ffn_norm.weight", "layers.1.ffn_norm.weight"
+    first = depth_rules(map_of_two, SOURCE, SOURCE)
+    first = replace(first, targets={**first.targets, w: Compute((w, v), lambda a, b: a.sub_(b), "minus")})
+    second = replace(
+        depth_rules(map_of_two, SOURCE, SOURCE),
+        targets={n: Alias(n) for n in names} | {v: Compute((w, v), lambda a, b: 10 * a + b, "plus")},
+    )
+    small, rules = weights(SOURCE), compose(first, second)
+    grown = apply(rules, small)
+    assert torch.equal(grown[w], small[w] - small[v])
+    assert torch.equal(grown[v], 10 * (small[w] - small[v]) + small[v])
+    assert rules.targets[v].sources == (w, v, v)
+    assert rules.targets["norm.weight"] == Alias("norm.weight")
+    assert not rules.dropped
+
+
+def test_composition_drops_what_neither_uses() -> None:
+    rules = compose(split_rules(SOURCE, WIDE, 0), depth_rules([0, 0], WIDE, WIDE))
+    assert rules.dropped == {name for name in SOURCE.tensors() if name.startswith("layers.1.")}
+
+
+def test_seeds_reach_the_operators() -> None:
+    for name in ("split", "zero", "random"):
+        one, other = (apply(growth_rules(name, SOURCE, WIDE, seed=s), weights(SOURCE)) for s in (1, 2))
+        assert not torch.equal(one["layers.0.attention.wq.weight"], other["layers.0.attention.wq.weight"])
+    deep = apply(growth_rules("random", SOURCE, DEEP, stack_map(2, 4), seed=2), weights(SOURCE))
+    assert_same(deep, apply(random_depth_rules(stack_map(2, 4), SOURCE, DEEP, 2), weights(SOURCE)))
+
+
+REFUSED = [
+    ("stak", WIDE, None, "no growth operator 'stak': the operators are stack, split, zero, random, learn"),
+    ("stack", WIDE, None, "'stack' does not grow in width: use split, zero, random, learn"),
+    ("stack", LARGE, [0, 1, 0, 1], "depth growth changes n_layers alone, but the models differ in dim 32 -> 64"),
+    ("split", DEEP, [0, 1, 0, 1], "'split' does not grow in depth: use stack, zero, random, learn"),
+    ("zero", LARGE, None, "n_layers 2 -> 4 must stay"),
+    ("learn", WIDE, None, "takes a trained network"),
+]
+
+
+@pytest.mark.parametrize(("name", "target", "layer_map", "message"), REFUSED, ids=[row[3][:25] for row in REFUSED])
+def test_refusals(name: str, target: Model, layer_map: list[int] | None, message: str) -> None:
+    with pytest.raises(GrowthError, match=message):
+        growth_rules(name, SOURCE, target, layer_map)
