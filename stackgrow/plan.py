@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stackgrow import guidelines
+from stackgrow.growth import learned_shapes
 from stackgrow.growth.depth import interleave_map, stack_map
 from stackgrow.growth.operators import growth_rules
 from stackgrow.growth.rules import GrowthError
@@ -19,6 +21,15 @@ from stackgrow.recipe import Growth, Model, Recipe, Train
 
 MAX_LAYERS = 4096
 CHECKPOINT_BYTES = 12  # per parameter: float32 weight and AdamW's two float32 moments
+
+
+@dataclass(frozen=True)
+class GrowthMask:
+    """What G_random's mask covers, as the growth before the stage made it, and how long it takes from 0 to 1."""
+
+    source: Model
+    layer_map: tuple[int, ...] | None
+    ramp: Duration
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class TrainStage:
     start_tokens: int
     start_sequences: int
     start_flops: float
+    mask: GrowthMask | None = None
     kind: str = "train"
 
     @property
@@ -79,6 +91,11 @@ class TrainStage:
     def checkpoint_bytes(self) -> int:
         return CHECKPOINT_BYTES * self.model.parameters()
 
+    def mask_value(self, step: int) -> float:
+        """The mask c in optimizer step ``step``: linear from 0 before the first step to 1 at the end of the ramp."""
+        assert self.mask is not None
+        return min(1.0, step / self.every(self.mask.ramp))
+
     def every(self, duration: Duration) -> int:
         """A duration of the recipe in this stage's steps, at least 1."""
         return max(1, duration.steps(self.train.global_batch_tokens))
@@ -102,6 +119,30 @@ class TrainStage:
 
 
 @dataclass(frozen=True)
+class LearnStage(TrainStage):
+    """Trains LiGO's maps from ``source``, whose weights are frozen, to ``model`` (growth/learned.py)."""
+
+    kind: str = "learn"
+    source: Model = field(kw_only=True)
+    seed: int = field(kw_only=True)  # the recipe's, made different for every growth
+
+    @property
+    def name(self) -> str:
+        return f"stage-{self.index}-learn-{self.model.n_layers}L"
+
+    @property
+    def flops_per_token(self) -> float:
+        """6 N of the target, and making its weights and their gradients once per step; done again for every further
+        micro-batch and rank, which is not counted, as recomputed activations are not."""
+        making = learned_shapes.mapping_flops(self.source, self.model)
+        return super().flops_per_token + making / self.train.global_batch_tokens
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return CHECKPOINT_BYTES * learned_shapes.parameters(self.source, self.model)
+
+
+@dataclass(frozen=True)
 class GrowStage:
     """Converts the checkpoint of ``source`` into one of ``target``; trains nothing."""
 
@@ -112,11 +153,17 @@ class GrowStage:
     layer_map: tuple[int, ...] | None  # None: the depth stays
     noise: float
     seed: int  # the recipe's, made different for every growth
+    ramp: Duration | None = None
     kind: str = "grow"
 
     @property
     def name(self) -> str:
         return f"stage-{self.index}-grow"
+
+    @property
+    def mask(self) -> GrowthMask | None:
+        """The mask of the stage that trains the grown model."""
+        return GrowthMask(self.source, self.layer_map, self.ramp) if self.ramp else None
 
     @property
     def change(self) -> str:
@@ -211,13 +258,15 @@ class _Hop:
 
 @dataclass(frozen=True)
 class _Part:
-    """A train stage before its steps are known: its model, [train] with its own keys, its growth."""
+    """A train stage before its steps are known: its model, [train] with its own keys, its growth, which it comes
+    before; or which it ``learns``."""
 
     model: Model
     train: Train
     table: str
     own: Collection[str]
     hop: _Hop | None
+    learns: bool = False
 
     def where(self, key: str) -> str:
         """The TOML path that this stage's value of ``key`` comes from."""
@@ -228,10 +277,13 @@ def _parts(recipe: Recipe, hops: Sequence[_Hop]) -> list[_Part]:
     models = [hops[0].source if hops else recipe.model, *(hop.target for hop in hops)]
     own = [recipe.base.train if recipe.base else {}, *(hop.growth.train for hop in hops)]
     tables = ["base.train", *(f"{hop.where}.train" for hop in hops)]
-    return [
-        _Part(model, dataclasses.replace(recipe.train, **keys), table, keys, hop)
-        for model, keys, table, hop in zip(models, own, tables, [*hops, None], strict=True)
-    ]
+    parts = []
+    for model, keys, table, hop in zip(models, own, tables, [*hops, None], strict=True):
+        parts.append(_Part(model, dataclasses.replace(recipe.train, **keys), table, keys, hop))
+        if hop and hop.growth.operator == "learn":
+            train = dataclasses.replace(recipe.train, **hop.growth.learn)
+            parts.append(_Part(hop.target, train, f"{hop.where}.learn", hop.growth.learn, hop, learns=True))
+    return parts
 
 
 def _geometry_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -288,6 +340,8 @@ def _resolve_growths(recipe: Recipe) -> tuple[list[_Hop], list[Problem]]:
         layer_map = _layer_map(growth, source.n_layers, recipe.model.n_layers if last else source.n_layers)
         n_layers = len(layer_map) if layer_map else source.n_layers
         target = _resized(recipe.model if last else source, growth.model, n_layers)
+        if growth.operator == "learn":
+            layer_map = None  # how layers mix is learned
         hops.append(_Hop(growth, where, source, target, layer_map))
         if growth.model and (problems := list(_head_problems(target, f"{where}.model"))):
             return hops, problems
@@ -315,10 +369,32 @@ def _operator_problems(hop: _Hop, final: Model, last: bool) -> Iterator[Problem]
         return
     if any(_head_problems(final, "model")):
         return  # told already
+    if (hop.growth.ramp is None) == (hop.growth.operator == "random"):
+        missing = 'is missing; "random" needs one, such as "1000 steps"'
+        extra = f'has no meaning for "{hop.growth.operator}"; remove it'
+        yield f"{hop.where}.ramp", missing if hop.growth.ramp is None else extra
+    yield from _learn_keys_problems(hop)
     try:
-        growth_rules(hop.growth.operator, hop.source, hop.target, hop.layer_map)
+        if hop.growth.operator == "learn":
+            learned_shapes.check_learned(hop.source, hop.target)
+        else:
+            growth_rules(hop.growth.operator, hop.source, hop.target, hop.layer_map)
     except GrowthError as error:
         yield hop.where, str(error)
+
+
+def _learn_keys_problems(hop: _Hop) -> Iterator[Problem]:
+    growth = hop.growth
+    if growth.operator == "learn":
+        if growth.learn_steps is None:
+            yield f"{hop.where}.learn_steps", 'is missing; "learn" needs it, such as "100 steps"'
+        for name, given in {"layer_map": growth.layer_map is not None, "order": growth.order != "stack"}.items():
+            if given:
+                yield f"{hop.where}.{name}", 'has no meaning for "learn", which learns how layers mix; remove it'
+        return
+    for name, given in {"learn_steps": growth.learn_steps is not None, "learn": bool(growth.learn)}.items():
+        if given:
+            yield f"{hop.where}.{name}", f'has no meaning for "{growth.operator}"; remove it'
 
 
 def _growth_problems(recipe: Recipe, growth: Growth, n_source: int, where: str) -> Iterator[Problem]:
@@ -370,15 +446,21 @@ def _resolve_stages(recipe: Recipe, parts: Sequence[_Part], problems: list[Probl
             problems.append(_order_problem(recipe, part, tokens))
             break
         index, seq_len = len(stages), recipe.data.seq_len
-        stage = TrainStage(index, part.model, part.train, seq_len, count, tokens, sequences, flops)
+        mask = stages[-1].mask if stages and isinstance(stages[-1], GrowStage) else None
+        stage = TrainStage(index, part.model, part.train, seq_len, count, tokens, sequences, flops, mask)
+        if part.learns and part.hop:
+            values = (index, part.model, part.train, seq_len, count, tokens, sequences, flops)
+            stage = LearnStage(*values, source=part.hop.source, seed=recipe.seed + index)
         problems += _schedule_problems(stage, part)
         stages.append(stage)
         tokens, sequences = tokens + stage.tokens, sequences + count * stage.batch_sequences
         steps, flops = steps + count, flops + stage.flops
-        if hop := part.hop:
+        if (hop := part.hop) and (part.learns or hop.growth.operator != "learn"):
             growth, seed = hop.growth, recipe.seed + index + 1
             stages.append(
-                GrowStage(index + 1, hop.source, hop.target, growth.operator, hop.layer_map, growth.noise, seed)
+                GrowStage(
+                    index + 1, hop.source, hop.target, growth.operator, hop.layer_map, growth.noise, seed, growth.ramp
+                )
             )
     return stages
 
@@ -387,6 +469,8 @@ def _stage_steps(recipe: Recipe, part: _Part, tokens: int, steps: int) -> int:
     """Steps up to the growth (nearest step) or to the end of the budget (never beyond it)."""
     if part.hop is None:
         return (recipe.budget.tokens - tokens) // part.train.global_batch_tokens
+    if part.learns and (length := part.hop.growth.learn_steps):
+        return length.steps(part.train.global_batch_tokens)
     timing = _timing(recipe, part.hop)
     if timing.unit == "steps":
         return timing.amount - steps
@@ -416,6 +500,13 @@ def _train_problems(part: _Part, recipe: Recipe) -> Iterator[Problem]:
     peak, floor = part.train.learning_rate, part.train.min_learning_rate
     if floor > peak:
         yield part.where("min_learning_rate"), f"{floor:g} is above learning_rate = {peak:g}; lower it"
+    if part.learns and recipe.parallel.tensor > 1:
+        rule = '"learn" makes every weight on every rank; use parallel.shard'
+        yield "parallel.tensor", f"{recipe.parallel.tensor} is not supported with {part.table}: {rule}"
+    for name, off in (("compile", False), ("activation_checkpoint", "none"), ("cpu_offload", False)):
+        if part.learns and (given := getattr(part.train, name)) != off:
+            rule = f"is not supported where weights are made in the forward pass; set {part.table}.{name}"
+            yield part.where(name), f"{json.dumps(given)} {rule} = {json.dumps(off)}"
     if recipe.parallel.async_tensor and recipe.parallel.tensor > 1 and not part.train.compile:
         yield "parallel.async_tensor", f"true needs {part.where('compile')} = true"
 
@@ -438,6 +529,11 @@ def _order_problem(recipe: Recipe, part: _Part, tokens: int) -> Problem:
 
 
 def _schedule_problems(stage: TrainStage, part: _Part) -> Iterator[Problem]:
+    if stage.mask and stage.every(stage.mask.ramp) > stage.steps:
+        yield (
+            part.table.replace(".train", ".ramp"),
+            f"{stage.every(stage.mask.ramp)} steps are more than the {stage.steps} steps of {stage.name}; shorten it",
+        )
     if stage.horizon_steps < stage.steps:
         yield (
             part.where("horizon"),
@@ -489,6 +585,8 @@ def world_problems(plan: Plan, world_size: int) -> Iterator[Problem]:
             'torchtitan ignores "bf16" with tensor parallel alone; add data-parallel ranks or use "fp32"',
         )
     for stage in plan.train_stages:
+        if p.tensor > 1 and stage.mask and stage.mask.source.dim != stage.model.dim:
+            yield "parallel.tensor", f'{p.tensor} cannot shard the widthwise mask of "random"; use parallel.shard'
         if stage.batch_sequences % data_ranks:
             yield (
                 "train.global_batch_tokens",

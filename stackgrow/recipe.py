@@ -13,7 +13,7 @@ from typing import Any
 from stackgrow import kinds
 from stackgrow.kinds import Duration, Kind
 
-OPERATORS = ("stack", "split", "zero")
+OPERATORS = ("stack", "split", "zero", "random", "learn")
 
 
 def key(kind: Kind, help: str, *default: Any, free: bool = False) -> Any:
@@ -171,7 +171,8 @@ class Growth:
     operator: str = key(
         kinds.choice(*OPERATORS),
         '"stack": whole layers copied, G_stack; "split": neurons copied, G_direct widthwise; '
-        '"zero": new parameters whose outputs are zero (paper, appendix A)',
+        '"zero": new parameters whose outputs are zero; "random": random ones behind a mask; '
+        '"learn": linear maps of the weights, trained first, LiGO (paper, appendix A)',
     )
     timing: Duration | str = key(
         kinds.duration(1, words=("auto",)),
@@ -185,6 +186,9 @@ class Growth:
     noise: float = key(
         kinds.number(0, 1), "share of random weights blended into the grown ones (paper, appendix I: 0.2)", 0.0
     )
+    ramp: Duration | None = key(kinds.duration(1), 'with "random": how long the mask takes from 0 to 1', None)
+    learn_steps: Duration | None = key(kinds.duration(1), 'with "learn": how long its maps are trained', None)
+    learn: dict[str, Any] = overrides(Train, 'with "learn": keys of [train] that differ while its maps are trained')
     model: dict[str, Any] = overrides(Widths, "widths after this growth; the last growth leads to [model]")
     train: dict[str, Any] = overrides(Train, "keys of [train] that differ in the stage after this growth")
 

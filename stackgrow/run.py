@@ -26,7 +26,7 @@ from stackgrow import provenance, seal
 from stackgrow.data.store import Manifest, StoreError, TokenStore, read_manifest
 from stackgrow.errors import ChangedError, DamagedError, LockedError
 from stackgrow.load import Problem, RecipeError, load_recipe, to_toml
-from stackgrow.plan import Plan, Stage, TrainStage, identity, make_plan, world_problems
+from stackgrow.plan import LearnStage, Plan, Stage, TrainStage, identity, make_plan, world_problems
 from stackgrow.report.summary import ledger, render_summary
 
 STAGE_FILE, DONE, LEDGER = "stage.json", "DONE", "ledger.json"
@@ -179,12 +179,19 @@ def _run_stage(plan: Plan, stage: Stage, path: Path, parent: Path | None, hashes
     if isinstance(stage, TrainStage):
         output = path / "checkpoint" / f"step-{stage.steps}"
         store = TokenStore.open(plan.recipe.data.path, split="train")
-        run_stage(StageJob(plan.recipe, stage, hashes[stage.name], path, store, source))
+        job = StageJob(plan.recipe, stage, hashes[stage.name], path, store, source)
+        if isinstance(stage, LearnStage):
+            job = StageJob(plan.recipe, stage, hashes[stage.name], path, store, parent=None, source=source)
+        run_stage(job)
     else:
         output = path / "checkpoint"
         assert source is not None
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        line = grow(stage, hashes[stage.name], source, output, rank=rank, world_size=world_size, barrier=barrier)
+        network = None
+        if stage.operator == "learn":  # the stage before trained the maps, and the one before that what they map
+            network, source = source, final_checkpoint(path.parent / plan.stages[stage.index - 2].name)
+        ranks = {"rank": rank, "world_size": world_size}
+        line = grow(stage, hashes[stage.name], source, output, network=network, barrier=barrier, **ranks)
         if rank == 0:
             print(line, flush=True)
     if rank == 0:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
+
+from torch import Tensor
 
 from stackgrow import seal
 from stackgrow.data.store import StoreError, read_manifest
 from stackgrow.errors import ChangedError, DamagedError
 from stackgrow.evaluate.hf import export_hf
 from stackgrow.evaluate.hf_format import model_from_config
+from stackgrow.growth.mask import folding
 from stackgrow.kinds import human
 from stackgrow.load import load_recipe, recipe_hash
 from stackgrow.plan import GrowStage, Plan, Stage, make_plan
@@ -48,8 +51,18 @@ def export_run(
         chosen = _stage(plan, path.absolute().parts)
     model, tokenizer = _model(chosen), _tokenizer(plan.recipe, run)
     card, seq_len = _card(plan, run, chosen, path), plan.recipe.data.seq_len
-    export_hf(path, target, model, tokenizer=tokenizer, dtype=dtype, seq_len=seq_len, card=card)
+    fold = _fold(chosen, path)
+    export_hf(path, target, model, tokenizer=tokenizer, dtype=dtype, seq_len=seq_len, card=card, fold=fold)
     return _told(path, target, model, dtype, tokenizer)
+
+
+def _fold(stage: Stage, checkpoint: Path) -> Callable[[str, Tensor], Tensor] | None:
+    """What writes the mask of a G_random growth, as it stood at the checkpoint's step, into the weights."""
+    if stage.mask is None:
+        return None
+    step = (seal.read_seal(checkpoint) or {}).get("step", 0)
+    c = 0.0 if isinstance(stage, GrowStage) else stage.mask_value(step)
+    return folding(stage.mask.source, _model(stage), stage.mask.layer_map, c)
 
 
 def _imported_model(path: Path) -> Model:

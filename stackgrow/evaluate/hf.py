@@ -48,12 +48,13 @@ def export_hf(
     shard_bytes: int = 5 * 10**9,
     seq_len: int | None = None,
     card: str | None = None,
+    fold: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Writes the model in DCP folder ``checkpoint`` as a Llama folder that transformers loads.
 
     A shard holds at most ``shard_bytes``, or a single tensor. ``tokenizer`` is a SentencePiece model, ``seq_len`` the
-    length that was trained on, ``card`` the text of README.md. The tensors of a sealed checkpoint are compared with
-    the fingerprints in its seal.
+    length that was trained on, ``card`` the text of README.md. ``fold`` writes a growth's mask into each tensor (see
+    growth/mask.py). The tensors of a sealed checkpoint are compared with the fingerprints in its seal.
 
     Raises:
         CheckpointError: the checkpoint is damaged, has not the tensors of ``model``, or ``target`` exists.
@@ -70,6 +71,7 @@ def export_hf(
         tensor = read_tensor(checkpoint, metadata, name)
         if name in prints and fingerprint(tensor) != prints[name]:
             raise CheckpointError(f"{checkpoint}: {name} is not what was saved; the checkpoint is damaged")
+        tensor = fold(name, tensor) if fold else tensor
         return to_hf(tensor.to(getattr(torch, dtype)), name, model)
 
     with _new_folder(target) as work:

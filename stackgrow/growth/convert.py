@@ -17,6 +17,7 @@ import os
 import pickle
 import shutil
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,7 +61,7 @@ def begin(source: Path, target: Path, rules: Rules) -> None:
 
 
 def write_part(source: Path, target: Path, rules: Rules, rank: int = 0, world_size: int = 1) -> None:
-    """Compute and write this rank's share of the Compute tensors, holding those of one rule at a time.
+    """Compute and write this rank's share of the Compute tensors, holding those of one rule and one result at a time.
 
     Raises CheckpointError when a result has not the shape of the target or the dtype of its sources.
     """
@@ -68,12 +69,17 @@ def write_part(source: Path, target: Path, rules: Rules, rank: int = 0, world_si
     if not names:
         return
     metadata = _read_source(source, rules)
-    index: dict[str, tuple[str, int, int, str]] = {}
-    with (_work(target) / _part(metadata, rank)).open("wb") as stream:
+    jobs: dict[str, tuple[Future[Any], ...]] = {}
+    last: tuple[Future[Any], ...] = ()
+    with (_work(target) / _part(metadata, rank)).open("wb") as stream, ThreadPoolExecutor(3) as threads:
         for name in names:
-            offset = stream.tell()
-            dtype, mark = _write_tensor(source, metadata, rules, name, stream)
-            index[name] = (dtype, offset, stream.tell() - offset, mark)
+            # One tensor is written while the next is computed: the cores and the disk let each other work.
+            tensor = _compute(source, metadata, rules, name)
+            for job in last:
+                job.result()
+            sync = threads.submit(os.fsync, stream.fileno())  # of the tensors before; at the end little is left
+            last = jobs[name] = threads.submit(_append, tensor, stream), threads.submit(fingerprint, tensor), sync
+        index = {name: (*place.result(), mark.result()) for name, (place, mark, _) in jobs.items()}
         _sync(stream)
     _index(target, rank).write_text(json.dumps(index))  # last: it vouches for the part
 
@@ -168,8 +174,7 @@ def _add_part(
     return {name: mark for name, (*_, mark) in index.items()}
 
 
-def _write_tensor(source: Path, metadata: meta.Metadata, rules: Rules, name: str, stream: IO[bytes]) -> tuple[str, str]:
-    """Compute one target tensor and append it to the part; returns its dtype's name and its fingerprint."""
+def _compute(source: Path, metadata: meta.Metadata, rules: Rules, name: str) -> torch.Tensor:
     rule, shape = rules.targets[name], rules.target_shapes[name]
     assert isinstance(rule, Compute)
     sources = [read_tensor(source, metadata, fqn) for fqn in rule.sources]
@@ -181,8 +186,19 @@ def _write_tensor(source: Path, metadata: meta.Metadata, rules: Rules, name: str
             f"{rule.note} gave {tuple(tensor.shape)} {tensor.dtype}"
         )
     # torch.save writes a whole storage, also what a view of it does not show.
-    torch.save(tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone(), stream)
-    return str(tensor.dtype).removeprefix("torch."), fingerprint(tensor)
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _append(tensor: torch.Tensor, stream: IO[bytes]) -> tuple[str, int, int]:
+    """The dtype's name, and the place in the part."""
+    offset, checked = stream.tell(), torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)  # torch never compares it, and the seal has a SHA-256
+    try:
+        torch.save(tensor, stream)
+    finally:
+        torch.serialization.set_crc32_options(checked)
+    stream.flush()
+    return str(tensor.dtype).removeprefix("torch."), offset, stream.tell() - offset
 
 
 def _share(rules: Rules, rank: int, world_size: int) -> list[str]:
@@ -197,7 +213,8 @@ def _share(rules: Rules, rank: int, world_size: int) -> list[str]:
         loads[least] += costs[name]
         if least == rank:
             mine.append(name)
-    return mine
+    # In the model's order, two of the largest do not follow each other, and so are not in memory together.
+    return [name for name in computed if name in mine]
 
 
 def _part(source: meta.Metadata, rank: int) -> str:

@@ -155,16 +155,26 @@ def places(metadata: meta.Metadata, fqn: str) -> list[tuple[meta.ChunkStorageMet
 
 def read_tensor(folder: Path, metadata: meta.Metadata, fqn: str) -> torch.Tensor:
     """One whole tensor on the CPU, assembled from its chunks, of which one is held at a time beside it."""
-    entry = metadata.state_dict_metadata[fqn]
+    entry, filled = metadata.state_dict_metadata[fqn], places(metadata, fqn)
+    if len(filled) == 1 and filled[0][0].sizes == entry.size:
+        return _read_chunk(folder, fqn, *filled[0], entry.properties.dtype)
     tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-    for chunk, info in places(metadata, fqn):
-        if info.transform_descriptors:
-            raise CheckpointError(f"{fqn} was written through {info.transform_descriptors}: save it without")
-        with (folder / info.relative_path).open("rb") as stream:
-            view = _create_file_view(stream, info.offset, info.length)
-            part = torch.load(view, map_location="cpu", weights_only=True)
+    for chunk, info in filled:
         box = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-        if part.dtype != tensor.dtype or not part.shape == chunk.sizes == tensor[box].shape:
-            raise CheckpointError(f"{fqn}: {folder / info.relative_path} holds another tensor at {info.offset}")
-        tensor[box] = part
+        if chunk.sizes != tensor[box].shape:
+            raise CheckpointError(f"{fqn}: a chunk of {tuple(chunk.sizes)} at {tuple(chunk.offsets)} overlaps its end")
+        tensor[box] = _read_chunk(folder, fqn, chunk, info, tensor.dtype)
     return tensor
+
+
+def _read_chunk(
+    folder: Path, fqn: str, chunk: meta.ChunkStorageMetadata, info: _StorageInfo, dtype: torch.dtype
+) -> torch.Tensor:
+    if info.transform_descriptors:
+        raise CheckpointError(f"{fqn} was written through {info.transform_descriptors}: save it without")
+    with (folder / info.relative_path).open("rb") as stream:
+        view = _create_file_view(stream, info.offset, info.length)
+        part = torch.load(view, map_location="cpu", weights_only=True)
+    if part.dtype != dtype or part.shape != chunk.sizes:
+        raise CheckpointError(f"{fqn}: {folder / info.relative_path} holds another tensor at {info.offset}")
+    return part

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from stackgrow.growth.draw import generator
-from stackgrow.growth.rules import Compute, GrowthError, Rule, Rules
-from stackgrow.growth.width import AXES, check_widths, kept_channels, kind, repeats
+from stackgrow.growth.learned_shapes import CHANNELS, check_learned, matrix_names, shapes
+from stackgrow.growth.rules import Alias, Compute, GrowthError, Rule, Rules
+from stackgrow.growth.sealed import read_sealed
+from stackgrow.growth.width import AXES, kept_channels, kind, repeats
 from stackgrow.recipe import Model
 
-LAYER_KINDS = tuple(name for name in AXES if name not in ("tok_embeddings", "norm", "output"))
-CHANNELS = {"emb": "stream", "q": "query", "k": "key", "v": "key", "mlp": "ffn"}  # of each B, in the words of AXES
 ROWS = 4096  # of the embedding and the head, computed in float64 at a time
 
 
 @dataclass(frozen=True)
 class HyperNetwork:
-    """What LiGO learns: ``widths`` {"emb", "q", "k", "v", "mlp": B}, ``depths`` {name in LAYER_KINDS: D}."""
+    """What LiGO learns: ``widths`` {"emb", "q", "k", "v", "mlp": B}, ``depths`` {name in LAYER_KINDS: D}.
+
+    A direction that does not grow has no matrices: see ``learned_shapes.shapes``."""
 
     widths: Mapping[str, Tensor]
     depths: Mapping[str, Tensor]
@@ -34,16 +37,29 @@ class HyperNetwork:
 def initial_network(source: Model, target: Model, seed: int) -> HyperNetwork:
     """B: the identity on the old channels, as ``kept_channels`` places them, and rows from N(0, 1/sqrt(rows of B));
     D: stacked identities, so that layer i is layer i mod l (official code, tongxuluo/prts)."""
-    kept, widths = kept_channels(source, target), {}
-    for name, shape in _shapes(source, target)["widths"].items():
+    kept, widths, wanted = kept_channels(source, target), {}, shapes(source, target)
+    for name, shape in wanted["widths"].items():
         widths[name] = torch.empty(shape).normal_(0, 1 / math.sqrt(shape[0]), generator=generator(seed, "learn", name))
         widths[name][kept[CHANNELS[name]]] = torch.eye(shape[1])
     D = torch.eye(source.n_layers)[torch.arange(target.n_layers) % source.n_layers]
-    return HyperNetwork(widths, {name: D.clone() for name in LAYER_KINDS})
+    return HyperNetwork(widths, {name: D.clone() for name in wanted["depths"]})
+
+
+def read_network(checkpoint: Path, source: Model, target: Model) -> HyperNetwork:
+    """The matrices in a learn stage's sealed checkpoint. Raises DamagedError where one is not what was sealed."""
+    needed = shapes(source, target)
+    parts: dict[str, dict[str, Tensor]] = {"widths": {}, "depths": {}}
+    for stored, tensor in read_sealed(checkpoint, names := matrix_names(needed)).items():
+        part, name = names[stored]
+        parts[part][name] = tensor
+    return HyperNetwork(**parts)
 
 
 def widen(name: str, weight: Tensor, widths: Mapping[str, Tensor]) -> Tensor:
-    """Eqs. 37-40, W' = B_out W B_in^T, for one tensor; differentiable. ``widths`` come from ``with_output``."""
+    """Eqs. 37-40, W' = B_out W B_in^T, for one tensor; differentiable. ``widths`` come from ``with_output``:
+    none, where only the depth grows, leave W as it is."""
+    if not widths:
+        return weight
     sides = {"stream": "emb", "ffn": "mlp", "vocab": ""}
     rows, *columns = [sides.get(axis, name.split(".")[-2][-1]) for axis in AXES[kind(name)]]  # wq: "q", .. wo: "o"
     for column in columns:
@@ -55,6 +71,8 @@ def with_output(widths: Mapping[str, Tensor], source: Model, target: Model) -> d
     """``widths`` and "o", [H E, h e]: B_V as wo must read it, where each query head brings the values of its
     key/value head. Query head t of a target group takes from query head t mod r of the source groups; with one query
     head per group (MHA), "o" is B_V itself, as in eq. 38. Under GQA the paper defines nothing: this is ours."""
+    if not widths:
+        return {}
     pairs = torch.eye(repeats(source)).to(widths["v"])[torch.arange(repeats(target)) % repeats(source)]
     blocks = widths["v"].view(target.kv_heads, target.head_dim, source.kv_heads, source.head_dim)
     o = torch.einsum("ts,GEge->GtEgse", pairs, blocks)
@@ -67,17 +85,17 @@ def learned_rules(source: Model, target: Model, network: HyperNetwork) -> Rules:
     A layer's rule reads every source layer whose D is not zero: all of one weight type, once D is trained. Raises
     GrowthError where the geometry or a matrix's shape does not fit.
     """
-    check_widths(source, replace(target, n_layers=source.n_layers))
-    _check_shapes(network, _shapes(source, target))
+    check_learned(source, target)
+    _check_shapes(network, shapes(source, target))
     widths = with_output({name: B.detach().double() for name, B in network.widths.items()}, source, target)
     targets: dict[str, Rule] = {}
     for name in target.tensors():
         mixed = {name: 1.0}
-        if kind(name) in LAYER_KINDS:
+        if kind(name) in network.depths:
             layer, tensor = name.split(".", 2)[1:]
             row = network.depths[kind(name)][int(layer)].tolist()
             mixed = {f"layers.{j}.{tensor}": c for j, c in enumerate(row) if c} or {f"layers.0.{tensor}": 0.0}
-        targets[name] = _folded(name, mixed, widths)
+        targets[name] = _folded(name, mixed, widths) if widths or kind(name) in network.depths else Alias(name)
     used = {fqn for rule in targets.values() for fqn in rule.sources}
     return Rules(targets, source.tensors(), target.tensors(), frozenset(set(source.tensors()) - used))
 
@@ -96,19 +114,11 @@ def _folded(name: str, mixed: Mapping[str, float], widths: Mapping[str, Tensor])
     return Compute(tuple(mixed), by_rows if AXES[kind(name)][0] == "vocab" else fn, "learned map")
 
 
-def _shapes(source: Model, target: Model) -> dict[str, dict[str, tuple[int, ...]]]:
-    sizes = [
-        {"stream": m.dim, "query": m.dim, "key": m.kv_heads * m.head_dim, "ffn": m.ffn_dim} for m in (target, source)
-    ]
-    widths: dict[str, tuple[int, ...]] = {name: (sizes[0][axis], sizes[1][axis]) for name, axis in CHANNELS.items()}
-    return {"widths": widths, "depths": dict.fromkeys(LAYER_KINDS, (target.n_layers, source.n_layers))}
-
-
-def _check_shapes(network: HyperNetwork, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
-    have = {part: {name: tuple(M.shape) for name, M in getattr(network, part).items()} for part in shapes}
+def _check_shapes(network: HyperNetwork, needed: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    have = {part: {name: tuple(M.shape) for name, M in getattr(network, part).items()} for part in needed}
     problems = [
         f"{part}[{name!r}] is {have[part].get(name, 'missing')}, not {shape}"
-        for part, wanted in shapes.items()
+        for part, wanted in needed.items()
         for name, shape in wanted.items()
         if have[part].get(name) != shape
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from stackgrow.growth.operators import growth_rules
 from stackgrow.growth.rules import Alias, Rules
 from stackgrow.plan import GrowStage
 
+GROWTH = "growth.json"
+
 
 def grow(
     stage: GrowStage,
@@ -20,19 +22,21 @@ def grow(
     source: Path,
     target: Path,
     *,
+    network: Path | None = None,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], object] = lambda: None,
 ) -> str:
     """Grows checkpoint ``source`` into ``target``, all ranks together, and returns a line that says so.
 
+    ``network`` is the checkpoint of the maps that "learn" folds in.
     Whatever an interrupted attempt left is moved aside and the growth done again: it is a function of its source.
     """
     done = seal.read_seal(target) is not None
     barrier()  # before rank 0 changes what the others look at
     if done:
         return f"{stage.name}  grown before"
-    rules = rules_of(stage)
+    rules = rules_of(stage, network)
     if rank == 0:
         if target.exists():
             seal.move_to_quarantine(target)
@@ -43,28 +47,53 @@ def grow(
     line = ""
     if rank == 0:
         record = convert.commit(source, target, rules, world_size)
-        _seal_grown(stage, stage_hash, source, target, rules, record)
+        _seal_grown(stage, stage_hash, source, target, rules, record, network)
         line = f"{stage.name}  {stage.operator} {stage.change}, {record['bytes_written']} bytes written"
     barrier()
     return line
 
 
-def rules_of(stage: GrowStage) -> Rules:
+def rules_of(stage: GrowStage, network: Path | None = None) -> Rules:
     """The rule of every target tensor of a stage."""
-    rules = growth_rules(stage.operator, stage.source, stage.target, stage.layer_map, stage.seed)
+    learned = None
+    if network is not None:
+        from stackgrow.growth.learned import read_network
+
+        learned = read_network(network, stage.source, stage.target)
+    rules = growth_rules(stage.operator, stage.source, stage.target, stage.layer_map, stage.seed, learned)
     return noisy_rules(rules, stage.target.n_layers, stage.noise, stage.seed) if stage.noise else rules
 
 
 def _seal_grown(
-    stage: GrowStage, stage_hash: str, source: Path, target: Path, rules: Rules, record: dict[str, Any]
+    stage: GrowStage,
+    stage_hash: str,
+    source: Path,
+    target: Path,
+    rules: Rules,
+    record: dict[str, Any],
+    network: Path | None,
 ) -> None:
-    """A linked file is the source's own, so its SHA-256 is known; an aliased tensor has its source's fingerprint.
-    The next stage must find every fingerprint again in what it loads."""
     before = seal.read_seal(source)
     assert before is not None, "run.py hands over sealed checkpoints only"
+    growth, facts = growth_record(stage, source, before, rules, record), {}
+    if network is not None and (learned := seal.read_seal(network)):
+        # The maps were trained on data that the source has not seen: the data go on from there.
+        facts = {"position": learned["position"]}
+        growth["network"] = {"checkpoint": str(network), "stage_hash": learned["stage_hash"], **facts}
+    seal.write_json(target.parent / GROWTH, growth)
+    seal_grown(target, stage_hash, before, growth, **facts)
+
+
+def growth_record(
+    stage: GrowStage, source: Path, before: Mapping[str, Any], rules: Rules, record: dict[str, Any]
+) -> dict[str, Any]:
+    """growth.json; ``before`` is the source's manifest, ``record`` what convert.commit returned.
+
+    An aliased tensor has its source's fingerprint. The next stage must find every fingerprint again in what it loads.
+    """
     aliased = {name: before["tensors"][r.source] for name, r in rules.targets.items() if isinstance(r, Alias)}
     tensors = aliased | record.pop("fingerprints")
-    growth = {
+    return {
         "operator": stage.operator,
         "layer_map": list(stage.layer_map) if stage.layer_map else None,
         "noise": stage.noise,
@@ -73,8 +102,19 @@ def _seal_grown(
         **record,
         "tensors": tensors,
     }
-    seal.write_json(target.parent / "growth.json", growth)
-    linked = {name: before["files"][name] for name in record["linked_files"]}
+
+
+def seal_grown(
+    target: Path, stage_hash: str, before: Mapping[str, Any], growth: Mapping[str, Any], **facts: Any
+) -> None:
+    """Seals a grown checkpoint. A linked file is the source's own: where that is sealed, its SHA-256 is known."""
+    linked = {name: before["files"][name] for name in growth["linked_files"] if name in before["files"]}
     fresh = [name for name in seal.contents(target) if name not in linked]
-    facts = {"step": 0, "position": before["position"], "stage_hash": stage_hash, "tensors": tensors}
+    facts = {
+        "step": 0,
+        "position": before["position"],
+        "stage_hash": stage_hash,
+        "tensors": growth["tensors"],
+        **facts,
+    }
     seal.seal(target, linked | seal.file_records(target, fresh), facts)

@@ -121,14 +121,14 @@ def _pad(
     name: str, places: list[list[int]], source: Model, target: Model, seed: int, zero: bool
 ) -> Callable[[Tensor], Tensor]:
     """``places`` are those of the source's rows, and columns, in the target."""
-    shape, tensor = target.tensors()[name], kind(name)
+    tensor = kind(name)
     alpha = math.sqrt(source.dim) / math.sqrt(target.dim)
     n = target.head_dim // source.head_dim
 
     def fn(weight: Tensor) -> Tensor:
         import torch
 
-        whole = draw(name, shape, target, generator(seed, "new", name)).to(weight.dtype)
+        whole = draw(name, target.tensors()[name], target, generator(seed, "new", name)).to(weight.dtype)
         if whole.dim() == 1:
             whole[places[0]] = times(weight, alpha)
             return whole

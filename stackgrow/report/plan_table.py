@@ -10,7 +10,7 @@ from typing import Any
 
 from stackgrow.kinds import human
 from stackgrow.load import recipe_hash
-from stackgrow.plan import GrowStage, Plan, TrainStage
+from stackgrow.plan import GrowStage, LearnStage, Plan, TrainStage
 
 WIDTH = 120
 LONG_RUN = 4  # consecutive layers from here on are shown as first-last
@@ -137,6 +137,8 @@ def _remarks(plan: Plan) -> Iterator[str]:
         "not in share or total",
         *plan.notes,
     ]
+    if any(isinstance(stage, LearnStage) for stage in plan.stages):
+        remarks.insert(1, "a learn stage's FLOPs hold those of making the target's weights, once per step")
     if len(plan.train_stages) > 1:
         remarks.insert(0, f"{plan.base_share:.1%} of the FLOPs are spent before the last growth")
     for remark in remarks:

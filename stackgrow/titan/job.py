@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from torchtitan.protocols.train_spec import TrainSpec
 
 from stackgrow.data.loader import TokenLoader
 from stackgrow.data.store import TokenStore
-from stackgrow.plan import TrainStage
+from stackgrow.plan import LearnStage, TrainStage
 from stackgrow.recipe import Recipe
-from stackgrow.titan import metrics, model
+from stackgrow.titan import ligo, metrics, model
 
 PRECISION = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -34,6 +34,7 @@ class StageJob:
     folder: Path
     store: TokenStore
     parent: Path | None  # the grown checkpoint that the stage starts from; None: random weights
+    source: Path | None = None  # of a LearnStage, whose own weights start at random: what its maps are learned on
 
     @property
     def micro_batch(self) -> int:
@@ -62,7 +63,7 @@ def job_config(job: StageJob) -> StageJobConfig:
             enable_tensorboard=recipe.log.tensorboard,
             disable_color_printing=True,
         ),
-        model=titan.Model(name=register(stage, recipe.seed), flavor=stage.name),
+        model=titan.Model(name=register(job), flavor=stage.name),
         optimizer=titan.Optimizer(
             lr=train.learning_rate,
             beta1=train.beta1,
@@ -134,15 +135,22 @@ def _parallelism(recipe: Recipe) -> titan.Parallelism:
     )
 
 
-def register(stage: TrainStage, seed: int) -> str:
+def register(job: StageJob) -> str:
     """Makes the stage's model known to torchtitan and returns the name it goes by."""
+    stage, spec = job.stage, _train_spec()
     if not FLAVORS:
-        train_spec.register_train_spec(SPEC_NAME, _train_spec())
-    FLAVORS[stage.name] = model.model_args(stage.model, seed)
+        train_spec.register_train_spec(SPEC_NAME, spec)
+        learned = replace(spec, model_cls=ligo.LigoLlama, parallelize_fn=ligo.parallelize_ligo)
+        train_spec.register_train_spec(LEARN_SPEC_NAME, learned)
+    if isinstance(stage, LearnStage):
+        assert job.source is not None
+        FLAVORS[stage.name] = ligo.ligo_args(stage, job.source)
+        return LEARN_SPEC_NAME
+    FLAVORS[stage.name] = model.model_args(stage.model, job.recipe.seed, stage.mask)
     return SPEC_NAME
 
 
-SPEC_NAME = "stackgrow-llama2"
+SPEC_NAME, LEARN_SPEC_NAME = "stackgrow-llama2", "stackgrow-ligo"
 FLAVORS: dict[str, BaseModelArgs] = {}
 
 

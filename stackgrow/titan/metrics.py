@@ -57,6 +57,9 @@ class StageMetrics(MetricsProcessor):
             "tps": tps,
             "memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
         }
+        if self.job.stage.mask:
+            record["mask"] = self.job.stage.mask_value(step)
+            extra_metrics = {**(extra_metrics or {}), "mask": record["mask"]}
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
         if self._metrics:
             self._metrics.write(record)

@@ -12,8 +12,11 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
+from torchtitan.models.llama3.model.model import Attention, FeedForward
 
 from stackgrow.growth.draw import draw, generator
+from stackgrow.growth.mask import kept_outputs
+from stackgrow.plan import GrowthMask
 from stackgrow.recipe import Model
 from stackgrow.titan.shards import shard_of
 
@@ -22,14 +25,15 @@ WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # put into names by to
 
 @dataclass
 class LlamaArgs(TransformerModelArgs):
-    """torchtitan's arguments, and how the weights are drawn."""
+    """torchtitan's arguments, how the weights are drawn, and the growth (source, target, layer map) to be masked."""
 
     init: str = "paper"
     seed: int = 0
+    masked: tuple[Model, Model, tuple[int, ...] | None] | None = None
 
 
-def model_args(model: Model, seed: int) -> LlamaArgs:
-    """torchtitan's arguments for exactly this geometry.
+def model_args(model: Model, seed: int, mask: GrowthMask | None = None) -> LlamaArgs:
+    """torchtitan's arguments for exactly this geometry; ``mask`` is that of the growth that made the model.
 
     torchtitan computes the FFN width as ``int(multiplier * int(8 D / 3))``: the half below aims at the middle of the
     interval that truncates to the wanted width. Its RoPE scaling is always on; factor 1 leaves the frequencies alone.
@@ -47,7 +51,42 @@ def model_args(model: Model, seed: int) -> LlamaArgs:
         rope_scaling_args=RoPEScalingArgs(scaling_factor=1.0),
         init=model.init,
         seed=seed,
+        masked=(mask.source, model, mask.layer_map) if mask else None,
     )
+
+
+class _Masked:
+    """A module whose output is multiplied by its buffer ``growth_mask``, [d_out] or [1]; parameters keep their names."""
+
+    growth_mask: Tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return output * self.growth_mask.to(output.dtype)
+
+
+class _MaskedEmbedding(_Masked, nn.Embedding):
+    pass
+
+
+class _MaskedLinear(_Masked, nn.Linear):
+    pass
+
+
+class _MaskedAttention(_Masked, Attention):
+    pass
+
+
+class _MaskedFeedForward(_Masked, FeedForward):
+    pass
+
+
+MASKED: dict[type, type] = {
+    nn.Embedding: _MaskedEmbedding,
+    nn.Linear: _MaskedLinear,
+    Attention: _MaskedAttention,
+    FeedForward: _MaskedFeedForward,
+}
 
 
 class Llama(Transformer):
@@ -61,9 +100,28 @@ class Llama(Transformer):
     model_args: LlamaArgs
     freqs_cis: Tensor
 
+    def __init__(self, args: LlamaArgs):
+        super().__init__(args)
+        self.masked: list[tuple[nn.Module, Tensor]] = []
+        with torch.device("cpu"):  # the model itself is built on the meta device
+            outputs = kept_outputs(*args.masked) if args.masked else {}
+        for name, kept in outputs.items():
+            module = self.get_submodule(name)
+            module.register_buffer("growth_mask", torch.empty(kept.shape), persistent=False)
+            module.__class__ = MASKED[type(module)]  # a forward hook would be passed over by torch.compile
+            self.masked.append((module, kept))
+
+    @torch.no_grad()
+    def set_mask(self, c: float) -> None:
+        """Raises the mask of a G_random growth to ``c``: a value in a buffer, so that nothing is compiled anew."""
+        for module, kept in self.masked:
+            mask = module.get_buffer("growth_mask")
+            mask.copy_(kept + c * (1 - kept))
+
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         with torch.device(buffer_device or self.freqs_cis.device):
             self.freqs_cis = self._precompute_freqs_cis()
+        self.set_mask(1.0)
         for name, parameter in self.named_parameters():
             shard, name = shard_of(parameter), plain_name(name)
             whole = draw(name, shard.shape, self.model_args, generator(self.model_args.seed, name))
@@ -78,10 +136,15 @@ def plain_name(name: str) -> str:
 
 
 def parallelize(model: Any, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
-    """torchtitan's parallelization, with FSDP told to sum on gloo, which has no pre-multiplied sum."""
+    """torchtitan's parallelization, on gloo too."""
     model = parallelize_llama(model, parallel_dims, job_config)
+    sum_on_gloo(model)
+    return model
+
+
+def sum_on_gloo(model: nn.Module) -> None:
+    """FSDP is told to sum: gloo has no pre-multiplied sum."""
     if torch.distributed.get_backend() == "gloo":
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
-    return model

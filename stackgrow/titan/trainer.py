@@ -50,12 +50,14 @@ class StageTrainer(Trainer):
         self.checkpointer.load()
         first = self.step + 1
         self.metrics_processor.resume(self.step)
+        self._set_mask()
         if self.step == 0:
             self.validate()
         assert self.dataloader is not None
         batches = self.batch_generator(self.dataloader)
         while self.should_continue_training():
             self.step += 1
+            self._set_mask()
             self.gc_handler.run(self.step)
             self.train_step(batches)
             last = self.step == steps
@@ -101,13 +103,18 @@ class StageTrainer(Trainer):
                 module.reshard()
         return total
 
+    def _set_mask(self) -> None:
+        if self.stage_job.stage.mask:
+            self.model_parts[0].set_mask(self.stage_job.stage.mask_value(self.step))
+
     def _set_timeout(self, seconds: int) -> None:
         dist_utils.set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
 
     def state_dict(self) -> dict[str, Any]:
         # The step alone: the position in the data is the loader's, and tokens follow from the plan. torchtitan's
         # ntokens_seen is one rank's count and wrong as soon as the number of ranks changes.
-        return {"step": self.step}
+        stage = self.stage_job.stage
+        return {"step": self.step, **({"mask": stage.mask_value(self.step)} if stage.mask else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step = state_dict["step"]

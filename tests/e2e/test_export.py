@@ -106,3 +106,15 @@ def test_what_cannot_be_exported_is_told(workplace: Workplace, reference: Path, 
     told = export(workplace, unfinished, tmp_path / "hf", "--stage", BASE, code=65)
     assert "is not the token store that" in told
     assert not (tmp_path / "hf").exists()
+
+
+def test_checkpoint_taken_while_a_mask_rises_exports_what_it_computes(workplace: Workplace, tmp_path: Path) -> None:
+    store = TokenStore.open(workplace.folder / "store", split="validation")
+    run, sets = tmp_path / "run", ["growth[0].operator=random", "growth[0].ramp=10 steps", "validation.interval=4steps"]
+    workplace.run("budget.tokens=30Ki", *sets, "checkpoint.keep=9", f"run.folder={run}")
+    logged = losses(run, "validation.jsonl")
+    for step in (4, 10):
+        export(workplace, run, tmp_path / f"hf-{step}", "--step", step)
+        assert validation_loss(tmp_path / f"hf-{step}", store) == pytest.approx(logged[TARGET, step], rel=1e-5)
+    export(workplace, run / GROW / "checkpoint", tmp_path / "grown")
+    assert validation_loss(tmp_path / "grown", store) == pytest.approx(logged[TARGET, 0], rel=1e-5)

@@ -4,24 +4,34 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import Workplace, losses, steps_logged, weights
+from launch import Workplace, losses, records, steps_logged, weights
 
-GROW = "stage-1-grow"
+GROW, TARGET = "stage-1-grow", "stage-2-train-4L"
 NARROW = ["base.model.dim=32", "base.model.n_heads=2", "base.model.n_kv_heads=1", "base.model.ffn_dim=88"]
 CASES = {
     "zero depth": (["growth[0].operator=zero"], "stage-0-train-2L"),
     "split width": (["growth[0].operator=split", "base.n_layers=4", *NARROW], "stage-0-train-4L"),
     "zero both": (["growth[0].operator=zero", "base.model.norm_eps=2e-5", *NARROW], "stage-0-train-2L"),
+    "random depth": (["growth[0].operator=random", "growth[0].ramp=4 steps"], "stage-0-train-2L"),
+    "random both": (
+        ["growth[0].operator=random", "growth[0].ramp=2 steps", "base.model.norm_eps=2e-5", *NARROW],
+        "stage-0-train-2L",
+    ),
     "stack noise": (["growth[0].noise=0.2"], "stage-0-train-2L"),
 }
-PRESERVING = {"zero depth": 1e-6, "zero both": 1e-6}  # float32 rounding of a mean over 704 tokens
+PRESERVING = {
+    "zero depth": 1e-6,
+    "zero both": 1e-6,
+    "random depth": 1e-6,
+    "random both": 1e-6,
+}  # float32 rounding of a mean over 704 tokens
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_operator_runs_and_keeps_its_promise(workplace: Workplace, tmp_path: Path, case: str) -> None:
     sets, base = CASES[case]
     run = tmp_path / "run"
-    workplace.run("budget.tokens=26Ki", *sets, f"run.folder={run}", ranks=2 if case == "zero both" else 0)
+    workplace.run("budget.tokens=26Ki", *sets, f"run.folder={run}", ranks=2 if "both" in case else 0)
     validation = losses(run, "validation.jsonl")
     before, after = validation[base, 20], validation["stage-2-train-4L", 0]
     if case in PRESERVING:
@@ -52,3 +62,18 @@ def test_growth_is_the_same_after_a_kill_and_on_other_ranks(workplace: Workplace
     workplace.run(*sets, f"run.folder={two}")
     assert weights(two / GROW / "checkpoint") == weights(one / GROW / "checkpoint")
     assert losses(two) == losses(one)
+
+
+def test_masked_stage_resumes_and_compiles_alike(workplace: Workplace, tmp_path: Path) -> None:
+    sets = ["budget.tokens=32Ki", "growth[0].operator=random", "growth[0].ramp=10 steps"]
+    one, two, compiled = tmp_path / "one", tmp_path / "two", tmp_path / "compiled"
+    workplace.run(*sets, f"run.folder={one}")
+    workplace.kill_when(lambda: steps_logged(two, TARGET) >= 6, *sets, f"run.folder={two}")
+    workplace.run(*sets, f"run.folder={two}")
+    assert losses(two) == losses(one)
+    assert weights(two / TARGET / "checkpoint" / "step-12") == weights(one / TARGET / "checkpoint" / "step-12")
+    masks = [r["mask"] for key, r in records(one).items() if key[0] == TARGET]
+    assert masks == [min(1.0, step / 10) for step in range(1, 13)]
+    workplace.run(*sets, f"run.folder={compiled}", "train.compile=true")
+    expected, found = losses(one), losses(compiled)
+    assert max(abs(found[k] / expected[k] - 1) for k in expected) < 2e-6  # as in test_parallel.py

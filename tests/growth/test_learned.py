@@ -6,8 +6,9 @@ import torch
 from growth_for_tests import Tensors, apply, assert_same, deviation, logits, through_checkpoints, weights
 from torch import Tensor
 
-from stackgrow.growth.learned import LAYER_KINDS, HyperNetwork, initial_network, learned_rules, widen, with_output
-from stackgrow.growth.rules import GrowthError
+from stackgrow.growth.learned import HyperNetwork, initial_network, learned_rules, widen, with_output
+from stackgrow.growth.learned_shapes import LAYER_KINDS
+from stackgrow.growth.rules import Alias, GrowthError
 from stackgrow.recipe import Model
 
 MHA = Model(dim=16, n_layers=2, n_heads=4, ffn_dim=20, vocab_size=4100)  # more rows than are computed at a time
@@ -45,8 +46,11 @@ def output_map(value: Tensor, source: Model, target: Model) -> Tensor:
 
 
 def dense_learned(source: Model, target: Model, network: HyperNetwork, small: Tensors) -> dict[str, Tensor]:
-    """Eqs. 37-42 in float64, each layer widened before the layers are mixed, as they are written."""
-    widths = {k: m.double() for k, m in network.widths.items()}
+    """Eqs. 37-42 in float64, each layer widened before the layers are mixed, as they are written. Where a direction
+    has no matrices they are identities."""
+    sizes = {"emb": source.dim, "q": source.dim, "k": source.kv_heads * source.head_dim, "mlp": source.ffn_dim}
+    sizes["v"], same = sizes["k"], torch.eye(source.n_layers, dtype=torch.float64)
+    widths = {k: network.widths[k].double() if network.widths else torch.eye(n).double() for k, n in sizes.items()}
     widths["o"] = output_map(widths["v"], source, target)
 
     def wide(name: str) -> Tensor:
@@ -61,7 +65,7 @@ def dense_learned(source: Model, target: Model, network: HyperNetwork, small: Te
     for name in target.tensors():
         if name.startswith("layers."):
             _, layer, tensor = name.split(".", 2)
-            D = network.depths[tensor.removesuffix(".weight")].double()
+            D = network.depths[tensor.removesuffix(".weight")].double() if network.depths else same
             grown[name] = sum(D[int(layer), j] * wide(f"layers.{j}.{tensor}") for j in range(source.n_layers))
         else:
             grown[name] = wide(name)
@@ -124,6 +128,8 @@ def test_the_initial_depth_map_is_a_stack() -> None:
         parts[1] = str(int(parts[1]) % 2) if parts[0] == "layers" else parts[1]
         assert torch.equal(W, small[".".join(parts)]), name
     assert all(len(rule.sources) == 1 for rule in rules.targets.values())
+    outside = {name for name in target.tensors() if not name.startswith("layers.")}
+    assert {name for name, rule in rules.targets.items() if isinstance(rule, Alias)} == outside
 
 
 @pytest.mark.parametrize("source", [MHA, GQA], ids=["mha", "gqa"])

@@ -81,7 +81,7 @@ def test_composition_passes_each_rule_its_own_sources() -> None:
     names, map_of_two = list(SOURCE.tensors()), [0, 1]
     w, v = "layers.0.ffn_norm.weight", "layers.1.ffn_norm.weight"
     first = depth_rules(map_of_two, SOURCE, SOURCE)
-    first = replace(first, targets={**first.targets, w: Compute((w, v), lambda a, b: a.sub_(b), "minus")})
+    first = replace(first, targets={**first.targets, w: Compute((v, w), lambda a, b: b.sub_(a), "minus")})
     second = replace(
         depth_rules(map_of_two, SOURCE, SOURCE),
         targets={n: Alias(n) for n in names} | {v: Compute((w, v), lambda a, b: 10 * a + b, "plus")},
@@ -90,7 +90,7 @@ def test_composition_passes_each_rule_its_own_sources() -> None:
     grown = apply(rules, small)
     assert torch.equal(grown[w], small[w] - small[v])
     assert torch.equal(grown[v], 10 * (small[w] - small[v]) + small[v])
-    assert rules.targets[v].sources == (w, v, v)
+    assert rules.targets[v].sources == (v, w, v)
     assert rules.targets["norm.weight"] == Alias("norm.weight")
     assert not rules.dropped
 

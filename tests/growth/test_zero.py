@@ -35,6 +35,7 @@ CASES = {
     "gqa, wider heads": (GQA, replace(GQA, dim=64, ffn_dim=80), [0, 1, 2, 3], [0, 1], []),
     "wider and more heads": (GQA, replace(GQA, dim=192, n_heads=6, n_kv_heads=3), [0, 1, 2, 3], [0, 1], []),
     "ffn alone": (GQA, replace(GQA, ffn_dim=47), [0, 1, 2, 3], [0, 1], []),
+    "torchtitan init": (replace(MHA, init="torchtitan"), replace(WIDE_MHA, init="torchtitan"), [0, 1, 2, 3], [0, 1, 2, 3], []),
 }  # fmt: skip
 BOTH: dict[str, Callable] = {"zero": zero_width_rules, "random": random_width_rules}
 SEED = 9

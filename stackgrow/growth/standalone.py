@@ -1,0 +1,223 @@
+"""Growing a checkpoint without a recipe: a DCP or Hugging Face Llama folder in, a sealed DCP folder out.
+
+All is written in ``<target>.tmp``, on which the ranks work together; one rename at the end makes the target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import distributed as dist
+
+from stackgrow import seal
+from stackgrow.errors import RunError
+from stackgrow.evaluate.hf import CONFIG, import_hf
+from stackgrow.evaluate.hf_format import config_of, model_from_config
+from stackgrow.fingerprint import fingerprint
+from stackgrow.growth import convert
+from stackgrow.growth.dcp import CheckpointError, read_metadata, read_tensor, tensor_shapes
+from stackgrow.growth.rules import Compute, GrowthError, Rules
+from stackgrow.growth.stage import GROWTH, growth_record, rules_of, seal_grown
+from stackgrow.load import RecipeError, canonical_hash, load_recipe
+from stackgrow.plan import GrowStage, identity, make_plan
+from stackgrow.recipe import Model
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of this growth; torch.distributed is used only where there are several."""
+
+    rank: int = 0
+    size: int = 1
+
+    def gather(self, value: T) -> list[T]:
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def step(self, work: Callable[[], T], *, alone: bool = False) -> T:
+        """``work`` on all ranks, or on rank 0 ``alone``; where it fails on any, all ranks raise the same RunError."""
+        result, failure = None, None
+        try:
+            result = work() if self.rank == 0 or not alone else None
+        except (RunError, GrowthError, RecipeError, OSError) as error:
+            code = error.exit_code if isinstance(error, RunError) else 1 if isinstance(error, OSError) else 2
+            failure = (code, str(error))
+        if failures := [f for f in self.gather(failure) if f]:
+            raise _failed(*failures[0])
+        return result  # type: ignore[return-value]  # None on the other ranks, where alone
+
+
+def _failed(code: int, message: str) -> RunError:
+    error = RunError(message)
+    error.exit_code = code
+    return error
+
+
+def grow_folder(
+    source: Path,
+    target: Path,
+    describe: Callable[[Model], GrowStage],
+    *,
+    given: Mapping[str, Any],
+    ranks: Ranks,
+    tell: Callable[[GrowStage], object],
+) -> dict[str, Any]:
+    """Grows ``source`` into the new folder ``target`` and returns the record of growth.json, on rank 0.
+
+    ``describe`` makes the growth from the source's geometry, and ``tell`` is called with it, on rank 0, before
+    anything is written. ``given``: keys of Model that the source does not tell. The target has a seal, with its
+    geometry as a Hugging Face config, and growth.json inside; it is complete or not there.
+
+    Raises:
+        RunError: on all ranks alike; exit code 2 for a growth that is not defined.
+    """
+    work = target.with_name(target.name + ".tmp")
+    stage, rules = ranks.step(lambda: _prepare(source, target, describe, given))
+    if ranks.rank == 0:
+        tell(stage)
+    try:
+        ranks.step(lambda: _begin(source, work, rules), alone=True)
+        checkpoint = work / "imported" if _is_hf(source) else source
+        before = _facts(checkpoint, stage.source, rules, ranks)
+        ranks.step(lambda: convert.write_part(checkpoint, work / "grown", rules, ranks.rank, ranks.size))
+        return ranks.step(lambda: _finish(stage, source, checkpoint, target, rules, before, ranks.size), alone=True)
+    finally:
+        if ranks.rank == 0:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def source_model(source: Path, given: Mapping[str, Any]) -> Model:
+    """The geometry of a checkpoint: config.json's, its run's, that in its seal, or what its tensors' shapes tell
+    together with ``given``. RunError, or GrowthError where something is missing or given without need."""
+    known = _known_model(source)
+    if known is None:
+        return _model_of_shapes(source, given)
+    if given:
+        raise GrowthError(f"{source} tells its own geometry: leave out the --source- options")
+    return known
+
+
+def _is_hf(source: Path) -> bool:
+    return (source / CONFIG).is_file()
+
+
+def _known_model(source: Path) -> Model | None:
+    if _is_hf(source):
+        return model_from_config(seal.read_json(source / CONFIG) or {})
+    path = source.absolute()
+    run = next((f for f in path.parents[:3] if (f / "recipe.toml").is_file()), None)
+    if run is not None:
+        for stage in make_plan(load_recipe(run / "recipe.toml", trusted=True), run / "recipe.toml").stages:
+            if stage.name in path.parts:
+                return stage.target if isinstance(stage, GrowStage) else stage.model
+    config = (seal.read_seal(source) or {}).get("config")
+    return model_from_config(config) if config else None
+
+
+def _model_of_shapes(source: Path, given: Mapping[str, Any]) -> Model:
+    shapes = {name: shape for name, (shape, _) in tensor_shapes(read_metadata(source)).items()}
+    layers = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
+    try:
+        vocabulary, dim = shapes["tok_embeddings.weight"]
+        (key_rows, _), (ffn, _) = (shapes[f"layers.0.{n}.weight"] for n in ("attention.wk", "feed_forward.w1"))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{source} is no Llama checkpoint with torchtitan's tensor names: {error}") from error
+    if "n_heads" not in given:
+        raise GrowthError(f"{source} does not tell its number of attention heads: give --source-heads")
+    width = dim // given["n_heads"]
+    if width * given["n_heads"] != dim or key_rows % width:
+        raise GrowthError(
+            f"--source-heads {given['n_heads']}: heads of dim / heads channels must divide dim = {dim} and the "
+            f"{key_rows} rows of attention.wk"
+        )
+    sizes = {"dim": dim, "n_layers": len(layers), "n_kv_heads": key_rows // width, "ffn_dim": ffn}
+    return Model(family="llama2", vocab_size=vocabulary, **{**sizes, **given})
+
+
+def _prepare(
+    source: Path, target: Path, describe: Callable[[Model], GrowStage], given: Mapping[str, Any]
+) -> tuple[GrowStage, Rules]:
+    """The growth, refused before anything is written."""
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is no folder: name a checkpoint, or a Hugging Face model folder")
+    if target.exists():
+        raise CheckpointError(f"{target} exists already: remove it, or grow into another folder")
+    if not target.absolute().parent.is_dir():
+        raise CheckpointError(f"{target} cannot be made: there is no folder {target.parent}")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise CheckpointError(f"{target} lies in {source}, which would change it: grow into another folder")
+    stage = describe(source_model(source, given))
+    for which, model in (("source", stage.source), ("grown", stage.target)):
+        if model.dim % (2 * model.n_heads) or model.n_heads % model.kv_heads:
+            raise GrowthError(
+                f"the {which} model: {model.n_heads} heads and {model.kv_heads} key/value heads for dim {model.dim}; "
+                "heads must divide dim into even widths, key/value heads must divide heads"
+            )
+    return stage, rules_of(stage)
+
+
+def _begin(source: Path, work: Path, rules: Rules) -> None:
+    if work.exists():  # of an attempt that was killed
+        shutil.rmtree(work)
+    work.mkdir()
+    if _is_hf(source):
+        import_hf(source, work / "imported")
+    convert.begin(work / "imported" if _is_hf(source) else source, work / "grown", rules)
+
+
+def _facts(source: Path, model: Model, rules: Rules, ranks: Ranks) -> Mapping[str, Any]:
+    """The manifest of the source; of one without a seal, what can be known. The ranks share the reading."""
+    before = seal.read_seal(source)
+    if before is not None:
+        if any(isinstance(rule, Compute) for rule in rules.targets.values()):  # what is aliased keeps its SHA-256
+            ranks.step(lambda: _check_undamaged(source, before, ranks))
+        return before
+    mine = ranks.step(lambda: _fingerprints(source, sorted(model.tensors())[ranks.rank :: ranks.size]))
+    tensors = {name: mark for part in ranks.gather(mine) for name, mark in part.items()}
+    stage_hash = canonical_hash({"config": config_of(model), "tensors": tensors})
+    return {"stage_hash": stage_hash, "position": 0, "tensors": tensors, "files": {}}
+
+
+def _check_undamaged(source: Path, before: Mapping[str, Any], ranks: Ranks) -> None:
+    if faults := seal.damage(source, before, ranks.rank, ranks.size):
+        raise CheckpointError(f"{source} is not what was sealed: {'; '.join(faults)}")
+
+
+def _fingerprints(source: Path, names: list[str]) -> dict[str, str]:
+    metadata = read_metadata(source)
+    return {name: fingerprint(read_tensor(source, metadata, name)) for name in names}
+
+
+def _finish(
+    stage: GrowStage,
+    source: Path,
+    checkpoint: Path,
+    target: Path,
+    rules: Rules,
+    before: Mapping[str, Any],
+    world_size: int,
+) -> dict[str, Any]:
+    grown = target.with_name(target.name + ".tmp") / "grown"
+    growth = growth_record(stage, source, before, rules, convert.commit(checkpoint, grown, rules, world_size))
+    seal.write_json(grown / GROWTH, growth)
+    stage_hash = canonical_hash({"parent": before["stage_hash"], "stage": identity(stage)})
+    seal_grown(grown, stage_hash, before, growth, config=config_of(stage.target))
+    grown.rename(target)
+    seal.sync_folder(target.absolute().parent)
+    return growth
+
+
+def widened(source: Model, n_layers: int, widths: Mapping[str, Any]) -> Model:
+    """``source`` with another depth and other widths; key/value heads follow the heads where there are as many."""
+    if "n_heads" in widths and source.n_kv_heads == source.n_heads:
+        widths = {"n_kv_heads": widths["n_heads"], **widths}
+    return dataclasses.replace(source, n_layers=n_layers, **widths)

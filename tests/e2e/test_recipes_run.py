@@ -1,0 +1,91 @@
+"""Every shipped recipe, its layers, growths, schedule and precision as they are, trained for a few steps at tiny widths."""
+
+import json
+import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from launch import REPOSITORY, VOCABULARY, Workplace, environment, losses, weights
+
+from stackgrow.load import load_recipe
+from stackgrow.plan import GrowStage, Plan, make_plan
+
+RECIPES = REPOSITORY / "recipes"
+FILES = sorted(RECIPES.rglob("*.toml"))
+BATCH, STEPS = 64, 2  # tokens per step, steps per stage
+REDUCED = (
+    "data.path=store", "data.seq_len=16", f"model.vocab_size={VOCABULARY}",
+    "model.dim=32", "model.n_heads=4", "model.ffn_dim=88", f"train.global_batch_tokens={BATCH}",
+    "train.warmup=1 steps", "train.compile=false", "validation.sequences=4", "log.interval=1 steps",
+    "log.tensorboard=false",
+)  # fmt: skip
+NARROW = ("base.model.dim=16", "base.model.n_heads=2", "base.model.ffn_dim=44")
+
+# Few processes for all runs: starting one takes longer than a run does.
+RUN_ALL = """
+import json, sys, traceback
+from stackgrow.run import run
+for file, sets in json.load(sys.stdin):
+    try:
+        run(file, sets)
+    except Exception:
+        traceback.print_exc()
+"""
+
+
+def reduced(file: Path) -> list[str]:
+    recipe = load_recipe(file)
+    sets = [*REDUCED, f"budget.tokens={BATCH * STEPS * (len(recipe.growth) + 1)}"]
+    sets += [f"growth[{i}].timing={STEPS * (i + 1)} steps" for i in range(len(recipe.growth))]
+    if recipe.base and recipe.base.model:
+        sets += NARROW
+    if recipe.base and "warmup" in recipe.base.train:
+        sets.append("base.train.warmup=1 steps")
+    return sets
+
+
+def folder_of(plan: Plan) -> str:
+    """Recipes that reduce to the same stages, such as those of a sweep over the timing, share one run."""
+    return f"recipes/{plan.stage_hashes('')[plan.stages[-1].name][:16]}"
+
+
+def plan_of(file: Path) -> Plan:
+    return make_plan(load_recipe(file, reduced(file)), file)
+
+
+@pytest.fixture(scope="module")
+def output(workplace: Workplace) -> str:
+    folders = {folder_of(plan_of(file)): file for file in FILES}
+    jobs = [(str(file), [*reduced(file), f"run.folder={folder}"]) for folder, file in folders.items()]
+
+    def run(share: list) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", RUN_ALL], input=json.dumps(share), cwd=workplace.folder, env=environment(),
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        return done.stdout + done.stderr
+
+    with ThreadPoolExecutor() as pool:
+        return "".join(pool.map(run, (jobs[0::2], jobs[1::2])))
+
+
+@pytest.mark.parametrize("file", FILES, ids=[str(f.relative_to(RECIPES)) for f in FILES])
+def test_recipe_trains_end_to_end(workplace: Workplace, output: str, file: Path) -> None:
+    plan = plan_of(file)
+    run = workplace.folder / folder_of(plan)
+    assert [s.name for s in plan.stages if not (run / s.name / "DONE").exists()] == [], output
+    seen = losses(run)
+    assert list(seen) == [(s.name, step) for s in plan.train_stages for step in range(1, STEPS + 1)]
+    assert all(math.isfinite(loss) for loss in seen.values())
+    ledger = json.loads((run / "ledger.json").read_text())
+    assert ledger["total"]["tokens"] == plan.recipe.budget.tokens
+
+    last = plan.train_stages[-1]
+    assert weights(run / last.name / "checkpoint" / f"step-{STEPS}").keys() >= last.model.tensors().keys()
+    for stage in plan.stages:
+        if isinstance(stage, GrowStage) and stage.layer_map is not None:
+            growth = json.loads((run / stage.name / "growth.json").read_text())
+            assert growth["layer_map"] == list(stage.layer_map)
