@@ -59,7 +59,7 @@ REFUSED: list[tuple[Kind, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "given", "parsed"), ACCEPTED, ids=str)
+@pytest.mark.parametrize(("kind", "given", "parsed"), ACCEPTED, ids=range(len(ACCEPTED)))
 def test_accepted(kind: Kind, given: Any, parsed: Any) -> None:
     value = kind.parse(given)
     assert value == parsed
@@ -67,7 +67,7 @@ def test_accepted(kind: Kind, given: Any, parsed: Any) -> None:
     jsonschema.validate(given, kind.schema)  # an editor must not mark what the loader takes
 
 
-@pytest.mark.parametrize(("kind", "given"), REFUSED, ids=lambda v: repr(v)[:40])
+@pytest.mark.parametrize(("kind", "given"), REFUSED, ids=range(len(REFUSED)))
 def test_refused_with_the_rule(kind: Kind, given: Any) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         kind.parse(given)

@@ -56,7 +56,7 @@ def model_args(model: Model, seed: int, mask: GrowthMask | None = None) -> Llama
 
 
 class _Masked:
-    """A module whose output is multiplied by its buffer ``growth_mask``, [d_out] or [1]; parameters keep their names."""
+    """A module whose output is multiplied by its buffer ``growth_mask``, [d_out] or [1]."""
 
     growth_mask: Tensor
 
