@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from stackgrow.load import RecipeError, load_recipe
-from stackgrow.plan import Plan, make_plan
+from stackgrow.plan import Plan
 from stackgrow.recipe import Recipe
+from stackgrow.resolve import make_plan
 
 RECIPE = """\
 name = "tiny"

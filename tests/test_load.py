@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from recipes_for_tests import RECIPE, edited, plan_of, problems_of, recipe_of, written
 
 from stackgrow.load import MAX_BYTES, RecipeError, load_recipe, to_toml
-from stackgrow.plan import make_plan
 from stackgrow.report.plan_table import render_plan
+from stackgrow.resolve import make_plan
 
 LR = "learning_rate = 1e-3"
 BATCH = "global_batch_tokens = 1024"

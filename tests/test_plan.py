@@ -13,8 +13,9 @@ from recipes_for_tests import RECIPE, edited, plan_of, problems_of, recipe_of
 
 from stackgrow import guidelines
 from stackgrow.load import RecipeError
-from stackgrow.plan import GrowStage, Plan, TrainStage, make_plan, world_problems
+from stackgrow.plan import GrowStage, Plan, TrainStage
 from stackgrow.recipe import Model, Recipe, Train
+from stackgrow.resolve import make_plan, world_problems
 
 BATCH = "global_batch_tokens = 1024"
 TWO_BATCHES = edited(
@@ -411,7 +412,7 @@ def test_micro_batch_divides_the_ranks_share(tmp_path: Path) -> None:
 def test_plans_are_made_without_torch() -> None:
     """A plan must come at once, on a login node without torch."""
     code = (
-        "import sys, time; start = time.perf_counter(); import stackgrow.plan, stackgrow.report.plan_table; "
+        "import sys, time; start = time.perf_counter(); import stackgrow.resolve, stackgrow.report.plan_table; "
         "took = time.perf_counter() - start; "
         "print([m for m in ('torch', 'numpy', 'torchtitan') if m in sys.modules], took < 1.0, took)"
     )

@@ -10,7 +10,8 @@ import pytest
 
 from stackgrow import guidelines
 from stackgrow.load import load_recipe
-from stackgrow.plan import GrowStage, Plan, TrainStage, make_plan
+from stackgrow.plan import GrowStage, Plan, TrainStage
+from stackgrow.resolve import make_plan
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FILES = sorted(RECIPES.rglob("*.toml"))
@@ -125,7 +126,10 @@ def test_the_promised_run_is_planned_in_two_seconds() -> None:
     assert time.monotonic() - start < 2
 
 
-OPERATORS = {"direct_depth": "stack", "zero_depth": "zero", "direct_width": "split", "zero_width": "zero"}
+OPERATORS = {
+    "direct_depth": "stack", "zero_depth": "zero", "random_depth": "random", "learn_depth": "learn",
+    "direct_width": "split", "zero_width": "zero", "random_width": "random", "learn_width": "learn",
+}  # fmt: skip
 ABLATIONS = ("gradual", "interleave", "noise")
 PARTIAL = {  # Table 5: the share of retained connections, in percent
     "123456x4": 87.0, "12-3456x5-56": 78.3, "12-345x7-6": 74.0, "123-456x7": 74.0,
@@ -163,15 +167,15 @@ def test_operators(setting: str) -> None:
         (grow,) = (stage for stage in made.stages if isinstance(stage, GrowStage))
         assert (grow.operator, grow.noise) == (operator, 0)
         assert made.train_stages[0].steps == base_steps
-        deep = tuple(range(layers)) * 4 if name.endswith("depth") else None
-        assert grow.layer_map == deep
+        deep = name.endswith("depth")
+        assert grow.layer_map == (tuple(range(layers)) * 4 if deep and operator != "learn" else None)
+        assert grow.target.n_layers == grow.source.n_layers * (4 if deep else 1)
         assert (grow.source.dim * (1 if deep else 2), grow.source.head_dim) == (grow.target.dim, grow.target.head_dim)
 
 
 def test_standard_setting_of_the_operators() -> None:
     sizes = {name: millions(plan(f"operators/1.1b_{name}.toml").train_stages[0]) for name in OPERATORS}
-    assert sizes["direct_depth"] == sizes["zero_depth"] == (439, 308)
-    assert sizes["direct_width"] == sizes["zero_width"] == (374, 308)
+    assert all(size == ((439, 308) if name.endswith("depth") else (374, 308)) for name, size in sizes.items())
     scratch = plan("operators/1.1b_scratch.toml")
     assert scratch.flops == pytest.approx(8e20, rel=0.03)
     assert scratch.recipe.train == plan("paper/1.1b_100b_scratch.toml").recipe.train

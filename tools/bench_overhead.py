@@ -35,8 +35,8 @@ from stackgrow.data.store import TokenStore
 from stackgrow.growth.convert import grow_checkpoint
 from stackgrow.growth.depth import depth_rules, stack_map
 from stackgrow.load import load_recipe
-from stackgrow.plan import make_plan
 from stackgrow.recipe import Model
+from stackgrow.resolve import make_plan
 from stackgrow.titan import job as jobs
 from stackgrow.titan import session
 from stackgrow.titan.trainer import StageTrainer

@@ -37,8 +37,8 @@ def main() -> int:
 
 def show_plan(arguments: argparse.Namespace) -> None:
     from stackgrow.load import load_recipe
-    from stackgrow.plan import make_plan
     from stackgrow.report.plan_table import render_plan, render_plan_json
+    from stackgrow.resolve import make_plan
 
     plan = make_plan(load_recipe(arguments.recipe, arguments.set), arguments.recipe)
     if os.environ.get("RANK", "0") == "0":

@@ -16,8 +16,9 @@ from stackgrow.evaluate.hf_format import model_from_config
 from stackgrow.growth.mask import folding
 from stackgrow.kinds import human
 from stackgrow.load import load_recipe, recipe_hash
-from stackgrow.plan import GrowStage, Plan, Stage, make_plan
+from stackgrow.plan import GrowStage, LearnStage, Plan, Stage
 from stackgrow.recipe import Model, Recipe
+from stackgrow.resolve import make_plan
 
 
 def export_run(
@@ -73,16 +74,21 @@ def _imported_model(path: Path) -> Model:
 
 
 def _finished(plan: Plan, run: Path) -> list[str]:
-    return [s.name for s in plan.stages if (run / s.name / "DONE").is_file()][-1:]
+    return [s.name for s in _exportable(plan) if (run / s.name / "DONE").is_file()][-1:]
+
+
+def _exportable(plan: Plan) -> list[Stage]:
+    """A learn stage trains linear maps: what it leaves is no model."""
+    return [stage for stage in plan.stages if not isinstance(stage, LearnStage)]
 
 
 def _stage(plan: Plan, names: Sequence[str]) -> Stage:
     """The stage that has one of the names."""
-    for stage in plan.stages:
+    for stage in _exportable(plan):
         if stage.name in names:
             return stage
     what = f"{names[-1]} is not among" if names else "none is finished of"
-    raise DamagedError(f"{what} the run's stages; name one: {', '.join(s.name for s in plan.stages)}")
+    raise DamagedError(f"{what} the run's models; name one: {', '.join(s.name for s in _exportable(plan))}")
 
 
 def _checkpoint(folder: Path, stage: Stage, step: int | None) -> Path:

@@ -24,8 +24,9 @@ from stackgrow.growth.dcp import CheckpointError, read_metadata, read_tensor, te
 from stackgrow.growth.rules import Compute, GrowthError, Rules
 from stackgrow.growth.stage import GROWTH, growth_record, rules_of, seal_grown
 from stackgrow.load import RecipeError, canonical_hash, load_recipe
-from stackgrow.plan import GrowStage, identity, make_plan
+from stackgrow.plan import GrowStage, identity
 from stackgrow.recipe import Model
+from stackgrow.resolve import make_plan
 
 T = TypeVar("T")
 

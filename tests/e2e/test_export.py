@@ -84,7 +84,7 @@ def test_imported_export_has_the_weights_of_the_run(workplace: Workplace, refere
 
 def test_what_cannot_be_exported_is_told(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
     cases = {
-        "is not among the run's stages": ("reference", "--stage", "stage-9"),
+        "is not among the run's models": ("reference", "--stage", "stage-9"),
         "has not the checkpoint asked for; it has those of steps [16, 20]": (
             "reference",
             "--stage",

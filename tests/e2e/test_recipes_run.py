@@ -11,7 +11,8 @@ import pytest
 from launch import REPOSITORY, VOCABULARY, Workplace, environment, losses, weights
 
 from stackgrow.load import load_recipe
-from stackgrow.plan import GrowStage, Plan, make_plan
+from stackgrow.plan import GrowStage, Plan
+from stackgrow.resolve import make_plan
 
 RECIPES = REPOSITORY / "recipes"
 FILES = sorted(RECIPES.rglob("*.toml"))
