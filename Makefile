@@ -11,7 +11,7 @@ quickstart: $(RUNTIME)  ## prepare a small corpus and grow a small model on it, 
 	$(BIN)/torchrun --standalone --nproc-per-node 1 tools/run_recipe.py recipes/quickstart.toml
 
 test: check  ## everything that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
 
 check: $(DEV)  ## style and types
 	$(BIN)/ruff check .

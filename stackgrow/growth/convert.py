@@ -69,17 +69,16 @@ def write_part(source: Path, target: Path, rules: Rules, rank: int = 0, world_si
     if not names:
         return
     metadata = _read_source(source, rules)
-    jobs: dict[str, tuple[Future[Any], ...]] = {}
-    last: tuple[Future[Any], ...] = ()
-    with (_work(target) / _part(metadata, rank)).open("wb") as stream, ThreadPoolExecutor(3) as threads:
+    jobs: dict[str, tuple[Future[Any], Future[str]]] = {}
+    with (_work(target) / _part(metadata, rank)).open("wb") as stream, ThreadPoolExecutor(2) as threads:
+        last: tuple[Future[Any], ...] = ()
         for name in names:
             # One tensor is written while the next is computed: the cores and the disk let each other work.
             tensor = _compute(source, metadata, rules, name)
             for job in last:
                 job.result()
-            sync = threads.submit(os.fsync, stream.fileno())  # of the tensors before; at the end little is left
-            last = jobs[name] = threads.submit(_append, tensor, stream), threads.submit(fingerprint, tensor), sync
-        index = {name: (*place.result(), mark.result()) for name, (place, mark, _) in jobs.items()}
+            last = jobs[name] = threads.submit(_append, tensor, stream), threads.submit(fingerprint, tensor)
+        index = {name: (*place.result(), mark.result()) for name, (place, mark) in jobs.items()}
         _sync(stream)
     _index(target, rank).write_text(json.dumps(index))  # last: it vouches for the part
 
@@ -195,9 +194,15 @@ def _append(tensor: torch.Tensor, stream: IO[bytes]) -> tuple[str, int, int]:
     torch.serialization.set_crc32_options(False)  # torch never compares it, and the seal has a SHA-256
     try:
         torch.save(tensor, stream)
+    except RuntimeError as error:  # torch's own, about the file that it could not finish, hides why
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     finally:
         torch.serialization.set_crc32_options(checked)
     stream.flush()
+    if hasattr(os, "posix_fadvise"):
+        # The disk begins to write, so that little is left to sync at the end, and what is on it leaves the memory:
+        # filling all memory with the file costs more time than writing it.
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return str(tensor.dtype).removeprefix("torch."), offset, stream.tell() - offset
 
 

@@ -174,7 +174,11 @@ def _read_chunk(
         raise CheckpointError(f"{fqn} was written through {info.transform_descriptors}: save it without")
     with (folder / info.relative_path).open("rb") as stream:
         view = _create_file_view(stream, info.offset, info.length)
-        part = torch.load(view, map_location="cpu", weights_only=True)
+        try:
+            part = torch.load(view, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            place = f"{folder / info.relative_path} at {info.offset}"
+            raise CheckpointError(f"{fqn}: {place} is not loaded: {type(error).__name__}: {error}") from error
     if part.dtype != dtype or part.shape != chunk.sizes:
         raise CheckpointError(f"{fqn}: {folder / info.relative_path} holds another tensor at {info.offset}")
     return part

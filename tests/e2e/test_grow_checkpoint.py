@@ -2,9 +2,12 @@
 
 import json
 import re
+import resource
 import runpy
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from launch import weights as sealed_weights
 
 from stackgrow import seal
 from stackgrow.evaluate.hf import export_hf, import_hf
+from stackgrow.evaluate.hf_format import config_of
 from stackgrow.fingerprint import fingerprint
 from stackgrow.growth.depth import interleave_map, stack_map
 from stackgrow.growth.operators import growth_rules
@@ -147,36 +151,57 @@ REFUSALS = {
 }
 
 
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The tool in this process, since there are many cases: what it tells."""
+
+    def run(*arguments: object, code: int) -> str:
+        monkeypatch.setattr(sys, "argv", ["grow_checkpoint", *map(str, arguments)])
+        with pytest.raises(SystemExit, match=f"^{code}$"):
+            runpy.run_path(str(REPOSITORY / "tools" / "grow_checkpoint.py"), run_name="__main__")
+        return capsys.readouterr().err
+
+    return run
+
+
 @pytest.mark.parametrize("message", REFUSALS)
-def test_refusals_leave_nothing_behind(
-    source: Path, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In this process, since there are many."""
-    options = map(str, REFUSALS[message])
-    monkeypatch.setattr(sys, "argv", ["grow_checkpoint", str(source), str(source.with_name("grown")), *options])
-    with pytest.raises(SystemExit, match=r"^2$"):
-        runpy.run_path(str(REPOSITORY / "tools" / "grow_checkpoint.py"), run_name="__main__")
-    assert message in capsys.readouterr().err
+def test_refusals_leave_nothing_behind(source: Path, message: str, refused: Callable[..., str]) -> None:
+    assert message in refused(source, source.with_name("grown"), *REFUSALS[message], code=2)
     assert names(source.parent) == ["source"]
 
 
-def test_what_is_damaged_or_in_the_way(source: Path) -> None:
+def test_what_is_damaged_or_in_the_way(source: Path, refused: Callable[..., str]) -> None:
     folder = source.parent
-    assert "exists already" in tool(source, source, *STACK, "--source-heads", 4, code=65)
-    assert "lies in" in tool(source, source / "inside", *STACK, code=65)
-    assert "is no folder" in tool(folder / "nothing", folder / "grown", *STACK, code=65)
-    assert "there is no folder" in tool(source, folder / "a" / "grown", *STACK, "--source-heads", 4, code=65)
+    assert "exists already" in refused(source, source, *STACK, "--source-heads", 4, code=65)
+    assert "lies in" in refused(source, source / "inside", *STACK, code=65)
+    assert "is no folder" in refused(folder / "nothing", folder / "grown", *STACK, code=65)
+    assert "there is no folder" in refused(source, folder / "a" / "grown", *STACK, "--source-heads", 4, code=65)
     export_hf(source, folder / "hf", SMALL)
     (folder / "hf" / "model-00001-of-00001.safetensors").unlink()
-    assert "is missing; download it again" in tool(folder / "hf", folder / "grown", *STACK, code=65)
-    tool(source, folder / "sealed", *STACK, "--source-heads", 4)
+    assert "is missing; download it again" in refused(folder / "hf", folder / "grown", *STACK, code=65)
+    manifest = {"step": 0, "position": 0, "stage_hash": "", "tensors": {}, "config": config_of(SMALL)}
+    shutil.copytree(source, folder / "sealed")
+    seal.seal(folder / "sealed", seal.file_records(source, seal.contents(source)), manifest)
     data = next((folder / "sealed").glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-9] + bytes(9))
-    told = tool(folder / "sealed", folder / "grown", *SPLIT, code=65)
+    told = refused(folder / "sealed", folder / "grown", *SPLIT, code=65)
     assert re.search(r"is not what was sealed: __0_0.distcp is damaged", told)
     told = tool(folder / "sealed", folder / "grown", *SPLIT, ranks=2, code=1)
     assert told.count("is not what was sealed") == 1, "told once, though one rank alone finds it"
     assert names(folder) == ["hf", "sealed", "source"]
+
+
+def test_a_full_disk_is_told_in_one_line(source: Path) -> None:
+    """A limit on the size of files stands in for the disk."""
+    grown = source.with_name("grown")
+    command = [sys.executable, str(REPOSITORY / "tools" / "grow_checkpoint.py"), str(source), str(grown)]
+    done = subprocess.run(
+        [*command, *map(str, SPLIT), "--source-heads", "4"], env=environment(), capture_output=True, text=True,
+        timeout=100, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "grow_checkpoint: [Errno 27] File too large\n"
+    assert names(source.parent) == ["source"]
 
 
 def test_bench_growth(tmp_path: Path) -> None:

@@ -358,7 +358,9 @@ def test_two_ranks_save_grow_and_load(source: Path, tmp_path: Path) -> None:
     assert (tmp_path / "loaded-1").exists()
 
 
-BIG = {f"t{i}": (1 << 19,) for i in range(48)}  # 2 MiB each, 96 MiB in all
+BIG = {f"t{i}": (1 << 19,) for i in range(192)}  # 2 MiB each, 384 MiB in all
+# glibc gives each thread an arena of 64 MiB and keeps freed blocks of this size in it, however many tensors follow.
+ARENA_MIB = 64
 
 
 def grow_and_measure(_: int, folder: Path) -> None:
@@ -379,7 +381,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     model = {name: torch.ones(shape) for name, shape in BIG.items()}
     dcp.save(model, checkpoint_id=tmp_path / "source", no_dist=True)
     mp.spawn(grow_and_measure, (tmp_path,))
-    assert float((tmp_path / "peak").read_text()) < 24
+    assert float((tmp_path / "peak").read_text()) < 24 + ARENA_MIB
 
 
 def test_the_metadata_is_dcp_s_own(source: Path, tmp_path: Path) -> None:
