@@ -39,7 +39,10 @@ for file, sets in json.load(sys.stdin):
 
 def reduced(file: Path) -> list[str]:
     recipe = load_recipe(file)
-    sets = [*REDUCED, f"budget.tokens={BATCH * STEPS * (len(recipe.growth) + 1)}"]
+    learns = [i for i, growth in enumerate(recipe.growth) if growth.learn_steps]
+    sets = [*REDUCED, f"budget.tokens={BATCH * (STEPS * (len(recipe.growth) + 1) + len(learns))}"]
+    sets += [f"growth[{i}].{key}=1 steps" for i in learns for key in ("learn_steps", "learn.warmup")]
+    sets += [f"growth[{i}].ramp=1 steps" for i, growth in enumerate(recipe.growth) if growth.ramp]
     sets += [f"growth[{i}].timing={STEPS * (i + 1)} steps" for i in range(len(recipe.growth))]
     if recipe.base and recipe.base.model:
         sets += NARROW
@@ -79,7 +82,7 @@ def test_recipe_trains_end_to_end(workplace: Workplace, output: str, file: Path)
     run = workplace.folder / folder_of(plan)
     assert [s.name for s in plan.stages if not (run / s.name / "DONE").exists()] == [], output
     seen = losses(run)
-    assert list(seen) == [(s.name, step) for s in plan.train_stages for step in range(1, STEPS + 1)]
+    assert list(seen) == [(s.name, step) for s in plan.train_stages for step in range(1, s.steps + 1)]
     assert all(math.isfinite(loss) for loss in seen.values())
     ledger = json.loads((run / "ledger.json").read_text())
     assert ledger["total"]["tokens"] == plan.recipe.budget.tokens
