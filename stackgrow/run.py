@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from stackgrow import provenance, seal
+from stackgrow.checks import world_problems
 from stackgrow.data.store import Manifest, StoreError, TokenStore, read_manifest
 from stackgrow.errors import ChangedError, DamagedError, LockedError
 from stackgrow.load import Problem, RecipeError, load_recipe, to_toml
 from stackgrow.plan import LearnStage, Plan, Stage, TrainStage, identity
 from stackgrow.report.summary import ledger, render_summary
-from stackgrow.resolve import make_plan, world_problems
+from stackgrow.resolve import make_plan
 
 STAGE_FILE, DONE, LEDGER = "stage.json", "DONE", "ledger.json"
 PR_SET_PDEATHSIG = 1

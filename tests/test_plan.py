@@ -12,10 +12,11 @@ import pytest
 from recipes_for_tests import RECIPE, edited, plan_of, problems_of, recipe_of
 
 from stackgrow import guidelines
+from stackgrow.checks import world_problems
 from stackgrow.load import RecipeError
 from stackgrow.plan import GrowStage, Plan, TrainStage
 from stackgrow.recipe import Model, Recipe, Train
-from stackgrow.resolve import make_plan, world_problems
+from stackgrow.resolve import make_plan
 
 BATCH = "global_batch_tokens = 1024"
 TWO_BATCHES = edited(

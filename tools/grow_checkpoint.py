@@ -18,12 +18,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from stackgrow.checks import MAX_LAYERS
 from stackgrow.errors import RunError
 from stackgrow.growth.depth import interleave_map, stack_map
 from stackgrow.growth.rules import GrowthError
 from stackgrow.plan import GrowStage
 from stackgrow.recipe import Model
-from stackgrow.resolve import MAX_LAYERS
 
 TOLD_AFTER_SECONDS = 3  # torchrun kills the other ranks when one fails: they wait until rank 0 has told the reason
 
