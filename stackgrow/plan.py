@@ -84,6 +84,17 @@ class TrainStage:
     def checkpoint_bytes(self) -> int:
         return CHECKPOINT_BYTES * self.model.parameters()
 
+    def place(self, step: int) -> dict[str, Any]:
+        """What every record of optimizer step ``step`` states: how far the run is then, earlier stages included."""
+        tokens = step * self.train.global_batch_tokens
+        return {
+            "stage": self.name,
+            "step": step,
+            "position": self.start_sequences + step * self.batch_sequences,
+            "tokens": self.start_tokens + tokens,
+            "flops": self.start_flops + tokens * self.flops_per_token,
+        }
+
     def mask_value(self, step: int) -> float:
         """The mask c in optimizer step ``step``: linear from 0 before the first step to 1 at the end of the ramp."""
         assert self.mask is not None
@@ -198,6 +209,14 @@ class Plan:
     def base_share(self) -> float:
         """The part of all FLOPs that is spent before the last stage."""
         return 1 - self.train_stages[-1].flops / self.flops
+
+    def inputs(self, stage: Stage) -> tuple[Stage | None, Stage | None]:
+        """The stage whose checkpoint ``stage`` starts from (None: random weights), and the one that trained the maps
+        which a "learn" growth folds in."""
+        before = self.stages[stage.index - 1] if stage.index else None
+        if isinstance(stage, GrowStage) and stage.operator == "learn":
+            return self.stages[stage.index - 2], before
+        return before, None
 
     def stage_hashes(self, data_hash: str) -> dict[str, str]:
         """Stage name -> SHA-256 of all that defines its result: itself, the seed, the data and its ancestors.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -25,15 +29,25 @@ class RecordWriter:
     """Appends records; opening it drops what a stopped session logged after the step that is resumed from."""
 
     def __init__(self, path: Path, resume_step: int):
-        kept = [r for r in read_records(path) if r["step"] <= resume_step]
+        kept = "".join(json.dumps(r) + "\n" for r in read_records(path) if r["step"] <= resume_step)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        temporary.write_text(kept)
         temporary.replace(path)
         self._stream = path.open("a", buffering=1)
+        self._bytes, self._digest = len(kept), hashlib.sha256(kept.encode())
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; it reaches the file at once."""
-        self._stream.write(json.dumps(record) + "\n")
+        line = json.dumps(record) + "\n"
+        self._stream.write(line)
+        self._bytes += len(line)  # json.dumps writes ASCII
+        self._digest.update(line.encode())
+
+    def sealed(self) -> dict[str, Any]:
+        """Size and SHA-256 of what is written so far, all of which is on disk then. A checkpoint's seal states them:
+        records that were edited or lost afterwards do not agree with it."""
+        os.fsync(self._stream.fileno())
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
         self._stream.close()

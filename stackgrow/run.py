@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stackgrow import provenance, seal
 from stackgrow.checks import world_problems
@@ -28,8 +28,12 @@ from stackgrow.data.store import Manifest, StoreError, TokenStore, read_manifest
 from stackgrow.errors import ChangedError, DamagedError, LockedError
 from stackgrow.load import Problem, RecipeError, load_recipe, to_toml
 from stackgrow.plan import LearnStage, Plan, Stage, TrainStage, identity
+from stackgrow.recipe import Recipe
 from stackgrow.report.summary import ledger, render_summary
 from stackgrow.resolve import make_plan
+
+if TYPE_CHECKING:
+    from stackgrow.titan.job import StageJob
 
 STAGE_FILE, DONE, LEDGER = "stage.json", "DONE", "ledger.json"
 PR_SET_PDEATHSIG = 1
@@ -49,10 +53,12 @@ def run(file: str, sets: Sequence[str] = ()) -> None:
     rank = int(os.environ.get("RANK", "0"))
     with run_lock(folder) if rank == 0 else nullcontext():  # the others work under rank 0's lock
         refuse_changed(plan, folder, hashes)
-        if rank == 0:
-            _open_run(plan, folder, sets, manifest)
-        log_to(folder / "logs" / f"rank-{rank}.log")
-        _run_stages(plan, folder, hashes, rank)
+        recorded = provenance.session(folder, plan, file, sets, manifest) if rank == 0 else nullcontext("")
+        with recorded as session:
+            if rank == 0:
+                _write_recipe(plan, folder, sets)
+            log_to(folder / "logs" / f"rank-{rank}.log")
+            _run_stages(plan, folder, hashes, rank, session)
 
 
 def check(file: str, sets: Sequence[str]) -> tuple[Plan, Manifest]:
@@ -129,32 +135,27 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: {old} -> {new}"
 
 
-def _open_run(plan: Plan, folder: Path, sets: Sequence[str], manifest: Manifest) -> None:
+def _write_recipe(plan: Plan, folder: Path, sets: Sequence[str]) -> None:
     """Rank 0 states in the folder what is about to run."""
     header = f"# {plan.recipe.name}, resolved: every key with its value, command-line overrides applied.\n"
     overrides = "".join(f"# --set {assignment}\n" for assignment in sets)
-    (folder / "recipe.toml").write_text(header + overrides + "\n" + to_toml(plan.recipe))
-    data = {"path": plan.recipe.data.path, "manifest_hash": manifest.hash("train")}
-    previous = seal.read_json(folder / "provenance.json")
-    seal.write_json(folder / "provenance.json", provenance.provenance(plan.recipe, sets, data, previous))
+    seal.write_text(folder / "recipe.toml", header + overrides + "\n" + to_toml(plan.recipe))
 
 
-def _run_stages(plan: Plan, folder: Path, hashes: dict[str, str], rank: int) -> None:
-    from stackgrow.titan import session
+def _run_stages(plan: Plan, folder: Path, hashes: dict[str, str], rank: int, session: str) -> None:
+    from stackgrow.titan.session import start, stop
 
-    session.start(plan.recipe, folder / "logs")
+    start(plan.recipe, folder / "logs")
     try:
-        parent: Path | None = None  # the folder of the stage before
         for stage in plan.stages:
             path = folder / stage.name
             if seal.read_json(path / DONE) is not None:
                 if rank == 0:
                     print(f"{stage.name}  done before", flush=True)
             else:
-                _run_stage(plan, stage, path, parent, hashes, rank)
-            parent = path
+                _run_stage(plan, stage, path, hashes, rank, session)
     finally:
-        session.stop()
+        stop()
     if rank == 0:
         seal.write_json(folder / LEDGER, ledger(plan, folder))
         print(render_summary(plan, folder), flush=True)
@@ -166,40 +167,48 @@ def _open_stage(plan: Plan, stage: Stage, path: Path, hashes: dict[str, str]) ->
     seal.write_json(path / STAGE_FILE, stored)
 
 
-def _run_stage(plan: Plan, stage: Stage, path: Path, parent: Path | None, hashes: dict[str, str], rank: int) -> None:
+def _run_stage(plan: Plan, stage: Stage, path: Path, hashes: dict[str, str], rank: int, session: str) -> None:
     from torch.distributed import barrier
 
     from stackgrow.growth.stage import grow
-    from stackgrow.titan.job import StageJob
     from stackgrow.titan.trainer import run_stage
 
     started = time.monotonic()
     if rank == 0:
         _open_stage(plan, stage, path, hashes)
     barrier()
-    source = final_checkpoint(parent) if parent else None
+    source, network = (final_checkpoint(path.parent / s.name) if s else None for s in plan.inputs(stage))
+    output = output_of(stage, path)
     if isinstance(stage, TrainStage):
-        output = path / "checkpoint" / f"step-{stage.steps}"
-        store = TokenStore.open(plan.recipe.data.path, split="train")
-        job = StageJob(plan.recipe, stage, hashes[stage.name], path, store, source)
-        if isinstance(stage, LearnStage):
-            job = StageJob(plan.recipe, stage, hashes[stage.name], path, store, parent=None, source=source)
-        run_stage(job)
+        run_stage(stage_job(plan.recipe, stage, hashes[stage.name], path, source, session))
     else:
-        output = path / "checkpoint"
         assert source is not None
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        network = None
-        if stage.operator == "learn":  # the stage before trained the maps, and the one before that what they map
-            network, source = source, final_checkpoint(path.parent / plan.stages[stage.index - 2].name)
-        ranks = {"rank": rank, "world_size": world_size}
-        line = grow(stage, hashes[stage.name], source, output, network=network, barrier=barrier, **ranks)
+        ranks = {"rank": rank, "world_size": int(os.environ.get("WORLD_SIZE", "1")), "barrier": barrier}
+        line = grow(stage, hashes[stage.name], source, output, network=network, session=session, **ranks)
         if rank == 0:
             print(line, flush=True)
+            made = {"input": source, "network": network, "output": output}
+            provenance.add(path.parent, stage.name, **{k: seal.manifest_hash(v) for k, v in made.items() if v})
     if rank == 0:
         done = _done_record(plan, stage, path, output, hashes, time.monotonic() - started)
         seal.write_json(path / DONE, done)
     barrier()
+
+
+def stage_job(
+    recipe: Recipe, stage: TrainStage, stage_hash: str, path: Path, source: Path | None, session: str = ""
+) -> StageJob:
+    """The job of a train stage that starts from checkpoint ``source``, or learns maps of it."""
+    from stackgrow.titan.job import StageJob
+
+    store = TokenStore.open(recipe.data.path, split="train")
+    start = {"source": source} if isinstance(stage, LearnStage) else {"parent": source}
+    return StageJob(recipe, stage, stage_hash, path, store, session=session, **start)
+
+
+def output_of(stage: Stage, path: Path) -> Path:
+    """The checkpoint that a stage hands on."""
+    return path / "checkpoint" / f"step-{stage.steps}" if isinstance(stage, TrainStage) else path / "checkpoint"
 
 
 def _done_record(
@@ -216,7 +225,7 @@ def _done_record(
         "stage_hash": hashes[stage.name],
         "parent_hash": hashes[plan.stages[index - 1].name] if index else None,
         "checkpoint": str(output.relative_to(path)),
-        "manifest_sha256": seal.file_records(output, [seal.MANIFEST])[seal.MANIFEST]["sha256"],
+        "manifest_sha256": seal.manifest_hash(output),
         "seconds": round(seconds, 3),
         **counts,
     }
@@ -234,7 +243,7 @@ def final_checkpoint(stage_folder: Path) -> Path:
     path = stage_folder / done["checkpoint"]
     if seal.read_seal(path) is None:
         raise DamagedError(f"{path} is missing, though {stage_folder / DONE} names it; restore it or remove {DONE}")
-    if seal.file_records(path, [seal.MANIFEST])[seal.MANIFEST]["sha256"] != done["manifest_sha256"]:
+    if seal.manifest_hash(path) != done["manifest_sha256"]:
         raise DamagedError(f"{path / seal.MANIFEST} is not the one that {stage_folder / DONE} names; restore it")
     return path
 

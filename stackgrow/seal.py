@@ -23,10 +23,14 @@ _STEP = re.compile(r"step-([0-9]+)")
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes ``value`` so that after a crash the file is either absent (or old) or complete."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes ``text`` so that after a crash the file is either absent (or old) or complete."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as stream:
-        json.dump(value, stream, indent=1)
-        stream.write("\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
@@ -85,6 +89,11 @@ def seal(folder: Path, files: Mapping[str, Any], facts: Mapping[str, Any]) -> No
 def read_seal(folder: Path) -> dict[str, Any] | None:
     """The manifest of a sealed folder, or None."""
     return read_json(folder / MANIFEST)
+
+
+def manifest_hash(folder: Path) -> str:
+    """SHA-256 of a sealed folder's manifest, and so of all that it states."""
+    return str(file_records(folder, [MANIFEST])[MANIFEST]["sha256"])
 
 
 def damage(folder: Path, manifest: Mapping[str, Any], part: int = 0, parts: int = 1) -> list[str]:

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 from stackgrow.records import RecordWriter, read_records
+from stackgrow.seal import file_records
 
 
 def test_resume_drops_what_comes_after_the_step(tmp_path: Path) -> None:
@@ -10,7 +11,9 @@ def test_resume_drops_what_comes_after_the_step(tmp_path: Path) -> None:
         first.write({"step": step, "loss": 1.0 / step})
     second = RecordWriter(path, 3)
     second.write({"step": 4, "loss": 0.1})
+    sealed = second.sealed()
     second.close()
+    assert sealed == file_records(tmp_path, ["metrics.jsonl"])["metrics.jsonl"]
     assert [(r["step"], r["loss"]) for r in read_records(path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.1)]
 
 

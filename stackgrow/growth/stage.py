@@ -23,6 +23,7 @@ def grow(
     target: Path,
     *,
     network: Path | None = None,
+    session: str = "",
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], object] = lambda: None,
@@ -47,7 +48,7 @@ def grow(
     line = ""
     if rank == 0:
         record = convert.commit(source, target, rules, world_size)
-        _seal_grown(stage, stage_hash, source, target, rules, record, network)
+        _seal_grown(stage, stage_hash, source, target, rules, record, network, session)
         line = f"{stage.name}  {stage.operator} {stage.change}, {record['bytes_written']} bytes written"
     barrier()
     return line
@@ -72,6 +73,7 @@ def _seal_grown(
     rules: Rules,
     record: dict[str, Any],
     network: Path | None,
+    session: str,
 ) -> None:
     before = seal.read_seal(source)
     assert before is not None, "run.py hands over sealed checkpoints only"
@@ -81,7 +83,8 @@ def _seal_grown(
         facts = {"position": learned["position"]}
         growth["network"] = {"checkpoint": str(network), "stage_hash": learned["stage_hash"], **facts}
     seal.write_json(target.parent / GROWTH, growth)
-    seal_grown(target, stage_hash, before, growth, **facts)
+    records = seal.file_records(target.parent, [GROWTH])
+    seal_grown(target, stage_hash, before, growth, session=session, records=records, **facts)
 
 
 def growth_record(

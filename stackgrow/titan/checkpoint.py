@@ -9,6 +9,7 @@ what it loaded is compared with what was saved, tensor by tensor.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ logger = logging.getLogger(__name__)
 class StageCheckpoints(CheckpointManager):
     """Loads and saves the checkpoints of one train stage under ``<stage>/checkpoint/step-N``."""
 
-    def __init__(self, job: StageJob, **components: Any):
-        self.job = job
+    def __init__(self, job: StageJob, records: Callable[[], dict[str, Any]], **components: Any):
+        self.job, self.records = job, records
         self._unsealed: tuple[int, dict[str, Any]] | None = None
         super().__init__(
             checkpoint_config=checkpoint_config(job),
@@ -72,8 +73,10 @@ class StageCheckpoints(CheckpointManager):
         super().save(curr_step, last_step)
         facts = {
             "step": curr_step,
-            "position": self.job.stage.start_sequences + curr_step * self.job.stage.batch_sequences,
+            "position": self.job.stage.place(curr_step)["position"],
             "stage_hash": self.job.stage_hash,
+            "session": self.job.session,
+            "records": self.records(),
             "tensors": prints,
         }
         self._unsealed = (curr_step, facts)

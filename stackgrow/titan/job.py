@@ -33,8 +33,9 @@ class StageJob:
     stage_hash: str
     folder: Path
     store: TokenStore
-    parent: Path | None  # the grown checkpoint that the stage starts from; None: random weights
+    parent: Path | None = None  # the grown checkpoint that the stage starts from; None: random weights
     source: Path | None = None  # of a LearnStage, whose own weights start at random: what its maps are learned on
+    session: str = ""  # the identity of this session in the run's provenance, on rank 0
 
     @property
     def micro_batch(self) -> int:

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed import ParallelDims
 
+from stackgrow import provenance
 from stackgrow.errors import NonFiniteError
 from stackgrow.progress import Progress
-from stackgrow.records import RecordWriter
+from stackgrow.records import METRICS, VALIDATION, RecordWriter
 
 
 class StageMetrics(MetricsProcessor):
@@ -30,9 +31,15 @@ class StageMetrics(MetricsProcessor):
         """Opens the records at the step that training goes on from."""
         self.progress.start(step)
         if self.rank0:
-            self._metrics = RecordWriter(self.job.folder / "metrics.jsonl", step)
+            provenance.add(self.job.folder.parent, self.job.stage.name, start_step=step)
+            self._metrics = RecordWriter(self.job.folder / METRICS, step)
             # A validation belongs to the step after which it is made, and is made again when that step is.
-            self._validation = RecordWriter(self.job.folder / "validation.jsonl", step if step else -1)
+            self._validation = RecordWriter(self.job.folder / VALIDATION, step if step else -1)
+
+    def sealed(self) -> dict[str, Any]:
+        """What the seal of a checkpoint states of the records up to its step; on rank 0."""
+        writers = {METRICS: self._metrics, VALIDATION: self._validation}
+        return {name: writer.sealed() for name, writer in writers.items() if writer}
 
     def should_log(self, step: int) -> bool:
         return super().should_log(step) or step == self.job.stage.steps
@@ -49,7 +56,7 @@ class StageMetrics(MetricsProcessor):
         parallel = self.parallel_dims
         tps = self.ntokens_since_last_log * parallel.dp_replicate * parallel.dp_shard / seconds
         record = {
-            **self._place(step),
+            **self.job.stage.place(step),
             "loss": global_avg_loss,
             "max_loss": global_max_loss,
             "grad_norm": grad_norm,
@@ -74,7 +81,7 @@ class StageMetrics(MetricsProcessor):
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         super().log_validation(loss, step, extra_metrics)
         if self._validation:
-            self._validation.write({**self._place(step), "loss": loss})
+            self._validation.write({**self.job.stage.place(step), "loss": loss})
         self.progress.validated(step, loss)
 
     def close(self) -> None:
@@ -83,14 +90,3 @@ class StageMetrics(MetricsProcessor):
         for writer in (self._metrics, self._validation):
             if writer:
                 writer.close()
-
-    def _place(self, step: int) -> dict[str, Any]:
-        stage = self.job.stage
-        tokens = step * stage.train.global_batch_tokens
-        return {
-            "stage": stage.name,
-            "step": step,
-            "position": stage.start_sequences + step * stage.batch_sequences,
-            "tokens": stage.start_tokens + tokens,
-            "flops": stage.start_flops + tokens * stage.flops_per_token,
-        }

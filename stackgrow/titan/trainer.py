@@ -34,6 +34,7 @@ class StageTrainer(Trainer):
         super().__init__(job_config(job))
         self.checkpointer = StageCheckpoints(
             job,
+            self.metrics_processor.sealed,
             dataloader=self.dataloader,
             model_parts=self.model_parts,
             optimizers=self.optimizers,
