@@ -145,6 +145,20 @@ def train_problems(part: Part, recipe: Recipe) -> Iterator[Problem]:
             yield part.where(name), f"{json.dumps(given)} {rule} = {json.dumps(off)}"
     if recipe.parallel.async_tensor and recipe.parallel.tensor > 1 and not part.train.compile:
         yield "parallel.async_tensor", f"true needs {part.where('compile')} = true"
+    yield from _kernel_problems(part, recipe)
+
+
+def _kernel_problems(part: Part, recipe: Recipe) -> Iterator[Problem]:
+    """What an attention kernel or the chunked loss cannot do."""
+    train, tensor = part.train, recipe.parallel.tensor
+    if train.attention == "flash_attn" and train.precision != "bf16":
+        yield part.where("attention"), f'"flash_attn" computes in bf16 alone, not "{train.precision}"; use "sdpa"'
+    if train.attention == "flash_attn" and part.model.head_dim > 256:
+        rule = f"has heads of at most 256, not {part.model.head_dim}"
+        yield part.where("attention"), f'"flash_attn" {rule}; use "sdpa" or more heads'
+    if train.loss_chunk and tensor > 1:
+        rule = f"is not supported with parallel.tensor = {tensor}, whose loss_parallel shards the logits"
+        yield part.where("loss_chunk"), f"{train.loss_chunk} {rule}; set it to 0"
 
 
 def schedule_problems(stage: TrainStage, part: Part) -> Iterator[Problem]:

@@ -134,6 +134,15 @@ class Train:
     precision: str = key(kinds.choice("bf16", "fp32"), "of matrix products (weights and moments stay float32)", "bf16")
     optimizer: str = key(kinds.choice("fused", "foreach", "for-loop"), "AdamW implementation", "fused", free=True)
     compile: bool = key(kinds.boolean(), "torch.compile each block and the loss", False, free=True)
+    attention: str = key(
+        kinds.choice("sdpa", "flash_attn", "flex"),
+        'kernel: "sdpa" (torch: cuDNN, then flash); "flash_attn" (package flash-attn, GPU, bf16); "flex" (GPU)',
+        "sdpa",
+        free=True,
+    )
+    loss_chunk: int = key(
+        kinds.integer(0), "tokens whose logits are in memory at once on a rank; 0: a whole micro-batch", 0, free=True
+    )
     activation_checkpoint: str = key(
         kinds.choice("none", "selective", "full"),
         "recompute activations in the backward pass",

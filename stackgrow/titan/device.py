@@ -6,6 +6,7 @@ torchtitan asks torch for an accelerator when it is imported, falls back to "cud
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import resource
@@ -69,13 +70,19 @@ def problems(plan: Plan) -> Iterator[Problem]:
     """What the recipe asks for and this machine's devices cannot do; needs no process group."""
     recipe = plan.recipe
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    kernels = {stage.train.attention for stage in plan.train_stages}
     if torch.cuda.is_available():
         if local_ranks > torch.cuda.device_count():
             yield (
                 "parallel",
                 f"{local_ranks} ranks on this machine, which has {torch.cuda.device_count()} GPUs",
             )
+        if "flash_attn" in kernels and not importlib.util.find_spec("flash_attn"):
+            rule = "needs the package flash-attn: pip install 'stackgrow[flash]', or use \"sdpa\""
+            yield "train.attention", f'"flash_attn" {rule}'
         return
+    for name in sorted(kernels - {"sdpa"}):
+        yield "train.attention", f'"{name}" needs a GPU; there is none: use "sdpa"'
     if any(s.train.cpu_offload for s in plan.train_stages):
         yield (
             "train.cpu_offload",

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config import job_config as titan
@@ -20,6 +19,7 @@ from stackgrow.data.store import TokenStore
 from stackgrow.plan import LearnStage, TrainStage
 from stackgrow.recipe import Recipe
 from stackgrow.titan import ligo, metrics, model
+from stackgrow.titan.loss import build_loss
 
 PRECISION = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -147,7 +147,8 @@ def register(job: StageJob) -> str:
         assert job.source is not None
         FLAVORS[stage.name] = ligo.ligo_args(stage, job.source)
         return LEARN_SPEC_NAME
-    FLAVORS[stage.name] = model.model_args(stage.model, job.recipe.seed, stage.mask)
+    kernels = stage.train.attention, stage.train.loss_chunk
+    FLAVORS[stage.name] = model.model_args(stage.model, job.recipe.seed, stage.mask, *kernels)
     return SPEC_NAME
 
 
@@ -165,7 +166,7 @@ def _train_spec() -> TrainSpec:
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=_build_loader,
         build_tokenizer_fn=None,
-        build_loss_fn=build_cross_entropy_loss,
+        build_loss_fn=build_loss,
         build_metrics_processor_fn=metrics.StageMetrics,
     )
 

@@ -53,7 +53,7 @@ class LigoArgs(BaseModelArgs):
 
 
 def ligo_args(stage: LearnStage, source: Path) -> LigoArgs:
-    llama = model_args(stage.model, stage.seed)
+    llama = model_args(stage.model, stage.seed, None, stage.train.attention, stage.train.loss_chunk)
     return LigoArgs(source=stage.source, target=stage.model, checkpoint=str(source), seed=stage.seed, llama=llama)
 
 
@@ -90,11 +90,13 @@ class LigoLlama(ModelProtocol):
         with torch.device(device):
             self.freqs_cis = self.skeleton._precompute_freqs_cis()
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, **inputs: Tensor) -> Tensor:
         with torch.autocast(tokens.device.type, enabled=False):
             precision = TORCH_DTYPE_MAP[self.args.precision]
             weights = {name: weight.to(precision) for name, weight in self.target_weights().items()}
-            return functional_call(self.skeleton, {**weights, "freqs_cis": self.freqs_cis}, (tokens,), strict=True)
+            return functional_call(
+                self.skeleton, {**weights, "freqs_cis": self.freqs_cis}, (tokens,), inputs, strict=True
+            )
 
     def target_weights(self) -> dict[str, Tensor]:
         """Every weight of the target, in float32: the source's widened (eqs. 37-40), then its layers mixed (eqs.

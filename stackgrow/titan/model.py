@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention.flex_attention import BlockMask
+from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
@@ -18,6 +20,8 @@ from stackgrow.growth.draw import draw, generator
 from stackgrow.growth.mask import kept_outputs
 from stackgrow.plan import GrowthMask
 from stackgrow.recipe import Model
+from stackgrow.titan.attention import causal_mask, use_flash_attention
+from stackgrow.titan.loss import ChunkedHead, chunk_head
 from stackgrow.titan.shards import shard_of
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # put into names by torch.compile and recomputation
@@ -25,14 +29,19 @@ WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # put into names by to
 
 @dataclass
 class LlamaArgs(TransformerModelArgs):
-    """torchtitan's arguments, how the weights are drawn, and the growth (source, target, layer map) to be masked."""
+    """torchtitan's arguments, how the weights are drawn, the growth (source, target, layer map) to be masked, and
+    the recipe's ``train.attention`` and ``train.loss_chunk``."""
 
     init: str = "paper"
     seed: int = 0
+    attention: str = "sdpa"
+    loss_chunk: int = 0
     masked: tuple[Model, Model, tuple[int, ...] | None] | None = None
 
 
-def model_args(model: Model, seed: int, mask: GrowthMask | None = None) -> LlamaArgs:
+def model_args(
+    model: Model, seed: int, mask: GrowthMask | None = None, attention: str = "sdpa", loss_chunk: int = 0
+) -> LlamaArgs:
     """torchtitan's arguments for exactly this geometry; ``mask`` is that of the growth that made the model.
 
     torchtitan computes the FFN width as ``int(multiplier * int(8 D / 3))``: the half below aims at the middle of the
@@ -52,6 +61,9 @@ def model_args(model: Model, seed: int, mask: GrowthMask | None = None) -> Llama
         init=model.init,
         seed=seed,
         masked=(mask.source, model, mask.layer_map) if mask else None,
+        attn_type="flex" if attention == "flex" else "sdpa",  # flash-attn's module stands in the place of sdpa's
+        attention=attention,
+        loss_chunk=loss_chunk,
     )
 
 
@@ -110,6 +122,26 @@ class Llama(Transformer):
             module.register_buffer("growth_mask", torch.empty(kept.shape), persistent=False)
             module.__class__ = MASKED[type(module)]  # a forward hook would be passed over by torch.compile
             self.masked.append((module, kept))
+        if args.attention == "flash_attn":
+            use_flash_attention(self)
+        if args.loss_chunk:
+            chunk_head(self.output, args.loss_chunk)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        attention_masks: BlockMask | None = None,
+        positions: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """``tokens`` [B, T] -> logits [B, T, V]; with ``labels`` [B, T], which need ``loss_chunk``, the summed loss."""
+        if self.model_args.attn_type == "flex" and attention_masks is None:
+            attention_masks = causal_mask(tokens.shape[1], tokens.device)
+        hidden = self.tok_embeddings(tokens)
+        for layer in self.layers.values():
+            hidden = layer(hidden, self.freqs_cis, attention_masks, positions)
+        hidden = self.norm(hidden)
+        return self.output(hidden) if labels is None else self.output(hidden, labels)
 
     @torch.no_grad()
     def set_mask(self, c: float) -> None:
@@ -136,7 +168,9 @@ def plain_name(name: str) -> str:
 
 
 def parallelize(model: Any, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
-    """torchtitan's parallelization, on gloo too."""
+    """torchtitan's parallelization, on gloo too; with torch.compile, the loss inside the head is compiled as well."""
+    if isinstance(model.output, ChunkedHead):
+        model.output.loss = build_cross_entropy_loss(job_config)
     model = parallelize_llama(model, parallel_dims, job_config)
     sum_on_gloo(model)
     return model

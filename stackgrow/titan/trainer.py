@@ -69,6 +69,13 @@ class StageTrainer(Trainer):
                 self._set_timeout(comm.train_timeout_seconds)
         self.checkpointer.finish()
 
+    def post_dataloading_process(
+        self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]:
+        """What the model is called with: a head that computes the loss needs the labels; masks are the model's own."""
+        extra = {"labels": labels} if self.stage_job.stage.train.loss_chunk else {}
+        return input_dict["input"], labels, extra, {}
+
     @torch.no_grad()
     def validate(self) -> None:
         """Mean loss per token over the held-out sequences, the same ones every time and on any number of ranks."""
@@ -91,9 +98,11 @@ class StageTrainer(Trainer):
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         amp: AbstractContextManager[Any] = self.maybe_enable_amp
         model.eval()
-        for inputs, labels in batches:
+        for input_dict, labels in batches:
+            input_dict = {name: tensor.to(self.device) for name, tensor in input_dict.items()}
+            inputs, labels, extra, masks = self.post_dataloading_process(input_dict, labels.to(self.device))
             with self.train_context(), amp:
-                loss = self.loss_fn(model(inputs["input"].to(self.device)), labels.to(self.device))
+                loss = self.loss_fn(model(inputs, **extra, **masks), labels)
             total += loss.full_tensor() if hasattr(loss, "full_tensor") else loss
             self.metrics_processor.ntokens_since_last_log += int((labels != IGNORE_INDEX).sum())
         model.train()

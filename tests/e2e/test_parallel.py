@@ -30,7 +30,7 @@ def test_fsdp(reference: Path, reference_fsdp: Path) -> None:
     ("sets", "ranks"),
     [
         (["parallel.tensor=2", "data.workers=1"], 2),
-        (["train.activation_checkpoint=full", "checkpoint.async_mode=async"], 2),
+        (["train.activation_checkpoint=full", "train.loss_chunk=100", "checkpoint.async_mode=async"], 2),
         (["train.activation_checkpoint=selective", "train.micro_batch=16"], 1),
         (["parallel.tensor=2", "parallel.loss_parallel=false"], 2),
     ],
