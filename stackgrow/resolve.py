@@ -8,6 +8,7 @@ from pathlib import Path
 from stackgrow import guidelines
 from stackgrow.checks import (
     batch_problems,
+    data_problems,
     geometry_problems,
     growth_problems,
     head_problems,
@@ -30,7 +31,7 @@ def make_plan(recipe: Recipe, file: str | Path = "recipe") -> Plan:
     Raises:
         RecipeError: impossible geometry, unreachable layers, contradictory budgets or schedules; all at once.
     """
-    problems = [*geometry_problems(recipe), *parallel_problems(recipe)]
+    problems = [*data_problems(recipe), *geometry_problems(recipe), *parallel_problems(recipe)]
     hops, blocking = _resolve_growths(recipe)
     parts = parts_of(recipe, hops)
     blocking += [problem for part in parts for problem in batch_problems(part, recipe.data.seq_len)]

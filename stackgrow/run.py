@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from stackgrow import provenance, seal
 from stackgrow.checks import world_problems
-from stackgrow.data.store import Manifest, StoreError, TokenStore, read_manifest
+from stackgrow.data.order import Order
+from stackgrow.data.store import Manifest, StoreError, TokenStore
 from stackgrow.errors import ChangedError, DamagedError, LockedError
 from stackgrow.load import Problem, RecipeError, load_recipe, to_toml
 from stackgrow.plan import LearnStage, Plan, Stage, TrainStage, identity
@@ -46,46 +47,53 @@ def run(file: str, sets: Sequence[str] = ()) -> None:
         RecipeError: anything wrong with the recipe, the data or the ranks, before anything is created on disk.
         RunError: the run cannot go on; its exit code and message say why.
     """
-    plan, manifest = check(file, sets)
+    plan, order = check(file, sets)
     folder = Path(plan.recipe.folder).absolute()
-    hashes = plan.stage_hashes(manifest.hash("train"))
+    hashes = plan.stage_hashes(order.data_hash)
     die_with_parent()
     rank = int(os.environ.get("RANK", "0"))
     with run_lock(folder) if rank == 0 else nullcontext():  # the others work under rank 0's lock
         refuse_changed(plan, folder, hashes)
-        recorded = provenance.session(folder, plan, file, sets, manifest) if rank == 0 else nullcontext("")
+        recorded = provenance.session(folder, plan, file, sets, order) if rank == 0 else nullcontext("")
         with recorded as session:
             if rank == 0:
                 _write_recipe(plan, folder, sets)
             log_to(folder / "logs" / f"rank-{rank}.log")
-            _run_stages(plan, folder, hashes, rank, session)
+            _run_stages(plan, folder, hashes, rank, session, order)
 
 
-def check(file: str, sets: Sequence[str]) -> tuple[Plan, Manifest]:
-    """The plan, checked against the token store and the number of ranks that are there."""
+def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
+    """The plan, checked against the token stores and the number of ranks that are there; the order of its data."""
     recipe = load_recipe(file, sets)
     plan = make_plan(recipe, file)
     problems = [*world_problems(plan, int(os.environ.get("WORLD_SIZE", "1")))]
-    manifest, store_problems = _store(plan)
-    problems += store_problems
-    if problems or manifest is None:
-        raise RecipeError(file, problems)
+    where = [f"data.mix[{i}].path" for i in range(len(recipe.data.mix))] or ["data.path"]
+    manifests = [_store(recipe, path, at, problems) for (path, _), at in zip(recipe.data.stores, where, strict=True)]
+    if problems:
+        raise RecipeError(file, list(dict.fromkeys(problems)))
+    try:
+        order = Order([m for m in manifests if m], [w for _, w in recipe.data.stores], recipe.data.seq_len, recipe.seed)
+    except StoreError as error:
+        raise RecipeError(file, [("data.mix" if recipe.data.mix else "data.path", str(error))]) from error
     from stackgrow.titan import device  # torch is loaded only for a recipe that is otherwise good
 
     if problems := list(device.problems(plan)):
         raise RecipeError(file, problems)
-    return plan, manifest
+    return plan, order
 
 
-def _store(plan: Plan) -> tuple[Manifest | None, list[Problem]]:
-    recipe = plan.recipe
-    path = Path(recipe.data.path)
+def _store(recipe: Recipe, path: str, where: str, problems: list[Problem]) -> Manifest | None:
+    """The manifest of one of the recipe's stores; adds to ``problems`` what is wrong with it."""
     try:
-        manifest = read_manifest(path)
-        TokenStore.open(path)  # that all shards are there, in their size
+        manifest = TokenStore.open(path).manifest  # all shards are there, in their size
     except StoreError as error:
-        return None, [("data.path", str(error))]
-    problems = []
+        problems.append((where, str(error)))
+        return None
+    if recipe.data.tokenizer not in ("", manifest.tokenizer_sha256):
+        problems.append(
+            (where, f"{path} was made with the tokenizer {manifest.tokenizer_sha256}, not with data.tokenizer = "
+             f"{recipe.data.tokenizer}; prepare the data with that one, or change data.tokenizer")
+        )  # fmt: skip
     if manifest.vocab_size != recipe.model.vocab_size:
         problems.append(
             ("model.vocab_size", f"{recipe.model.vocab_size} is not the vocabulary of the store {path}, "
@@ -99,7 +107,7 @@ def _store(plan: Plan) -> tuple[Manifest | None, list[Problem]]:
             ("validation.sequences", f"{recipe.validation.sequences} cannot be taken from the store {path}, which "
              f"holds out {held_out} tokens; set 0, or prepare it with a larger --validation")
         )  # fmt: skip
-    return manifest, problems
+    return manifest
 
 
 def refuse_changed(plan: Plan, folder: Path, hashes: dict[str, str]) -> None:
@@ -142,7 +150,7 @@ def _write_recipe(plan: Plan, folder: Path, sets: Sequence[str]) -> None:
     seal.write_text(folder / "recipe.toml", header + overrides + "\n" + to_toml(plan.recipe))
 
 
-def _run_stages(plan: Plan, folder: Path, hashes: dict[str, str], rank: int, session: str) -> None:
+def _run_stages(plan: Plan, folder: Path, hashes: dict[str, str], rank: int, session: str, order: Order) -> None:
     from stackgrow.titan.session import start, stop
 
     start(plan.recipe, folder / "logs")
@@ -157,8 +165,8 @@ def _run_stages(plan: Plan, folder: Path, hashes: dict[str, str], rank: int, ses
     finally:
         stop()
     if rank == 0:
-        seal.write_json(folder / LEDGER, ledger(plan, folder))
-        print(render_summary(plan, folder), flush=True)
+        seal.write_json(folder / LEDGER, ledger(plan, folder, order))
+        print(render_summary(plan, folder, order), flush=True)
 
 
 def _open_stage(plan: Plan, stage: Stage, path: Path, hashes: dict[str, str]) -> None:
@@ -199,11 +207,12 @@ def stage_job(
     recipe: Recipe, stage: TrainStage, stage_hash: str, path: Path, source: Path | None, session: str = ""
 ) -> StageJob:
     """The job of a train stage that starts from checkpoint ``source``, or learns maps of it."""
+    from stackgrow.data.loader import WindowDataset
     from stackgrow.titan.job import StageJob
 
-    store = TokenStore.open(recipe.data.path, split="train")
+    data = WindowDataset.open(recipe.data, recipe.seed)
     start = {"source": source} if isinstance(stage, LearnStage) else {"parent": source}
-    return StageJob(recipe, stage, stage_hash, path, store, session=session, **start)
+    return StageJob(recipe, stage, stage_hash, path, data, session=session, **start)
 
 
 def output_of(stage: Stage, path: Path) -> Path:
