@@ -6,16 +6,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 
 from stackgrow.growth import learned_shapes
 from stackgrow.growth.operators import growth_rules
 from stackgrow.growth.rules import GrowthError
 from stackgrow.load import Problem
-from stackgrow.parts import Hop, Part
+from stackgrow.parts import Hop, Part, factor_of
 from stackgrow.plan import Plan, TrainStage
 from stackgrow.recipe import Growth, Model, Recipe
 
 MAX_LAYERS = 4096
+MIN_WINDOW = 2  # steps that a slope can be fitted over
 
 
 def geometry_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -38,35 +40,39 @@ def head_problems(m: Model, where: str) -> Iterator[Problem]:
         yield f"{where}.n_kv_heads", f"{m.kv_heads} does not divide {where}.n_heads = {m.n_heads}"
 
 
-def data_problems(recipe: Recipe) -> Iterator[Problem]:
-    data = recipe.data
-    if not data.path and not data.mix:
-        yield "data.path", "is missing; name a token store, or several with [[data.mix]]"
-    if data.path and data.mix:
-        yield "data.path", f'"{data.path}" stands beside [[data.mix]]; give one of the two'
-    paths = [mix.path for mix in data.mix]
-    for i, path in enumerate(paths):
-        if path in paths[:i]:
-            yield f"data.mix[{i}].path", f'"{path}" is in the mixture twice; add up its weights'
+def base_problems(recipe: Recipe) -> Iterator[Problem]:
+    base = recipe.base
+    if base is None:
+        return
+    if base.position and not base.from_:
+        yield "base.position", "has no meaning without base.from; remove it"
+    for index, growth in enumerate(recipe.growth):
+        if growth.timing == "start" and (index or not base.from_):
+            yield f"growth[{index}].timing", '"start" is for the first growth of a base.from; give tokens or steps'
 
 
-def parallel_problems(recipe: Recipe) -> Iterator[Problem]:
-    p, m, seq_len = recipe.parallel, recipe.model, recipe.data.seq_len
-    base = recipe.base.model if recipe.base else {}
+def parallel_problems(part: Part, recipe: Recipe) -> Iterator[Problem]:
+    p, m, seq_len = part.parallel, part.model, recipe.data.seq_len
     if p.pipeline > 1:
         yield (
-            "parallel.pipeline",
+            part.place("pipeline"),
             f"{p.pipeline} is not supported: torchtitan 0.2.2 does not divide pipeline gradients by the "
             "number of tokens, so clipping always fires; use parallel.shard and parallel.tensor",
         )
     if p.context > 1:
-        yield "parallel.context", f"{p.context} is not supported; use parallel.shard and parallel.tensor"
+        yield part.place("context"), f"{p.context} is not supported; use parallel.shard and parallel.tensor"
     for name in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
-        for where, size in (("model", getattr(m, name)), ("base.model", base.get(name))):
-            if size and size % p.tensor:
-                yield "parallel.tensor", f"{p.tensor} does not divide {where}.{name} = {size}"
+        size, final = getattr(m, name), getattr(recipe.model, name)
+        owner = "model" if size == final else part.table.replace(".train", ".model")
+        if size % p.tensor:
+            yield part.place("tensor"), f"{p.tensor} does not divide {owner}.{name} = {size}"
     if p.tensor > 1 and seq_len % (2 * p.tensor):
-        yield "parallel.tensor", f"data.seq_len = {seq_len} must be a multiple of 2 x tensor = {2 * p.tensor}"
+        yield part.place("tensor"), f"data.seq_len = {seq_len} must be a multiple of 2 x tensor = {2 * p.tensor}"
+    if p.async_tensor and p.tensor > 1 and not part.train.compile:
+        yield part.place("async_tensor"), f"true needs {part.where('compile')} = true"
+    if part.learns and p.tensor > 1:
+        rule = '"learn" makes every weight on every rank; use parallel.shard'
+        yield part.place("tensor"), f"{p.tensor} is not supported with {part.table}: {rule}"
 
 
 def operator_problems(hop: Hop, final: Model, last: bool) -> Iterator[Problem]:
@@ -118,11 +124,11 @@ def growth_problems(recipe: Recipe, growth: Growth, n_source: int, where: str) -
         if not n_source <= (n := len(growth.layer_map)) <= MAX_LAYERS:
             rule = f"at least the source's {n_source} and at most {MAX_LAYERS}"
             yield f"{where}.layer_map", f"makes {n} layers; it must make {rule}"
-    elif growth.factor is not None:
-        if (n := growth.factor * n_source) > MAX_LAYERS:
+    elif (factor := factor_of(growth)) is not None:
+        if (n := factor * n_source) > MAX_LAYERS:
             yield (
                 f"{where}.factor",
-                f"{growth.factor} makes {n} layers of {n_source}; the limit is {MAX_LAYERS}",
+                f"{factor} makes {n} layers of {n_source}; the limit is {MAX_LAYERS}",
             )
     elif len(recipe.growth) > 1:
         if not growth.model:
@@ -136,93 +142,106 @@ def growth_problems(recipe: Recipe, growth: Growth, n_source: int, where: str) -
 
 
 def batch_problems(part: Part, seq_len: int) -> Iterator[Problem]:
-    batch = part.train.global_batch_tokens
-    if batch % seq_len:
-        below = batch // seq_len * seq_len
-        choices = f"the nearest are {below} and {below + seq_len}" if below else f"the least is {seq_len}"
-        rule = f"is not a whole number of sequences of data.seq_len = {seq_len} tokens"
-        yield part.where("global_batch_tokens"), f"{batch} {rule}; {choices} (2Mi means 2 x 2^20)"
+    phases, full = [p.batch for p in part.train.batch_warmup], part.train.global_batch_tokens
+    batches = {**{f"batch_warmup[{i}]": batch for i, batch in enumerate(phases)}, "global_batch_tokens": full}
+    for name, batch in batches.items():
+        if batch % seq_len:
+            below = batch // seq_len * seq_len
+            choices = f"the nearest are {below} and {below + seq_len}" if below else f"the least is {seq_len}"
+            rule = f"is not a whole number of sequences of data.seq_len = {seq_len} tokens"
+            key, bracket, index = name.partition("[")
+            yield part.where(key) + bracket + index, f"{batch} {rule}; {choices} (2Mi means 2 x 2^20)"
+    if any(after <= before for before, after in pairwise([*phases, full])):
+        yield part.where("batch_warmup"), f"batches {phases} do not rise to global_batch_tokens = {full}; order them"
 
 
-def train_problems(part: Part, recipe: Recipe) -> Iterator[Problem]:
+def train_problems(part: Part) -> Iterator[Problem]:
     peak, floor = part.train.learning_rate, part.train.min_learning_rate
     if floor > peak:
         yield part.where("min_learning_rate"), f"{floor:g} is above learning_rate = {peak:g}; lower it"
-    if part.learns and recipe.parallel.tensor > 1:
-        rule = '"learn" makes every weight on every rank; use parallel.shard'
-        yield "parallel.tensor", f"{recipe.parallel.tensor} is not supported with {part.table}: {rule}"
     for name, off in (("compile", False), ("activation_checkpoint", "none"), ("cpu_offload", False)):
         if part.learns and (given := getattr(part.train, name)) != off:
             rule = f"is not supported where weights are made in the forward pass; set {part.table}.{name}"
             yield part.where(name), f"{json.dumps(given)} {rule} = {json.dumps(off)}"
-    if recipe.parallel.async_tensor and recipe.parallel.tensor > 1 and not part.train.compile:
-        yield "parallel.async_tensor", f"true needs {part.where('compile')} = true"
-    yield from _kernel_problems(part, recipe)
+    if part.train.precision == "float8" and (part.learns or part.masked):
+        yield part.where("precision"), '"float8" replaces the layers that "random" masks and "learn" makes; use "bf16"'
+    yield from _kernel_problems(part)
 
 
-def _kernel_problems(part: Part, recipe: Recipe) -> Iterator[Problem]:
+def _kernel_problems(part: Part) -> Iterator[Problem]:
     """What an attention kernel or the chunked loss cannot do."""
-    train, tensor = part.train, recipe.parallel.tensor
-    if train.attention == "flash_attn" and train.precision != "bf16":
+    train, tensor = part.train, part.parallel.tensor
+    if train.attention == "flash_attn" and train.precision == "fp32":
         yield part.where("attention"), f'"flash_attn" computes in bf16 alone, not "{train.precision}"; use "sdpa"'
     if train.attention == "flash_attn" and part.model.head_dim > 256:
         rule = f"has heads of at most 256, not {part.model.head_dim}"
         yield part.where("attention"), f'"flash_attn" {rule}; use "sdpa" or more heads'
     if train.loss_chunk and tensor > 1:
-        rule = f"is not supported with parallel.tensor = {tensor}, whose loss_parallel shards the logits"
+        rule = f"is not supported with {part.place('tensor')} = {tensor}, whose loss_parallel shards the logits"
         yield part.where("loss_chunk"), f"{train.loss_chunk} {rule}; set it to 0"
 
 
 def schedule_problems(stage: TrainStage, part: Part) -> Iterator[Problem]:
-    if stage.mask and stage.every(stage.mask.ramp) > stage.steps:
-        yield (
-            part.table.replace(".train", ".ramp"),
-            f"{stage.every(stage.mask.ramp)} steps are more than the {stage.steps} steps of {stage.name}; shorten it",
-        )
-    if stage.horizon_steps < stage.steps:
+    """``stage``: what [train] has in it must fit, also where the loss decides how long it takes."""
+    until = stage.until
+    least, most = (until.min_steps, until.max_steps) if until else (stage.steps, stage.steps)
+    rises = sum(steps for steps, _ in stage.batches.phases)
+    inside = {part.where("warmup"): stage.warmup_steps, part.where("batch_warmup"): rises}
+    if stage.mask:
+        inside[part.table.replace(".train", ".ramp")] = stage.reached(stage.mask.ramp)
+    for where, steps in inside.items():
+        if steps > least:
+            yield where, f"{steps} steps are more than the {least} steps of {stage.name}; shorten it"
+    if stage.horizon_steps < most:
         yield (
             part.where("horizon"),
-            f"{stage.horizon_steps} steps are fewer than the {stage.steps} steps of {stage.name}; "
-            'make it longer, or "stage"',
+            f'{stage.horizon_steps} steps are fewer than the {most} steps of {stage.name}; make it longer, or "stage"',
         )
-    if stage.warmup_steps > stage.steps:
+    if until and not MIN_WINDOW <= until.window < until.max_steps // 2:
+        timing = part.table.replace(".train", "") if part.hop is None else part.hop.where
         yield (
-            part.where("warmup"),
-            f"{stage.warmup_steps} steps are more than the {stage.steps} steps of {stage.name}; shorten it",
+            f"{timing}.timing",
+            f"gives {stage.name} {until.min_steps} to {until.max_steps} steps; max must be later than min, and min at "
+            f"least {2 * MIN_WINDOW} steps after the growth before, for a slope to be fitted over half of them",
         )
 
 
-def world_problems(plan: Plan, world_size: int) -> Iterator[Problem]:
+def world_problems(plan: Plan, world_size: int) -> list[Problem]:
     """What does not fit the number of ranks that is there now."""
-    p = plan.recipe.parallel
+    found = [problem for stage in plan.train_stages for problem in _rank_problems(plan, stage, world_size)]
+    return list(dict.fromkeys(found))  # stages share the keys of [parallel]
+
+
+def _rank_problems(plan: Plan, stage: TrainStage, world_size: int) -> Iterator[Problem]:
+    p = stage.parallel
+    who = "" if p == plan.recipe.parallel else f"{stage.name}: "
     fixed = p.replicate * p.tensor * max(p.shard, 1)
     if (p.shard > 0 and fixed != world_size) or world_size % fixed:
         remedy = f"start a multiple of {fixed} ranks"
         if p.shard > 0:
             remedy = f"start {fixed} ranks, or set parallel.shard = -1"
-        yield (
-            "parallel",
-            f"replicate {p.replicate} x shard {p.shard} x tensor {p.tensor} does not make {world_size} ranks; {remedy}",
-        )
+        layout = f"replicate {p.replicate} x shard {p.shard} x tensor {p.tensor}"
+        yield "parallel", f"{who}{layout} does not make {world_size} ranks; {remedy}"
         return
     data_ranks = world_size // p.tensor
     if p.replicate > 1 and data_ranks == p.replicate:
         yield (
             "parallel.replicate",
-            f"{p.replicate} without sharding is DDP, in which torchtitan 0.2.2 divides gradients by the number of "
+            f"{who}{p.replicate} without sharding is DDP, in which torchtitan 0.2.2 divides gradients by the number of "
             "ranks once too often; use parallel.shard, alone or with replicate (HSDP)",
         )
-    if p.tensor > 1 and data_ranks == 1 and any(s.train.precision == "bf16" for s in plan.train_stages):
+    if p.tensor > 1 and data_ranks == 1 and stage.train.precision != "fp32":
         yield (
             "train.precision",
-            'torchtitan ignores "bf16" with tensor parallel alone; add data-parallel ranks or use "fp32"',
+            f'{who}torchtitan ignores "{stage.train.precision}" with tensor parallel alone; add data-parallel ranks '
+            'or use "fp32"',
         )
-    for stage in plan.train_stages:
-        if p.tensor > 1 and stage.mask and stage.mask.source.dim != stage.model.dim:
-            yield "parallel.tensor", f'{p.tensor} cannot shard the widthwise mask of "random"; use parallel.shard'
-        if stage.batch_sequences % data_ranks:
+    if p.tensor > 1 and stage.mask and stage.mask.source.dim != stage.model.dim:
+        yield "parallel.tensor", f'{p.tensor} cannot shard the widthwise mask of "random"; use parallel.shard'
+    for sequences in sorted(batch // stage.seq_len for batch in stage.batches.sizes):
+        if sequences % data_ranks:
             yield (
                 "train.global_batch_tokens",
-                f"{stage.name}: {stage.batch_sequences} sequences per step cannot be shared equally by "
+                f"{stage.name}: {sequences} sequences per step cannot be shared equally by "
                 f"{data_ranks} data ranks; use a multiple of {data_ranks * stage.seq_len} tokens",
             )

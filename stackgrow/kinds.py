@@ -6,11 +6,13 @@ key's JSON Schema, so that an editor and the loader know the same rules.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -30,6 +32,7 @@ MAX_DIGITS = 40  # in the text of an amount: enough for any, and too few to chok
 _WHOLE = r"[0-9]+(?:_[0-9]+)*"
 _TOKENS = rf"({_WHOLE}(?:\.[0-9]+)?) ?(K|M|B|T|Ki|Mi|Gi|Ti)?(?: ?tokens?)?"
 _STEPS = rf"({_WHOLE}) ?steps?"
+_SHARE = r"([0-9]+(?:\.[0-9]+)?) ?%"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,31 @@ class Duration:
         return max(1, nearest(self.amount, tokens_per_step))
 
 
+@dataclass(frozen=True)
+class Share:
+    """A part of the token budget, in percent."""
+
+    percent: Decimal
+
+    def __str__(self) -> str:
+        return f"{self.percent.normalize():f}%"
+
+    def of(self, tokens: int) -> int:
+        """That part of ``tokens``, to the nearest token."""
+        return round(Fraction(self.percent) * tokens / 100)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A length of training with a batch of its own."""
+
+    batch: int  # tokens in one optimizer step
+    length: Duration
+
+    def __str__(self) -> str:
+        return f"{self.batch} tokens for {self.length}"
+
+
 def nearest(amount: int, unit: int) -> int:
     """``amount / unit`` to the nearest whole number, halves up; exact where floats are not."""
     return (2 * amount + unit) // (2 * unit)
@@ -76,12 +104,14 @@ def _require(condition: bool, rule: str) -> None:
         raise ValueError(rule)
 
 
-def integer(low: int = 1, high: int = MAX_INT, also: tuple[int, ...] = ()) -> Kind:
-    """A whole number in [low, high], or one of ``also`` (such as -1 for "what is left")."""
+def integer(low: int = 1, high: int = MAX_INT, also: tuple[int | str, ...] = ()) -> Kind:
+    """A whole number in [low, high], or one of ``also`` (such as -1 for "what is left", or a word)."""
     rule = f"a whole number of at least {low}" + (f" and at most {high}" if high < MAX_INT else "")
-    rule += "".join(f", or {a}" for a in also)
+    rule += "".join(f", or {json.dumps(a)}" for a in also)
 
-    def parse(value: Any) -> int:
+    def parse(value: Any) -> int | str:
+        if isinstance(value, str) and value in also:
+            return value
         _require(isinstance(value, int) and not isinstance(value, bool), rule)
         _require(low <= value <= high or value in also, rule)
         return value
@@ -143,20 +173,12 @@ def name() -> Kind:
     return Kind(rule, parse, {"type": "string", "pattern": f"^{pattern}$"})
 
 
-def sha256() -> Kind:
-    rule = "the 64 hexadecimal digits of a SHA-256"
-
-    def parse(value: Any) -> str:
-        _require(isinstance(value, str) and re.fullmatch("[0-9a-fA-F]{64}", value) is not None, rule)
-        return value.lower()
-
-    return Kind(rule, parse, {"type": "string", "pattern": "^[0-9a-fA-F]{64}$"})
-
-
 def path() -> Kind:
     """A path that can be printed; load.py keeps those of a recipe file below the working directory."""
-    rule = "a path without control or invisible characters"
+    return text("a path without control or invisible characters")
 
+
+def text(rule: str = "a line of text without control or invisible characters") -> Kind:
     def parse(value: Any) -> str:
         _require(isinstance(value, str) and 0 < len(value) < 4096, rule)
         _require(all(c.isprintable() for c in value), rule)
@@ -189,25 +211,48 @@ def _token_amount(text: str, rule: str) -> int:
     return int(exact)
 
 
-def duration(low: int = 0, words: tuple[str, ...] = ()) -> Kind:
-    """A length of training with its unit, ``"10B"`` tokens or ``"3000 steps"``, or one of ``words``."""
+def duration(low: int = 0, words: tuple[str, ...] = (), *, share: bool = False) -> Kind:
+    """A length of training with its unit, ``"10B"`` tokens or ``"3000 steps"``, or one of ``words``; with ``share``
+    also ``"5%"`` of the token budget."""
     rule = f'an amount of at least {low} with its unit, "10B" (tokens) or "3000 steps"'
+    rule += ' or "5%" (of budget.tokens)' if share else ""
     rule += "".join(f', or "{w}"' for w in words)
 
-    def parse(value: Any) -> Duration | str:
+    def parse(value: Any) -> Duration | Share | str:
         _require(isinstance(value, str), rule)
         if value in words:
             return value
-        match = re.fullmatch(_STEPS, value)
-        if match and len(value) <= MAX_DIGITS:
-            result = Duration(int(match[1]), "steps")
-        else:
-            result = Duration(_token_amount(value, rule), "tokens")
+        if share and len(value) <= MAX_DIGITS and (match := re.fullmatch(_SHARE, value)):
+            _require(0 < Decimal(match[1]) < 100, rule)
+            return Share(Decimal(match[1]))
+        result = _duration(value, rule)
         _require(low <= result.amount <= MAX_INT, rule)
         return result
 
-    schema: dict[str, Any] = {"type": "string", "pattern": f"^({_TOKENS}|{_STEPS})$"}
+    schema: dict[str, Any] = {"type": "string", "pattern": f"^({_TOKENS}|{_STEPS}{f'|{_SHARE}' * share})$"}
     return Kind(rule, parse, {"anyOf": [schema, {"enum": list(words)}]} if words else schema)
+
+
+def _duration(text: str, rule: str) -> Duration:
+    match = re.fullmatch(_STEPS, text)
+    if match and len(text) <= MAX_DIGITS:
+        return Duration(int(match[1]), "steps")
+    return Duration(_token_amount(text, rule), "tokens")
+
+
+def phases() -> Kind:
+    """Batches that grow: ``["512Ki for 5B", "1Mi for 10B"]``."""
+    rule = 'a list of a batch and how long it is used, such as ["512Ki for 5B", "1Mi for 2000 steps"]'
+
+    def parse(value: Any) -> tuple[Phase, ...]:
+        _require(isinstance(value, list) and all(isinstance(v, str) and v.count(" for ") == 1 for v in value), rule)
+        pairs = [v.split(" for ") for v in value]
+        found = tuple(Phase(_token_amount(batch, rule), _duration(length, rule)) for batch, length in pairs)
+        _require(all(1 <= n <= MAX_INT for p in found for n in (p.batch, p.length.amount)), rule)
+        return found
+
+    pattern = f"^({_TOKENS}) for ({_TOKENS}|{_STEPS})$"
+    return Kind(rule, parse, {"type": "array", "items": {"type": "string", "pattern": pattern}})
 
 
 def layer_list() -> Kind:

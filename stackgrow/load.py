@@ -13,7 +13,7 @@ from typing import Any
 
 import tomli
 
-from stackgrow.kinds import Duration
+from stackgrow.kinds import Duration, Phase, Share
 from stackgrow.recipe import Recipe
 
 MAX_BYTES = 1 << 17  # a recipe is a page of text: anything larger is a mistake or an attack
@@ -82,8 +82,10 @@ def _read_toml(file: Path) -> dict[str, Any]:
 def _path_problems(raw: Mapping[str, Any], typed: Sequence[str]) -> Iterator[Problem]:
     """A recipe can come from a stranger, so its own paths stay below the working directory. Keys in ``typed``
     were set by the user on the command line, and may name any path."""
-    for where, value in _paths(raw):
-        if not isinstance(value, str) or any(where.startswith((f"{key}.", f"{key}[")) or where == key for key in typed):
+    for section, name in (("data", "path"), ("base", "from"), ("run", "folder")):
+        where = f"{section}.{name}"
+        value = raw[section].get(name) if isinstance(raw.get(section), dict) else None
+        if not isinstance(value, str) or where in typed or section in typed:
             continue
         if value.startswith(("/", "~")) or ".." in Path(value).parts:
             yield (
@@ -91,13 +93,6 @@ def _path_problems(raw: Mapping[str, Any], typed: Sequence[str]) -> Iterator[Pro
                 f"{_show(value)} leaves the working directory; write a relative path here, "
                 f"or give this one on the command line: --set {where}=...",
             )
-
-
-def _paths(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    data, run = (raw[name] if isinstance(raw.get(name), dict) else {} for name in ("data", "run"))
-    yield from (("data.path", data.get("path")), ("run.folder", run.get("folder")))
-    for i, row in enumerate(data["mix"] if isinstance(data.get("mix"), list) else []):
-        yield f"data.mix[{i}].path", row.get("path") if isinstance(row, dict) else None
 
 
 def _apply_set(raw: dict[str, Any], assignment: str) -> None:
@@ -134,7 +129,7 @@ def _build(cls: Any, raw: Any, where: str, problems: list[Problem], *, partial: 
         header = f"[[{where.partition('[')[0]}]]" if where.endswith("]") else f"[{where}]"
         problems.append((where, f"{_show(raw)} must be a table {header}"))
         return None
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {toml_name(f): f for f in dataclasses.fields(cls)}
     for name in raw:
         if name not in fields:
             problems.append((_join(where, name), _unknown(name, list(fields), where)))
@@ -144,24 +139,31 @@ def _build(cls: Any, raw: Any, where: str, problems: list[Problem], *, partial: 
         if partial and name not in raw:
             continue
         if "kind" in spec.metadata:
-            values[name] = _value(spec, raw, inner, problems)
+            values[spec.name] = _value(spec, raw, inner, problems)
         elif "overrides" in spec.metadata:
-            values[name] = _build(spec.metadata["overrides"], raw.get(name, {}), inner, problems, partial=True)
+            values[spec.name] = _build(spec.metadata["overrides"], raw.get(name, {}), inner, problems, partial=True)
         else:
-            values[name] = _table(spec, raw, inner, problems)
+            values[spec.name] = _table(spec, raw, inner, problems)
     return values if partial else cls(**values)
 
 
+def toml_name(spec: dataclasses.Field[Any]) -> str:
+    """A field's key; ``from_`` is ``from``, a word that Python keeps to itself."""
+    return spec.name.rstrip("_")
+
+
 def _value(spec: dataclasses.Field[Any], raw: Mapping[str, Any], where: str, problems: list[Problem]) -> Any:
-    kind = spec.metadata["kind"]
-    if spec.name not in raw:
+    kind, name = spec.metadata["kind"], toml_name(spec)
+    if name not in raw:
         if spec.metadata["required"]:
             problems.append((where, f"is missing; it must be {kind.rule} ({spec.metadata['help']})"))
         return spec.default
+    if isinstance(raw[name], dict) and (cls := spec.metadata["or_table"]):
+        return _build(cls, raw[name], where, problems)
     try:
-        return kind.parse(raw[spec.name])
+        return kind.parse(raw[name])
     except ValueError:
-        problems.append((where, f"{_show(raw[spec.name])} must be {kind.rule}"))
+        problems.append((where, f"{_show(raw[name])} must be {kind.rule}"))
         return spec.default
 
 
@@ -207,10 +209,10 @@ def _show(value: Any) -> str:
 
 def to_dict(value: Any) -> Any:
     """A recipe as plain TOML values: amounts with their unit, defaults filled in, absent tables left out."""
-    if isinstance(value, Duration):
+    if isinstance(value, (Duration, Share, Phase)):
         return str(value)
     if dataclasses.is_dataclass(value):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        fields = {toml_name(f): getattr(value, f.name) for f in dataclasses.fields(value)}
         return {name: to_dict(v) for name, v in fields.items() if v not in (None, "", (), {})}
     if isinstance(value, dict):
         return {name: to_dict(v) for name, v in value.items()}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stackgrow.recipe import Growth, Model, Recipe, Train
+from stackgrow import guidelines
+from stackgrow.recipe import Growth, Model, Parallel, Recipe, Train
 
 
 @dataclass(frozen=True)
@@ -23,32 +24,52 @@ class Hop:
 
 @dataclass(frozen=True)
 class Part:
-    """A train stage before its steps are known: its model, [train] with its own keys, its growth, which it comes
-    before; or which it ``learns``."""
+    """A train stage before its steps are known: its model, [train] and [parallel] with its own keys, its growth, which
+    it comes before; or which it ``learns``."""
 
     model: Model
     train: Train
     table: str
     own: Collection[str]
+    parallel: Parallel
+    places: Mapping[str, str]  # the TOML paths of the keys of [parallel] that are its own
     hop: Hop | None
     learns: bool = False
+    masked: bool = False  # by the growth before it
 
     def where(self, key: str) -> str:
         """The TOML path that this stage's value of ``key`` comes from."""
         return f"{self.table}.{key}" if key in self.own else f"train.{key}"
 
+    def place(self, key: str) -> str:
+        """The TOML path of a key of [parallel]."""
+        return self.places.get(key, f"parallel.{key}")
+
 
 def parts_of(recipe: Recipe, hops: Sequence[Hop]) -> list[Part]:
     models = [hops[0].source if hops else recipe.model, *(hop.target for hop in hops)]
-    own = [recipe.base.train if recipe.base else {}, *(hop.growth.train for hop in hops)]
-    tables = ["base.train", *(f"{hop.where}.train" for hop in hops)]
+    tables = {"base": recipe.base, **{hop.where: hop.growth for hop in hops}}
     parts = []
-    for model, keys, table, hop in zip(models, own, tables, [*hops, None], strict=True):
-        parts.append(Part(model, dataclasses.replace(recipe.train, **keys), table, keys, hop))
+    for (name, table), model, hop in zip(tables.items(), models, [*hops, None], strict=True):
+        own, layout = (table.train, table.parallel) if table else ({}, {})
+        parallel = dataclasses.replace(recipe.parallel, **layout)
+        places = {key: f"{name}.parallel.{key}" for key in layout}
+        train = dataclasses.replace(recipe.train, **own)
+        parts.append(
+            Part(model, train, f"{name}.train", own, parallel, places, hop, masked=bool(getattr(table, "ramp", None)))
+        )
         if hop and hop.growth.operator == "learn":
-            train = dataclasses.replace(recipe.train, **hop.growth.learn)
-            parts.append(Part(hop.target, train, f"{hop.where}.learn", hop.growth.learn, hop, learns=True))
+            own = {"batch_warmup": (), **hop.growth.learn}  # a few steps, all of the full batch
+            train = dataclasses.replace(recipe.train, **own)
+            parts.append(Part(hop.target, train, f"{hop.where}.learn", own, parallel, places, hop, learns=True))
     return parts
+
+
+def factor_of(growth: Growth) -> int | None:
+    """The growth factor g, where one is given."""
+    if isinstance(growth.factor, str):  # "auto"
+        return guidelines.GROWTH_FACTOR
+    return growth.factor
 
 
 def resized(model: Model, widths: dict[str, Any], n_layers: int) -> Model:

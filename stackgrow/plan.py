@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import linear_regression
 from typing import Any
 
 from stackgrow import guidelines
+from stackgrow.batches import Batches
 from stackgrow.growth import learned_shapes
 from stackgrow.kinds import Duration
 from stackgrow.load import canonical_hash, to_dict
-from stackgrow.recipe import Model, Recipe, Train
+from stackgrow.recipe import Model, Parallel, Recipe, Train
 
+SLOPE_POINTS = 128  # losses in the window of a slope: enough to smooth, and rarely more than are logged anyhow
 CHECKPOINT_BYTES = 12  # per parameter: float32 weight and AdamW's two float32 moments
 
 
@@ -26,8 +30,26 @@ class GrowthMask:
 
 
 @dataclass(frozen=True)
+class Until:
+    """Ends a stage at its first step from ``min_steps`` on at which the loss falls by less than ``slope`` per billion
+    tokens, or at ``max_steps``: the slope of a line through the losses looked at in the last ``window`` steps."""
+
+    slope: float
+    min_steps: int
+    max_steps: int
+
+    @property
+    def window(self) -> int:
+        return self.min_steps // 2
+
+    def looks_at(self, step: int) -> bool:
+        return step % max(1, self.window // SLOPE_POINTS) == 0
+
+
+@dataclass(frozen=True)
 class TrainStage:
-    """Trains one model for ``steps`` optimizer steps from data position ``start_sequences`` on."""
+    """Trains one model for ``steps`` optimizer steps from data position ``start_sequences`` on; where ``until`` is
+    given, ``steps`` are the most until the stage has found its end itself."""
 
     index: int
     model: Model
@@ -39,18 +61,36 @@ class TrainStage:
     start_flops: float
     mask: GrowthMask | None = None
     kind: str = "train"
+    until: Until | None = None
+    parallel: Parallel = field(default_factory=Parallel)
 
     @property
     def name(self) -> str:
         return f"stage-{self.index}-train-{self.model.n_layers}L"
 
     @property
+    def batches(self) -> Batches:
+        return Batches.of(self.train)
+
+    @property
     def batch_sequences(self) -> int:
+        """Sequences in one step, after the batch's warm-up."""
         return self.train.global_batch_tokens // self.seq_len
 
     @property
     def tokens(self) -> int:
-        return self.steps * self.train.global_batch_tokens
+        return self.batches.tokens(self.steps)
+
+    def fall(self, losses: Mapping[int, float], step: int) -> float:
+        """By how much the loss fell per billion tokens over the window before ``step``; ``losses`` by their steps."""
+        assert self.until is not None
+        steps = [s for s in losses if step - self.until.window < s <= step]
+        billions = [self.batches.tokens(s) / 1e9 for s in steps]
+        return -linear_regression(billions, [losses[s] for s in steps]).slope if len(steps) > 1 else math.inf
+
+    def position(self, step: int) -> int:
+        """Sequences consumed since the start of the run, after ``step`` steps of this stage."""
+        return self.start_sequences + self.batches.tokens(step) // self.seq_len
 
     @property
     def flops_per_token(self) -> float:
@@ -68,16 +108,18 @@ class TrainStage:
 
     @property
     def warmup_steps(self) -> int:
-        return self.train.warmup.steps(self.train.global_batch_tokens)
+        return self.reached(self.train.warmup) if self.train.warmup.amount else 0
 
     @property
     def horizon_steps(self) -> int:
-        return self.every(self.train.horizon) if isinstance(self.train.horizon, Duration) else self.steps
+        if isinstance(self.train.horizon, Duration):
+            return self.reached(self.train.horizon)
+        return self.until.max_steps if self.until else self.steps
 
     def micro_batch(self, data_ranks: int) -> int:
         """Sequences per forward pass on one rank: the most that train.micro_batch allows and that divides the
-        rank's share of a step."""
-        share = self.batch_sequences // data_ranks
+        rank's share of every step."""
+        share = math.gcd(*self.batches.sizes) // self.seq_len // data_ranks
         return max(m for m in range(1, min(share, self.train.micro_batch) + 1) if share % m == 0)
 
     @property
@@ -86,11 +128,11 @@ class TrainStage:
 
     def place(self, step: int) -> dict[str, Any]:
         """What every record of optimizer step ``step`` states: how far the run is then, earlier stages included."""
-        tokens = step * self.train.global_batch_tokens
+        tokens = self.batches.tokens(step)
         return {
             "stage": self.name,
             "step": step,
-            "position": self.start_sequences + step * self.batch_sequences,
+            "position": self.position(step),
             "tokens": self.start_tokens + tokens,
             "flops": self.start_flops + tokens * self.flops_per_token,
         }
@@ -98,11 +140,15 @@ class TrainStage:
     def mask_value(self, step: int) -> float:
         """The mask c in optimizer step ``step``: linear from 0 before the first step to 1 at the end of the ramp."""
         assert self.mask is not None
-        return min(1.0, step / self.every(self.mask.ramp))
+        return min(1.0, step / self.reached(self.mask.ramp))
 
     def every(self, duration: Duration) -> int:
-        """A duration of the recipe in this stage's steps, at least 1."""
+        """An interval of the recipe in this stage's steps after the batch's warm-up, at least 1."""
         return max(1, duration.steps(self.train.global_batch_tokens))
+
+    def reached(self, duration: Duration) -> int:
+        """The step of this stage at which ``duration`` has passed since its start, at least 1."""
+        return max(1, duration.amount if duration.unit == "steps" else self.batches.nearest(duration.amount))
 
     def learning_rate(self, step: int) -> float:
         """The rate of optimizer step ``step`` (1 to ``steps``), as torchtitan 0.2.2's scheduler has it."""
@@ -178,16 +224,35 @@ class GrowStage:
         return f"{self.source.n_layers} -> {self.target.n_layers} layers" + "".join(widths)
 
 
+@dataclass(frozen=True)
+class ImportStage(GrowStage):
+    """Takes over a base model from elsewhere: a growth that changes nothing, of a checkpoint outside of the run."""
+
+    folder: str = field(kw_only=True)
+    position: int = field(kw_only=True)  # sequences of the data that it has consumed
+    kind: str = "import"
+
+    @property
+    def name(self) -> str:
+        return f"stage-{self.index}-import-{self.source.n_layers}L"
+
+    @property
+    def change(self) -> str:
+        return f"{self.source.n_layers} layers from {self.folder}"
+
+
 Stage = TrainStage | GrowStage
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe does, step for step. ``notes`` are for the reader: nothing in them stops a run."""
+    """What a recipe does, step for step. ``notes`` are for the reader: nothing in them stops a run. ``found``: what
+    stages have found out as they ran, by their names; see found.py."""
 
     recipe: Recipe
     stages: tuple[Stage, ...]
     notes: tuple[str, ...]
+    found: dict[str, int | str] = field(default_factory=dict)
 
     @property
     def train_stages(self) -> list[TrainStage]:
@@ -199,7 +264,7 @@ class Plan:
 
     @property
     def sequences(self) -> int:
-        return sum(s.steps * s.batch_sequences for s in self.train_stages)
+        return sum(s.position(s.steps) - s.start_sequences for s in self.train_stages)
 
     @property
     def flops(self) -> float:
@@ -227,6 +292,8 @@ class Plan:
         parent = canonical_hash({"seed": self.recipe.seed, "data": data_hash})
         for stage in self.stages:
             parent = hashes[stage.name] = canonical_hash({"parent": parent, "stage": identity(stage)})
+            if stage.name in self.found:
+                parent = canonical_hash({"parent": parent, "found": self.found[stage.name]})
         return hashes
 
 
@@ -237,4 +304,7 @@ def identity(stage: Stage) -> dict[str, Any]:
         free = {f.name for f in dataclasses.fields(Train) if f.metadata["free"]}
         plain["train"] = {k: v for k, v in plain["train"].items() if k not in free}
         plain.pop("start_flops")
+        plain.pop("parallel")  # all of it is free
+        if stage.until:
+            plain["steps"] = stage.until.max_steps
     return plain

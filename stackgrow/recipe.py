@@ -11,15 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stackgrow import kinds
-from stackgrow.kinds import Duration, Kind
+from stackgrow.kinds import Duration, Kind, Phase, Share
 
 OPERATORS = ("stack", "split", "zero", "random", "learn")
 
 
-def key(kind: Kind, help: str, *default: Any, free: bool = False) -> Any:
+def key(kind: Kind, help: str, *default: Any, free: bool = False, or_table: type | None = None) -> Any:
     """A recipe key, required when no default is given. ``free`` keys place and watch the work (ranks, paths,
-    logging) without defining the trained model: they may change between two sessions of one run."""
-    metadata = {"kind": kind, "help": help, "required": not default, "free": free}
+    logging) without defining the trained model: they may change between two sessions of one run. The value may be
+    a table, too, where ``or_table`` describes one."""
+    metadata = {"kind": kind, "help": help, "required": not default, "free": free, "or_table": or_table}
     return field(default=default[0] if default else None, metadata=metadata)
 
 
@@ -41,27 +42,10 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Mix:
-    """One store of a mixture."""
-
-    path: str = key(kinds.path(), "folder of a token store written by tools/prepare_data.py", free=True)
-    weight: float = key(kinds.number(above=True), "its share of the sequences, relative to the other weights")
-
-
-@dataclass(frozen=True)
 class Data:
-    path: str = key(kinds.path(), "folder of a token store written by tools/prepare_data.py", "", free=True)
-    mix: tuple[Mix, ...] = table(Mix, "instead of path: a mixture of token stores", many=True)
-    tokenizer: str = key(
-        kinds.sha256(), "SHA-256 of the tokenizer file that the stores must be made with", "", free=True
-    )
+    path: str = key(kinds.path(), "folder of a token store written by tools/prepare_data.py", free=True)
     seq_len: int = key(kinds.integer(2, 2**20), "tokens in one training sequence")
     workers: int = key(kinds.integer(0, 256), "loader processes per rank; 0 loads in the trainer", 0, free=True)
-
-    @property
-    def stores(self) -> list[tuple[str, float]]:
-        """(path, weight) of every store."""
-        return [(mix.path, mix.weight) for mix in self.mix] or [(self.path, 1.0)]
 
 
 @dataclass(frozen=True)
@@ -128,7 +112,15 @@ class Model:
 @dataclass(frozen=True)
 class Train:
     global_batch_tokens: int = key(kinds.tokens(), "tokens in one optimizer step, over all ranks")
-    micro_batch: int = key(kinds.integer(), "sequences in one forward pass on one rank, at most", 8, free=True)
+    batch_warmup: tuple[Phase, ...] = key(
+        kinds.phases(), "smaller batches at the start of the stage, each for a while, then global_batch_tokens", ()
+    )
+    micro_batch: int = key(
+        kinds.integer(),
+        "sequences in one forward pass on one rank, at most; gradients accumulate over as many as a step needs",
+        8,
+        free=True,
+    )
     learning_rate: float = key(kinds.number(above=True), "peak learning rate")
     min_learning_rate: float = key(kinds.number(), "learning rate at the end of the horizon", 0.0)
     schedule: str = key(
@@ -148,7 +140,11 @@ class Train:
     eps: float = key(kinds.number(above=True), "AdamW", 1e-8)
     weight_decay: float = key(kinds.number(), "AdamW, on all parameters", 0.1)
     max_grad_norm: float = key(kinds.number(above=True), "gradient norm is clipped to this", 1.0)
-    precision: str = key(kinds.choice("bf16", "fp32"), "of matrix products (weights and moments stay float32)", "bf16")
+    precision: str = key(
+        kinds.choice("bf16", "fp32", "float8"),
+        "of matrix products (weights and moments stay float32); float8: torchao's, by rows, all but the head's",
+        "bf16",
+    )
     optimizer: str = key(kinds.choice("fused", "foreach", "for-loop"), "AdamW implementation", "fused", free=True)
     compile: bool = key(kinds.boolean(), "torch.compile each block and the loss", False, free=True)
     attention: str = key(
@@ -182,44 +178,6 @@ class Widths:
 
 
 @dataclass(frozen=True)
-class Base:
-    """What differs from [model] in the model that training starts from."""
-
-    n_layers: int | None = key(kinds.integer(1, 4096), "layers of the base model", None)
-    model: dict[str, Any] = overrides(Widths, "widths of the base model that differ from [model]'s")
-    train: dict[str, Any] = overrides(Train, "keys of [train] that differ in the base stage")
-
-
-@dataclass(frozen=True)
-class Growth:
-    """One growth of the model, and the stage that trains the grown model."""
-
-    operator: str = key(
-        kinds.choice(*OPERATORS),
-        '"stack": whole layers copied, G_stack; "split": neurons copied, G_direct widthwise; '
-        '"zero": new parameters whose outputs are zero; "random": random ones behind a mask; '
-        '"learn": linear maps of the weights, trained first, LiGO (paper, appendix A)',
-    )
-    timing: Duration | str = key(
-        kinds.duration(1, words=("auto",)),
-        'tokens since the start of the run at this growth; "auto": guideline',
-    )
-    factor: int | None = key(kinds.integer(2), "growth factor g: layers after / layers before", None)
-    layer_map: tuple[int, ...] | None = key(
-        kinds.layer_list(), "instead of factor: the source layer of each target layer", None
-    )
-    order: str = key(kinds.choice("stack", "interleave"), "with factor: 0 1 0 1, or 0 0 1 1", "stack")
-    noise: float = key(
-        kinds.number(0, 1), "share of random weights blended into the grown ones (paper, appendix I: 0.2)", 0.0
-    )
-    ramp: Duration | None = key(kinds.duration(1), 'with "random": how long the mask takes from 0 to 1', None)
-    learn_steps: Duration | None = key(kinds.duration(1), 'with "learn": how long its maps are trained', None)
-    learn: dict[str, Any] = overrides(Train, 'with "learn": keys of [train] that differ while its maps are trained')
-    model: dict[str, Any] = overrides(Widths, "widths after this growth; the last growth leads to [model]")
-    train: dict[str, Any] = overrides(Train, "keys of [train] that differ in the stage after this growth")
-
-
-@dataclass(frozen=True)
 class Parallel:
     replicate: int = key(kinds.integer(), "data parallel, weights replicated (DDP; with shard: HSDP)", 1, free=True)
     shard: int = key(
@@ -235,6 +193,81 @@ class Parallel:
     )
     pipeline: int = key(kinds.integer(), "not supported: must be 1", 1, free=True)
     context: int = key(kinds.integer(), "not supported: must be 1", 1, free=True)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What differs from [model] in the model that training starts from."""
+
+    n_layers: int | None = key(kinds.integer(1, 4096), "layers of the base model", None)
+    model: dict[str, Any] = overrides(Widths, "widths of the base model that differ from [model]'s")
+    train: dict[str, Any] = overrides(Train, "keys of [train] that differ in the base stage")
+    parallel: dict[str, Any] = overrides(Parallel, "keys of [parallel] that differ in the base stage")
+    from_: str = key(
+        kinds.path(), "start from these weights: a Hugging Face Llama folder, or a distributed checkpoint", ""
+    )
+    position: int = key(
+        kinds.integer(0), "with from: sequences of this data that the base has consumed; the data go on after them", 0
+    )
+
+
+@dataclass(frozen=True)
+class LossSlope:
+    """A growth timing that is found during training, from the training loss."""
+
+    loss_slope: float = key(
+        kinds.number(above=True),
+        "grow when the loss falls by less than this per billion tokens: a line fitted over the second half of the "
+        "steps that the stage has at min, moving on",
+    )
+    min: Duration | Share = key(kinds.duration(1, share=True), "earliest growth, since the start of the run")
+    max: Duration | Share = key(kinds.duration(1, share=True), "latest growth, since the start of the run")
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One growth of the model, and the stage that trains the grown model."""
+
+    operator: str = key(
+        kinds.choice(*OPERATORS),
+        '"stack": whole layers copied, G_stack; "split": neurons copied, G_direct widthwise; '
+        '"zero": new parameters whose outputs are zero; "random": random ones behind a mask; '
+        '"learn": linear maps of the weights, trained first, LiGO (paper, appendix A)',
+    )
+    timing: Duration | Share | str | LossSlope = key(
+        kinds.duration(1, words=("auto", "start"), share=True),
+        'tokens since the start of the run at this growth; "auto": guideline; "start": at once, with base.from; or a '
+        "table, below",
+        or_table=LossSlope,
+    )
+    factor: int | str | None = key(
+        kinds.integer(2, also=("auto",)), 'growth factor g: layers after / layers before; "auto": the paper\'s 4', None
+    )
+    layer_map: tuple[int, ...] | None = key(
+        kinds.layer_list(), "instead of factor: the source layer of each target layer", None
+    )
+    order: str = key(kinds.choice("stack", "interleave"), "with factor: 0 1 0 1, or 0 0 1 1", "stack")
+    noise: float = key(
+        kinds.number(0, 1), "share of random weights blended into the grown ones (paper, appendix I: 0.2)", 0.0
+    )
+    ramp: Duration | None = key(kinds.duration(1), 'with "random": how long the mask takes from 0 to 1', None)
+    learn_steps: Duration | None = key(kinds.duration(1), 'with "learn": how long its maps are trained', None)
+    learn: dict[str, Any] = overrides(Train, 'with "learn": keys of [train] that differ while its maps are trained')
+    model: dict[str, Any] = overrides(Widths, "widths after this growth; the last growth leads to [model]")
+    train: dict[str, Any] = overrides(Train, "keys of [train] that differ in the stage after this growth")
+    parallel: dict[str, Any] = overrides(Parallel, "keys of [parallel] that differ in the stage after this growth")
+
+
+@dataclass(frozen=True)
+class Guideline:
+    """A fit of one's own for ``timing = "auto"``: log10(d) = a log10(N) + b / log10(C) + c."""
+
+    a: float = key(kinds.number(-1e3, 1e3), "of log10 of the target's parameters N")
+    b: float = key(kinds.number(-1e6, 1e6), "of 1 / log10 of the training FLOPs C = 6 N D")
+    c: float = key(kinds.number(-1e3, 1e3), "constant")
+    source: str = key(kinds.text(), "what it was fitted on; shown in the plan")
+    max_parameters: float | None = key(kinds.number(above=True), "largest N of the fit: the plan warns beyond", None)
+    max_flops: float | None = key(kinds.number(above=True), "largest C of the fit: the plan warns beyond", None)
 
 
 @dataclass(frozen=True)
@@ -284,6 +317,11 @@ class Recipe:
     model: Model = table(Model, "the target: what the last stage trains", required=True)
     base: Base | None = table(Base, "what differs from [model] in the base model", optional=True)
     growth: tuple[Growth, ...] = table(Growth, "growths in order of their timing", many=True)
+    guideline: Guideline | None = table(
+        Guideline,
+        'instead of the paper\'s guideline for timing = "auto": log10(d) = a log10(N) + b / log10(C) + c',
+        optional=True,
+    )
     train: Train = table(Train, "every stage", required=True)
     parallel: Parallel = table(Parallel, "how the ranks share the work")
     validation: Validation = table(Validation, "loss on held-out documents")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from stackgrow import guidelines
+from stackgrow.batches import Batches
 from stackgrow.checks import (
+    base_problems,
     batch_problems,
-    data_problems,
     geometry_problems,
     growth_problems,
     head_problems,
@@ -18,28 +18,36 @@ from stackgrow.checks import (
     train_problems,
 )
 from stackgrow.growth.depth import interleave_map, stack_map
-from stackgrow.kinds import Duration, human, nearest
+from stackgrow.kinds import Duration, Share, human
 from stackgrow.load import Problem, RecipeError
-from stackgrow.parts import Hop, Part, parts_of, resized
-from stackgrow.plan import GrowStage, LearnStage, Plan, Stage, TrainStage
-from stackgrow.recipe import Growth, Recipe
+from stackgrow.parts import Hop, Part, factor_of, parts_of, resized
+from stackgrow.plan import GrowStage, ImportStage, LearnStage, Plan, Stage, TrainStage, Until
+from stackgrow.recipe import Growth, LossSlope, Recipe
+from stackgrow.timing import bounds_note, due, factor_note, shown, timing_note
+
+Ends = Callable[[str, Until], int]  # the steps of a stage, by its name, whose end the loss decides
 
 
-def make_plan(recipe: Recipe, file: str | Path = "recipe") -> Plan:
-    """The stages of a checked recipe.
+def make_plan(recipe: Recipe, file: str | Path = "recipe", found: Mapping[str, int | str] | None = None) -> Plan:
+    """The stages of a checked recipe; ``found`` is what stages have found out as they ran (see found.py).
 
     Raises:
         RecipeError: impossible geometry, unreachable layers, contradictory budgets or schedules; all at once.
     """
-    problems = [*data_problems(recipe), *geometry_problems(recipe), *parallel_problems(recipe)]
+    known = dict(found or {})
     hops, blocking = _resolve_growths(recipe)
     parts = parts_of(recipe, hops)
     blocking += [problem for part in parts for problem in batch_problems(part, recipe.data.seq_len)]
-    problems += [*blocking, *(problem for part in parts for problem in train_problems(part, recipe))]
-    stages = [] if blocking else _resolve_stages(recipe, parts, problems)
+    problems = [*geometry_problems(recipe), *base_problems(recipe), *blocking]
+    problems += [p for part in parts for p in (*parallel_problems(part, recipe), *train_problems(part))]
+    stages: list[Stage] = []
+    earliest = stages
+    if not blocking:
+        stages = _resolve_stages(recipe, parts, problems, lambda name, until: int(known.get(name, until.max_steps)))
+        earliest = _resolve_stages(recipe, parts, problems, lambda _, until: until.min_steps)
     if problems:
         raise RecipeError(file, list(dict.fromkeys(problems)))  # stages share the keys of [train]
-    return Plan(recipe, tuple(stages), tuple(_notes(recipe, hops)))
+    return Plan(recipe, tuple(stages), tuple(_notes(recipe, hops, stages, earliest)), known)
 
 
 def _resolve_growths(recipe: Recipe) -> tuple[list[Hop], list[Problem]]:
@@ -75,86 +83,84 @@ def _resolve_growths(recipe: Recipe) -> tuple[list[Hop], list[Problem]]:
 def _layer_map(growth: Growth, n_source: int, n_final: int) -> tuple[int, ...] | None:
     if growth.layer_map is not None:
         return growth.layer_map
-    n_target = n_source * growth.factor if growth.factor else n_final
+    factor = factor_of(growth)
+    n_target = n_source * factor if factor else n_final
     if n_target == n_source:
         return None
     return tuple((stack_map if growth.order == "stack" else interleave_map)(n_source, n_target))
 
 
-def _resolve_stages(recipe: Recipe, parts: Sequence[Part], problems: list[Problem]) -> list[Stage]:
+def _resolve_stages(recipe: Recipe, parts: Sequence[Part], problems: list[Problem], ends: Ends) -> list[Stage]:
     stages: list[Stage] = []
-    tokens, sequences, steps, flops = 0, 0, 0, 0.0
+    if recipe.base and (folder := recipe.base.from_):
+        model = parts[0].model
+        stages = [
+            ImportStage(0, model, model, "import", None, 0.0, recipe.seed, folder=folder, position=recipe.base.position)
+        ]
     for part in parts:
-        count = _stage_steps(recipe, part, tokens, steps)
-        if count < 1:
-            problems.append(_order_problem(recipe, part, tokens))
-            break
-        index, seq_len = len(stages), recipe.data.seq_len
-        mask = stages[-1].mask if stages and isinstance(stages[-1], GrowStage) else None
-        stage = TrainStage(index, part.model, part.train, seq_len, count, tokens, sequences, flops, mask)
-        if part.learns and part.hop:
-            values = (index, part.model, part.train, seq_len, count, tokens, sequences, flops)
-            stage = LearnStage(*values, source=part.hop.source, seed=recipe.seed + index)
-        problems += schedule_problems(stage, part)
-        stages.append(stage)
-        tokens, sequences = tokens + stage.tokens, sequences + count * stage.batch_sequences
-        steps, flops = steps + count, flops + stage.flops
-        if (hop := part.hop) and (part.learns or hop.growth.operator != "learn"):
-            growth, seed = hop.growth, recipe.seed + index + 1
-            stages.append(
-                GrowStage(
-                    index + 1, hop.source, hop.target, growth.operator, hop.layer_map, growth.noise, seed, growth.ramp
-                )
-            )
+        hop = part.hop
+        if not (hop and hop.growth.timing == "start") or part.learns:
+            stage = _train_stage(recipe, part, stages, ends)
+            if stage.steps < 1:
+                problems.append(_order_problem(recipe, part, stage.start_tokens))
+                break
+            problems += schedule_problems(stage, part)
+            stages.append(stage)
+        if hop and (part.learns or hop.growth.operator != "learn"):
+            index, growth = len(stages), hop.growth
+            how = (growth.operator, hop.layer_map, growth.noise, recipe.seed + index, growth.ramp)
+            stages.append(GrowStage(index, hop.source, hop.target, *how))
     return stages
 
 
-def _stage_steps(recipe: Recipe, part: Part, tokens: int, steps: int) -> int:
-    """Steps up to the growth (nearest step) or to the end of the budget (never beyond it)."""
-    if part.hop is None:
-        return (recipe.budget.tokens - tokens) // part.train.global_batch_tokens
-    if part.learns and (length := part.hop.growth.learn_steps):
-        return length.steps(part.train.global_batch_tokens)
-    timing = _timing(recipe, part.hop)
-    if timing.unit == "steps":
-        return timing.amount - steps
-    return nearest(timing.amount - tokens, part.train.global_batch_tokens)
+def _train_stage(recipe: Recipe, part: Part, stages: Sequence[Stage], ends: Ends) -> TrainStage:
+    """The stage after ``stages``, up to the growth (nearest step) or to the end of the budget (never beyond it); its
+    steps are below 1 where there is no room for it."""
+    before = [stage for stage in stages if isinstance(stage, TrainStage)]
+    tokens, steps, flops = (sum(getattr(s, name) for s in before) for name in ("tokens", "steps", "flops"))
+    position = before[-1].position(before[-1].steps) if before else recipe.base.position if recipe.base else 0
+    mask = stages[-1].mask if stages and isinstance(stages[-1], GrowStage) else None
+    own, batches, hop = (len(stages), part.model, part.train, recipe.data.seq_len), Batches.of(part.train), part.hop
 
+    def stage(count: int, until: Until | None = None) -> TrainStage:
+        return TrainStage(*own, count, tokens, position, flops, mask, until=until, parallel=part.parallel)
 
-def _timing(recipe: Recipe, hop: Hop) -> Duration:
-    timing = hop.growth.timing
-    return timing if isinstance(timing, Duration) else Duration(_auto_timing(recipe, hop), "tokens")
+    def up_to(timing: Duration | Share | str, hop: Hop) -> int:
+        length = due(recipe, hop, timing)
+        return length.amount - steps if length.unit == "steps" else batches.nearest(length.amount - tokens)
 
-
-def _auto_timing(recipe: Recipe, hop: Hop) -> int:
-    n = hop.target.parameters()
-    return round(guidelines.growth_timing(n, guidelines.training_flops(n, recipe.budget.tokens)))
+    if hop is None:
+        return stage(batches.within(recipe.budget.tokens - tokens))
+    if part.learns and hop.growth.learn_steps:
+        count, seed = hop.growth.learn_steps.steps(batches.full), recipe.seed + len(stages)
+        return LearnStage(*own, count, tokens, position, flops, parallel=part.parallel, source=hop.source, seed=seed)
+    if isinstance(timing := hop.growth.timing, LossSlope):
+        until = Until(timing.loss_slope, up_to(timing.min, hop), up_to(timing.max, hop))
+        return stage(ends(stage(0).name, until), until)
+    return stage(up_to(timing, hop))
 
 
 def _order_problem(recipe: Recipe, part: Part, tokens: int) -> Problem:
-    step = f"{human(part.train.global_batch_tokens)} tokens"
+    step = f"{human(Batches.of(part.train).at(1))} tokens"
     if part.hop is None:
         return (
             "budget.tokens",
             f"{human(recipe.budget.tokens)} leaves no step of {step} after {human(tokens)} of earlier "
             "stages; raise the budget or lower the timings",
         )
-    timing = part.hop.growth.timing
-    given = f'"auto" (here {human(_auto_timing(recipe, part.hop))})' if timing == "auto" else f'"{timing}"'
     return (
         f"{part.hop.where}.timing",
-        f"{given} is not at least one step of {step} after the previous growth or the start, at "
+        f"{shown(recipe, part.hop)} is not at least one step of {step} after the previous growth or the start, at "
         f"{human(tokens)}; timings count from the start of the run and must rise",
     )
 
 
-def _notes(recipe: Recipe, hops: Sequence[Hop]) -> Iterator[str]:
+def _notes(recipe: Recipe, hops: Sequence[Hop], stages: list[Stage], earliest: list[Stage]) -> Iterator[str]:
+    flops = [sum(s.flops for s in plan if isinstance(s, TrainStage)) for plan in (earliest, stages)]
     for hop in hops:
-        if hop.growth.timing == "auto":
-            n = hop.target.parameters()
-            c = guidelines.training_flops(n, recipe.budget.tokens)
-            note = f"{hop.where}.timing: guideline d = {human(_auto_timing(recipe, hop))} tokens"
-            fit = "" if guidelines.in_fitted_range(n, c) else ", extrapolated: fitted up to 3B, 1.2e21"
-            yield f"{note} (N = {human(n)}, C = 6 N D = {c:.2e}{fit})"
+        yield from timing_note(recipe, hop)
+        before = [s for s in stages if isinstance(s, TrainStage) and s.model == hop.source and s.until]
+        yield from bounds_note(before[0], hop, (flops[0], flops[1])) if before else ()
+        yield from factor_note(hop)
         if unused := sorted(set(range(hop.source.n_layers)) - set(hop.layer_map or range(hop.source.n_layers))):
             yield f"{hop.where}.layer_map: source layers {', '.join(map(str, unused))} are dropped"

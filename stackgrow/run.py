@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackgrow import provenance, seal
-from stackgrow.checks import world_problems
-from stackgrow.data.order import Order
-from stackgrow.data.store import Manifest, StoreError, TokenStore
+from stackgrow.data.store import TokenStore
 from stackgrow.errors import ChangedError, DamagedError, LockedError
-from stackgrow.load import Problem, RecipeError, load_recipe, to_toml
-from stackgrow.plan import LearnStage, Plan, Stage, TrainStage, identity
+from stackgrow.found import with_found, write_found
+from stackgrow.load import to_toml
+from stackgrow.plan import ImportStage, LearnStage, Plan, Stage, TrainStage, identity
+from stackgrow.preflight import check
 from stackgrow.recipe import Recipe
 from stackgrow.report.summary import ledger, render_summary
 from stackgrow.resolve import make_plan
@@ -47,67 +47,19 @@ def run(file: str, sets: Sequence[str] = ()) -> None:
         RecipeError: anything wrong with the recipe, the data or the ranks, before anything is created on disk.
         RunError: the run cannot go on; its exit code and message say why.
     """
-    plan, order = check(file, sets)
+    plan, manifest = check(file, sets)
     folder = Path(plan.recipe.folder).absolute()
-    hashes = plan.stage_hashes(order.data_hash)
+    data_hash = manifest.hash("train")
     die_with_parent()
     rank = int(os.environ.get("RANK", "0"))
     with run_lock(folder) if rank == 0 else nullcontext():  # the others work under rank 0's lock
-        refuse_changed(plan, folder, hashes)
-        recorded = provenance.session(folder, plan, file, sets, order) if rank == 0 else nullcontext("")
+        refuse_changed(plan, folder, plan.stage_hashes(data_hash))
+        recorded = provenance.session(folder, plan, file, sets, manifest) if rank == 0 else nullcontext("")
         with recorded as session:
             if rank == 0:
                 _write_recipe(plan, folder, sets)
             log_to(folder / "logs" / f"rank-{rank}.log")
-            _run_stages(plan, folder, hashes, rank, session, order)
-
-
-def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
-    """The plan, checked against the token stores and the number of ranks that are there; the order of its data."""
-    recipe = load_recipe(file, sets)
-    plan = make_plan(recipe, file)
-    problems = [*world_problems(plan, int(os.environ.get("WORLD_SIZE", "1")))]
-    where = [f"data.mix[{i}].path" for i in range(len(recipe.data.mix))] or ["data.path"]
-    manifests = [_store(recipe, path, at, problems) for (path, _), at in zip(recipe.data.stores, where, strict=True)]
-    if problems:
-        raise RecipeError(file, list(dict.fromkeys(problems)))
-    try:
-        order = Order([m for m in manifests if m], [w for _, w in recipe.data.stores], recipe.data.seq_len, recipe.seed)
-    except StoreError as error:
-        raise RecipeError(file, [("data.mix" if recipe.data.mix else "data.path", str(error))]) from error
-    from stackgrow.titan import device  # torch is loaded only for a recipe that is otherwise good
-
-    if problems := list(device.problems(plan)):
-        raise RecipeError(file, problems)
-    return plan, order
-
-
-def _store(recipe: Recipe, path: str, where: str, problems: list[Problem]) -> Manifest | None:
-    """The manifest of one of the recipe's stores; adds to ``problems`` what is wrong with it."""
-    try:
-        manifest = TokenStore.open(path).manifest  # all shards are there, in their size
-    except StoreError as error:
-        problems.append((where, str(error)))
-        return None
-    if recipe.data.tokenizer not in ("", manifest.tokenizer_sha256):
-        problems.append(
-            (where, f"{path} was made with the tokenizer {manifest.tokenizer_sha256}, not with data.tokenizer = "
-             f"{recipe.data.tokenizer}; prepare the data with that one, or change data.tokenizer")
-        )  # fmt: skip
-    if manifest.vocab_size != recipe.model.vocab_size:
-        problems.append(
-            ("model.vocab_size", f"{recipe.model.vocab_size} is not the vocabulary of the store {path}, "
-             f"{manifest.vocab_size}; use that, or prepare the data with another tokenizer")
-        )  # fmt: skip
-    if manifest.splits["train"].tokens <= recipe.data.seq_len:
-        problems.append(("data.seq_len", f"{recipe.data.seq_len} is longer than all of the store {path}"))
-    held_out = manifest.splits["validation"].tokens if "validation" in manifest.splits else 0
-    if recipe.validation.sequences and held_out <= recipe.data.seq_len:
-        problems.append(
-            ("validation.sequences", f"{recipe.validation.sequences} cannot be taken from the store {path}, which "
-             f"holds out {held_out} tokens; set 0, or prepare it with a larger --validation")
-        )  # fmt: skip
-    return manifest
+            _run_stages(plan, folder, data_hash, rank, session)
 
 
 def refuse_changed(plan: Plan, folder: Path, hashes: dict[str, str]) -> None:
@@ -150,23 +102,24 @@ def _write_recipe(plan: Plan, folder: Path, sets: Sequence[str]) -> None:
     seal.write_text(folder / "recipe.toml", header + overrides + "\n" + to_toml(plan.recipe))
 
 
-def _run_stages(plan: Plan, folder: Path, hashes: dict[str, str], rank: int, session: str, order: Order) -> None:
+def _run_stages(plan: Plan, folder: Path, data_hash: str, rank: int, session: str) -> None:
     from stackgrow.titan.session import start, stop
 
     start(plan.recipe, folder / "logs")
     try:
-        for stage in plan.stages:
+        for index in range(len(plan.stages)):
+            stage = plan.stages[index]
             path = folder / stage.name
             if seal.read_json(path / DONE) is not None:
                 if rank == 0:
                     print(f"{stage.name}  done before", flush=True)
             else:
-                _run_stage(plan, stage, path, hashes, rank, session)
+                plan = _run_stage(plan, stage, path, data_hash, rank, session)
     finally:
         stop()
     if rank == 0:
-        seal.write_json(folder / LEDGER, ledger(plan, folder, order))
-        print(render_summary(plan, folder, order), flush=True)
+        seal.write_json(folder / LEDGER, ledger(plan, folder))
+        print(render_summary(plan, folder), flush=True)
 
 
 def _open_stage(plan: Plan, stage: Stage, path: Path, hashes: dict[str, str]) -> None:
@@ -175,44 +128,64 @@ def _open_stage(plan: Plan, stage: Stage, path: Path, hashes: dict[str, str]) ->
     seal.write_json(path / STAGE_FILE, stored)
 
 
-def _run_stage(plan: Plan, stage: Stage, path: Path, hashes: dict[str, str], rank: int, session: str) -> None:
-    from torch.distributed import barrier
+def _run_stage(plan: Plan, stage: Stage, path: Path, data_hash: str, rank: int, session: str) -> Plan:
+    """Runs one stage, and returns the plan with what it has found out."""
+    from torch.distributed import barrier, broadcast_object_list
 
+    from stackgrow.growth.base import take_over
     from stackgrow.growth.stage import grow
     from stackgrow.titan.trainer import run_stage
 
-    started = time.monotonic()
+    started, hashes = time.monotonic(), plan.stage_hashes(data_hash)
+    ranks = {"rank": rank, "world_size": int(os.environ.get("WORLD_SIZE", "1"))}
     if rank == 0:
         _open_stage(plan, stage, path, hashes)
     barrier()
     source, network = (final_checkpoint(path.parent / s.name) if s else None for s in plan.inputs(stage))
     output = output_of(stage, path)
     if isinstance(stage, TrainStage):
-        run_stage(stage_job(plan.recipe, stage, hashes[stage.name], path, source, session))
+        finds_end = stage.until is not None and stage.name not in plan.found
+        job = stage_job(plan.recipe, stage, hashes[stage.name], path, source, session, finds_end)
+        run_stage(job)
+        output = output_of(job.stage, path)
+    elif isinstance(stage, ImportStage):
+        weights = take_over(stage, output, **ranks)
+        if rank == 0:
+            write_found(path, hashes[stage.name], weights)
+            provenance.add(path.parent, stage.name, folder=stage.folder, weights_hash=weights)
+            print(f"{stage.name}  {stage.change}", flush=True)
     else:
         assert source is not None
-        ranks = {"rank": rank, "world_size": int(os.environ.get("WORLD_SIZE", "1")), "barrier": barrier}
-        line = grow(stage, hashes[stage.name], source, output, network=network, session=session, **ranks)
+        inputs: dict[str, Any] = {"network": network, "session": session, "barrier": barrier, **ranks}
+        line = grow(stage, hashes[stage.name], source, output, **inputs)
         if rank == 0:
             print(line, flush=True)
             made = {"input": source, "network": network, "output": output}
             provenance.add(path.parent, stage.name, **{k: seal.manifest_hash(v) for k, v in made.items() if v})
     if rank == 0:
-        done = _done_record(plan, stage, path, output, hashes, time.monotonic() - started)
+        plan = with_found(plan, path.parent, data_hash)
+        done = _done_record(plan, plan.stages[stage.index], path, output, hashes, time.monotonic() - started)
         seal.write_json(path / DONE, done)
-    barrier()
+    found = [plan.found]
+    broadcast_object_list(found)  # a shared disk may show rank 0's file to the others later
+    return make_plan(plan.recipe, found=found[0])
 
 
 def stage_job(
-    recipe: Recipe, stage: TrainStage, stage_hash: str, path: Path, source: Path | None, session: str = ""
+    recipe: Recipe,
+    stage: TrainStage,
+    stage_hash: str,
+    path: Path,
+    source: Path | None,
+    session: str = "",
+    finds_end: bool = False,
 ) -> StageJob:
     """The job of a train stage that starts from checkpoint ``source``, or learns maps of it."""
-    from stackgrow.data.loader import WindowDataset
     from stackgrow.titan.job import StageJob
 
-    data = WindowDataset.open(recipe.data, recipe.seed)
+    store = TokenStore.open(recipe.data.path, split="train")
     start = {"source": source} if isinstance(stage, LearnStage) else {"parent": source}
-    return StageJob(recipe, stage, stage_hash, path, data, session=session, **start)
+    return StageJob(recipe, stage, stage_hash, path, store, session=session, finds_end=finds_end, **start)
 
 
 def output_of(stage: Stage, path: Path) -> Path:

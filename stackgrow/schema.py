@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stackgrow.load import to_dict
+from stackgrow.load import to_dict, toml_name
 from stackgrow.recipe import Recipe
 
 SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
@@ -30,7 +30,7 @@ def _object(cls: type, partial: bool = False) -> dict[str, Any]:
     fields = dataclasses.fields(cls)
     schema: dict[str, Any] = {
         "type": "object",
-        "properties": {f.name: _property(f, partial) for f in fields},
+        "properties": {toml_name(f): _property(f, partial) for f in fields},
         "additionalProperties": False,
     }
     required = [f.name for f in fields if f.metadata.get("required")]
@@ -45,10 +45,12 @@ def _property(spec: dataclasses.Field[Any], partial: bool) -> dict[str, Any]:
     if "table" in meta:
         inner = _object(meta["table"])
         return {**described, **({"type": "array", "items": inner} if meta["many"] else inner)}
-    default = _default(spec)
+    default, schema = _default(spec), meta["kind"].schema
+    if meta["or_table"]:
+        schema = {"anyOf": [schema, _object(meta["or_table"])]}
     return {
         **described,
-        **meta["kind"].schema,
+        **schema,
         **({"default": default} if default is not None and not partial else {}),
     }
 
@@ -70,7 +72,7 @@ def _section(cls: type, title: str, where: str) -> Iterator[str]:
             default = "required" if spec.metadata["required"] else ""
             if (given := _default(spec)) is not None:
                 default = f"`{json.dumps(given)}`"
-            yield f"| `{spec.name}` | {spec.metadata['help']} | {spec.metadata['kind'].rule} | {default} |"
+            yield f"| `{toml_name(spec)}` | {spec.metadata['help']} | {spec.metadata['kind'].rule} | {default} |"
         elif "overrides" in spec.metadata:
             yield f"| `[{where}.{spec.name}]` | {spec.metadata['help']} | a table | |"
     yield ""
@@ -79,6 +81,8 @@ def _section(cls: type, title: str, where: str) -> Iterator[str]:
             name = f"{where}.{spec.name}" if where else spec.name
             header = f"`[[{name}]]`" if spec.metadata["many"] else f"`[{name}]`"
             yield from _section(spec.metadata["table"], f"{header} {spec.metadata['help']}", name)
+        elif cls_ := spec.metadata.get("or_table"):
+            yield from _section(cls_, f"`[{where}.{spec.name}]` {(cls_.__doc__ or '').rstrip('.').lower()}", "")
 
 
 def schema_text() -> str:

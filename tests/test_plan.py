@@ -13,7 +13,7 @@ from recipes_for_tests import RECIPE, edited, plan_of, problems_of, recipe_of
 
 from stackgrow import guidelines
 from stackgrow.checks import world_problems
-from stackgrow.load import RecipeError
+from stackgrow.load import RecipeError, toml_name
 from stackgrow.plan import GrowStage, Plan, TrainStage
 from stackgrow.recipe import Model, Recipe, Train
 from stackgrow.resolve import make_plan
@@ -108,7 +108,7 @@ def test_auto_timing_is_the_guideline(tmp_path: Path) -> None:
     expected = guidelines.growth_timing(n, 6 * n * 10**12)
     assert abs(plan.train_stages[2].start_tokens - expected) <= 64
     assert plan.notes[0].startswith("growth[1].timing: guideline d = ")
-    assert "extrapolated" not in plan.notes[0]
+    assert "extrapolated: fitted on 410M to 3B" in plan.notes[0]  # a model this small is below the fit
 
 
 def test_auto_timing_tells_when_it_extrapolates(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_auto_timing_tells_when_it_extrapolates(tmp_path: Path) -> None:
         "growth[1].timing=auto",
         "budget.tokens=9T",
     ]
-    assert "extrapolated: fitted up to 3B, 1.2e21" in plan_of(tmp_path, RECIPE, sets).notes[0]
+    assert "extrapolated: fitted on 410M to 3B, up to 1.2e21" in plan_of(tmp_path, RECIPE, sets).notes[0]
 
 
 CONTRADICTIONS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
@@ -147,9 +147,6 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (("train.attention=flash_attn", "train.precision=fp32"), "train.attention", ("bf16 alone", '"fp32"')),
     (("train.attention=flash_attn", "model.dim=2048"), "train.attention", ("at most 256, not 512",)),
     (("train.loss_chunk=64", "parallel.tensor=2"), "train.loss_chunk", ("64 is not supported", "set it to 0")),
-    (("data.mix=[{path='a',weight=1}]",), "data.path", ('"data/tiny" stands beside [[data.mix]]',)),
-    (("data={seq_len=64,mix=[{path='a',weight=1},{path='a',weight=2}]}",), "data.mix[1].path", ("twice",)),
-    (("data={seq_len=64}",), "data.path", ("is missing; name a token store",)),
     (("parallel.pipeline=2",), "parallel.pipeline", ("2 is not supported",)),
     (("parallel.context=2",), "parallel.context", ("2 is not supported",)),
     (("train.global_batch_tokens=1000",), "train.global_batch_tokens", ("1000", "960 and 1024")),
@@ -161,6 +158,22 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (("train.horizon=500 steps", "train.warmup=58 steps"), "train.warmup", ("58 steps", "57 steps of stage-4")),
     (("growth[1].train.warmup=58 steps",), "growth[1].train.warmup", ("58 steps", "57 steps of stage-4-train-8L")),
     (("train.horizon=20 steps",), "train.horizon", ("20 steps are fewer than the 57 steps",)),
+    (("base.parallel.tensor=3",), "base.parallel.tensor", ("3 does not divide model.n_heads = 4",)),
+    (("growth[0].parallel.tensor=8",), "growth[0].parallel.tensor", ("8 does not divide model.n_heads = 4",)),
+    (("growth[1].parallel.pipeline=2",), "growth[1].parallel.pipeline", ("2 is not supported",)),
+    (("train.batch_warmup=['100 for 2 steps']",), "train.batch_warmup[0]", ("100", "64 and 128")),
+    (("train.batch_warmup=['512 for 1 step','256 for 1 step']",), "train.batch_warmup", ("[512, 256] do not rise",)),
+    (("train.batch_warmup=['1Ki for 1 step']",), "train.batch_warmup", ("[1024] do not rise to",)),
+    (("base.train.batch_warmup=['512 for 40 steps']",), "base.train.batch_warmup", ("40 steps are more than the 39",)),
+    (("base.position=5",), "base.position", ("no meaning without base.from",)),
+    (("growth[0].timing=start",), "growth[0].timing", ('"start" is for the first growth of a base.from',)),
+    (("growth[1].timing=start", "base.from=x"), "growth[1].timing", ('"start" is for the first growth',)),
+    (("growth=[{operator='random',ramp='2 steps',timing='9K'}]", "train.precision=float8"), "train.precision", ('"random" masks',)),
+    (("growth=[{operator='learn',learn_steps='2 steps',timing='9K'}]", "train.precision=float8"), "train.precision", ('"learn" makes',)),
+    (("growth[0].timing={loss_slope=1,min='10 steps',max='10 steps'}",), "growth[0].timing", ("10 to 10 steps", "max must be later")),
+    (("growth[0].timing={loss_slope=1,min='3 steps',max='9 steps'}",), "growth[0].timing", ("3 to 9 steps", "at least 4 steps")),
+    (("growth[0].timing={loss_slope=1,min='10K',max='45 steps'}",), "growth[1].timing", ('"40 steps"', "must rise")),
+    (("growth[0].timing={loss_slope=1,min='10K',max='30 steps'}", "train.warmup=11 steps"), "train.warmup", ("more than the 10 steps of stage-0",)),
 ]  # fmt: skip
 
 
@@ -215,6 +228,8 @@ def test_limits(tmp_path: Path) -> None:
         (["parallel.shard=2", "parallel.replicate=2"], 2, "parallel", "start 4 ranks"),
         (["parallel.tensor=2", "train.precision=bf16"], 2, "train.precision", '"fp32"'),
         (["parallel.tensor=2", "parallel.replicate=2"], 4, "parallel.replicate", "use parallel.shard"),
+        (["growth[1].parallel.shard=4"], 2, "parallel", "stage-4-train-8L: replicate 1 x shard 4"),
+        (["train.batch_warmup=['192 for 1 step']"], 2, "train.global_batch_tokens", "3 sequences per step"),
     ],
 )
 def test_ranks_that_do_not_fit(tmp_path: Path, sets: list[str], world: int, where: str, part: str) -> None:
@@ -234,7 +249,6 @@ FREE = {
     "name": "other",
     "data.path": "elsewhere",
     "data.workers": "2",
-    "data.tokenizer": "ab" * 32,
     "train.micro_batch": "4",
     "train.optimizer": "foreach",
     "train.compile": "true",
@@ -272,6 +286,9 @@ DEFINING = {
     "model.init": "torchtitan",
     "data.seq_len": "32",
     "base.n_layers": "1",  # with model.n_layers = 4
+    "base.from": "elsewhere",
+    "base.position": "5",  # with base.from
+    "train.batch_warmup": "['512 for 4 steps']",
     "train.global_batch_tokens": "2048",
     "train.learning_rate": "2e-3",
     "train.min_learning_rate": "1e-5",
@@ -293,7 +310,7 @@ def free_keys(cls: type = Recipe, where: str = "") -> dict[str, bool]:
     keys: dict[str, bool] = {}
     for spec in dataclasses.fields(cls):
         if "kind" in spec.metadata:
-            keys[where + spec.name] = spec.metadata["free"]
+            keys[where + toml_name(spec)] = spec.metadata["free"]
         elif "table" in spec.metadata and not spec.metadata["many"]:
             keys |= free_keys(spec.metadata["table"], f"{where}{spec.name}.")
     return keys
@@ -304,6 +321,9 @@ def test_every_key_is_classified() -> None:
     keys = free_keys()
     assert {k for k, free in keys.items() if free} == {*FREE, "parallel.pipeline", "parallel.context"}
     rest = {"model.family", "model.n_layers", "budget.tokens"}
+    rest |= {
+        f"guideline.{key}" for key in ("a", "b", "c", "source", "max_parameters", "max_flops")
+    }  # in test_timing.py
     assert {k for k, free in keys.items() if not free} == {*DEFINING, *rest}
 
 
@@ -319,7 +339,7 @@ def test_free_keys_leave_the_stage_hashes(tmp_path: Path, key: str) -> None:
 
 @pytest.mark.parametrize("key", DEFINING)
 def test_defining_keys_change_every_stage_hash(tmp_path: Path, key: str) -> None:
-    extra = ("model.n_layers=4",) if key == "base.n_layers" else ()
+    extra = {"base.n_layers": ("model.n_layers=4",), "base.position": ("base.from=elsewhere",)}.get(key, ())
     assert set(hashes(tmp_path, f"{key}={DEFINING[key]}", *extra).values()).isdisjoint(hashes(tmp_path).values())
 
 

@@ -9,17 +9,16 @@ from typing import Literal
 from torch import Tensor
 
 from stackgrow import seal
-from stackgrow.data.order import read_order
-from stackgrow.data.store import StoreError
+from stackgrow.data.store import StoreError, read_manifest
 from stackgrow.errors import ChangedError, DamagedError
 from stackgrow.evaluate.hf import export_hf
 from stackgrow.evaluate.hf_format import model_from_config
+from stackgrow.found import plan_of_run
 from stackgrow.growth.mask import folding
 from stackgrow.kinds import human
-from stackgrow.load import load_recipe, recipe_hash
-from stackgrow.plan import GrowStage, LearnStage, Plan, Stage
+from stackgrow.load import recipe_hash
+from stackgrow.plan import GrowStage, ImportStage, LearnStage, Plan, Stage
 from stackgrow.recipe import Model, Recipe
-from stackgrow.resolve import make_plan
 
 
 def export_run(
@@ -45,7 +44,7 @@ def export_run(
         model = _imported_model(path)
         export_hf(path, target, model, dtype=dtype)
         return _told(path, target, model, dtype, None)
-    plan = make_plan(load_recipe(run / "recipe.toml", trusted=True), run / "recipe.toml")
+    plan = plan_of_run(run)
     if run == path:
         chosen = _stage(plan, [stage] if stage else _finished(plan, run))
         path = _checkpoint(run / chosen.name, chosen, step)
@@ -110,13 +109,12 @@ def _model(stage: Stage) -> Model:
 def _tokenizer(recipe: Recipe, run: Path) -> Path | None:
     """The store's tokenizer; None where there is no store. ChangedError for a store that is not the run's."""
     try:
-        order = read_order(recipe.data, recipe.seed)
+        manifest = read_manifest(recipe.data.path)
     except StoreError:
         return None
     data = (seal.read_json(run / "provenance.json") or {}).get("data", {})
-    manifest = order.manifests[0]
-    if data.get("manifest_hash") != order.data_hash:
-        raise ChangedError(f"{manifest.folder} is not the token store that {run} was trained on; move it away or back")
+    if data.get("manifest_hash") != manifest.hash("train"):
+        raise ChangedError(f"{recipe.data.path} is not the token store that {run} was trained on; move it away or back")
     return manifest.folder / manifest.tokenizer
 
 
@@ -169,13 +167,16 @@ def _card(plan: Plan, run: Path, chosen: Stage, checkpoint: Path) -> str:
 
 def _history(stage: Stage, step: int | None) -> str:
     """One stage in one line; ``step``: how far it had come."""
+    if isinstance(stage, ImportStage):
+        return f"Taken over: {stage.change}."
     if isinstance(stage, GrowStage):
         layers = f"; source layer of each layer: {' '.join(map(str, stage.layer_map))}" if stage.layer_map else ""
         noise = f"; noise {stage.noise:g}" if stage.noise else ""
         return f"Grown by `{stage.operator}`: {stage.change}{layers}{noise}."
     steps, batch = stage.steps if step is None else step, stage.train.global_batch_tokens
+    tokens = stage.batches.tokens(steps)
     model = f"{stage.model.n_layers} layers, {human(stage.model.parameters())} parameters"
-    return f"Trained {model}, for {human(steps * batch)} tokens ({steps} of {stage.steps} steps of {human(batch)})."
+    return f"Trained {model}, for {human(tokens)} tokens ({steps} of {stage.steps} steps of {human(batch)})."
 
 
 def _told(checkpoint: Path, target: Path, model: Model, dtype: str, tokenizer: Path | None) -> str:

@@ -101,7 +101,12 @@ def growth_record(
         "layer_map": list(stage.layer_map) if stage.layer_map else None,
         "noise": stage.noise,
         "seed": stage.seed,
-        "source": {"checkpoint": str(source), "stage_hash": before["stage_hash"], "position": before["position"]},
+        "source": {
+            "checkpoint": str(source),
+            "stage_hash": before["stage_hash"],
+            "position": before["position"],
+            **({"files": before["source"]["files"]} if "source" in before else {}),  # of an import
+        },
         **record,
         "tensors": tensors,
     }

@@ -9,6 +9,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,14 +20,14 @@ from stackgrow.errors import RunError
 from stackgrow.evaluate.hf import CONFIG, import_hf
 from stackgrow.evaluate.hf_format import config_of, model_from_config
 from stackgrow.fingerprint import fingerprint
+from stackgrow.found import plan_of_run
 from stackgrow.growth import convert
 from stackgrow.growth.dcp import CheckpointError, read_metadata, read_tensor, tensor_shapes
 from stackgrow.growth.rules import Compute, GrowthError, Rules
 from stackgrow.growth.stage import GROWTH, growth_record, rules_of, seal_grown
-from stackgrow.load import RecipeError, canonical_hash, load_recipe
+from stackgrow.load import RecipeError, canonical_hash
 from stackgrow.plan import GrowStage, identity
 from stackgrow.recipe import Model
-from stackgrow.resolve import make_plan
 
 T = TypeVar("T")
 
@@ -71,11 +72,13 @@ def grow_folder(
     given: Mapping[str, Any],
     ranks: Ranks,
     tell: Callable[[GrowStage], object],
+    position: int | None = None,
 ) -> dict[str, Any]:
     """Grows ``source`` into the new folder ``target`` and returns the record of growth.json, on rank 0.
 
     ``describe`` makes the growth from the source's geometry, and ``tell`` is called with it, on rank 0, before
-    anything is written. ``given``: keys of Model that the source does not tell. The target has a seal, with its
+    anything is written. ``given``: keys of Model that the source does not tell. ``position``: sequences consumed, to be
+    sealed instead of the source's. The target has a seal, with its
     geometry as a Hugging Face config, and growth.json inside; it is complete or not there.
 
     Raises:
@@ -90,7 +93,9 @@ def grow_folder(
         checkpoint = work / "imported" if _is_hf(source) else source
         before = _facts(checkpoint, stage.source, rules, ranks)
         ranks.step(lambda: convert.write_part(checkpoint, work / "grown", rules, ranks.rank, ranks.size))
-        return ranks.step(lambda: _finish(stage, source, checkpoint, target, rules, before, ranks.size), alone=True)
+        facts = {} if position is None else {"position": position}
+        finish = partial(_finish, stage, source, checkpoint, target, rules, before, ranks.size, facts)
+        return ranks.step(finish, alone=True)
     finally:
         if ranks.rank == 0:
             shutil.rmtree(work, ignore_errors=True)
@@ -107,6 +112,11 @@ def source_model(source: Path, given: Mapping[str, Any]) -> Model:
     return known
 
 
+def tells_geometry(source: Path) -> bool:
+    """Whether a checkpoint says itself what its model is."""
+    return _known_model(source) is not None
+
+
 def _is_hf(source: Path) -> bool:
     return (source / CONFIG).is_file()
 
@@ -117,7 +127,7 @@ def _known_model(source: Path) -> Model | None:
     path = source.absolute()
     run = next((f for f in path.parents[:3] if (f / "recipe.toml").is_file()), None)
     if run is not None:
-        for stage in make_plan(load_recipe(run / "recipe.toml", trusted=True), run / "recipe.toml").stages:
+        for stage in plan_of_run(run).stages:
             if stage.name in path.parts:
                 return stage.target if isinstance(stage, GrowStage) else stage.model
     config = (seal.read_seal(source) or {}).get("config")
@@ -206,12 +216,13 @@ def _finish(
     rules: Rules,
     before: Mapping[str, Any],
     world_size: int,
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     grown = target.with_name(target.name + ".tmp") / "grown"
     growth = growth_record(stage, source, before, rules, convert.commit(checkpoint, grown, rules, world_size))
     seal.write_json(grown / GROWTH, growth)
     stage_hash = canonical_hash({"parent": before["stage_hash"], "stage": identity(stage)})
-    seal_grown(grown, stage_hash, before, growth, config=config_of(stage.target))
+    seal_grown(grown, stage_hash, before, growth, config=config_of(stage.target), **facts)
     grown.rename(target)
     seal.sync_folder(target.absolute().parent)
     return growth

@@ -22,6 +22,8 @@ import torch._utils
 from stackgrow.load import Problem
 from stackgrow.plan import Plan
 
+FLOAT8_CAPABILITY = (8, 9)  # torchtitan's own condition
+
 
 class CpuDevice:
     """``torch.cpu`` plus the device-module functions that torchtitan calls; memory figures are the process's own."""
@@ -69,6 +71,8 @@ def install() -> None:
 def problems(plan: Plan) -> Iterator[Problem]:
     """What the recipe asks for and this machine's devices cannot do; needs no process group."""
     recipe = plan.recipe
+    if any(s.train.precision == "float8" for s in plan.train_stages):
+        yield from _float8_problems()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     kernels = {stage.train.attention for stage in plan.train_stages}
     if torch.cuda.is_available():
@@ -95,6 +99,13 @@ def problems(plan: Plan) -> Iterator[Problem]:
             "train.compile",
             "true needs the compiler g++ on a machine without a GPU; install it or set false",
         )
+
+
+def _float8_problems() -> Iterator[Problem]:
+    if importlib.util.find_spec("torchao") is None:
+        yield "train.precision", '"float8" needs the package torchao: pip install stackgrow[float8]'
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
+        yield "train.precision", '"float8" needs a GPU of compute capability 8.9 or newer (H100, L40); use "bf16"'
 
 
 def default_environment() -> None:

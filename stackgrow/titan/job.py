@@ -14,13 +14,15 @@ from torchtitan.config import job_config as titan
 from torchtitan.protocols import BaseModelArgs, train_spec
 from torchtitan.protocols.train_spec import TrainSpec
 
-from stackgrow.data.loader import TokenLoader, WindowDataset
+from stackgrow.data.loader import TokenLoader
+from stackgrow.data.store import TokenStore
 from stackgrow.plan import LearnStage, TrainStage
-from stackgrow.recipe import Recipe
+from stackgrow.recipe import Parallel, Recipe
 from stackgrow.titan import ligo, metrics, model
 from stackgrow.titan.loss import build_loss
 
-PRECISION = {"bf16": "bfloat16", "fp32": "float32"}
+PRECISION = {"bf16": "bfloat16", "fp32": "float32", "float8": "bfloat16"}  # float8: of the products alone
+FLOAT8 = "quantize.linear.float8"  # torchtitan's converter
 
 
 @dataclass
@@ -31,15 +33,21 @@ class StageJob:
     stage: TrainStage
     stage_hash: str
     folder: Path
-    data: WindowDataset
+    store: TokenStore
     parent: Path | None = None  # the grown checkpoint that the stage starts from; None: random weights
     source: Path | None = None  # of a LearnStage, whose own weights start at random: what its maps are learned on
+    finds_end: bool = False  # the loss has yet to decide at which step the stage ends
     session: str = ""  # the identity of this session in the run's provenance, on rank 0
 
     @property
     def micro_batch(self) -> int:
         """Sequences per forward pass on one rank, given the ranks that there are now."""
-        return self.stage.micro_batch(dist.get_world_size() // self.recipe.parallel.tensor)
+        return self.stage.micro_batch(dist.get_world_size() // self.stage.parallel.tensor)
+
+    def micro_batches(self, step: int) -> int:
+        """Forward passes of each rank in one optimizer step, whose gradients accumulate."""
+        ranks = dist.get_world_size() // self.stage.parallel.tensor
+        return self.stage.batches.at(step) // (self.stage.seq_len * ranks * self.micro_batch)
 
 
 @dataclass
@@ -63,7 +71,12 @@ def job_config(job: StageJob) -> StageJobConfig:
             enable_tensorboard=recipe.log.tensorboard,
             disable_color_printing=True,
         ),
-        model=titan.Model(name=register(job), flavor=stage.name),
+        model=titan.Model(
+            name=register(job), flavor=stage.name, converters=[FLOAT8] if train.precision == "float8" else []
+        ),
+        quantize=titan.Quantize(
+            titan.QuantizedLinear(titan.Float8Linear(recipe_name="rowwise", filter_fqns=["output"]))
+        ),
         optimizer=titan.Optimizer(
             lr=train.learning_rate,
             beta1=train.beta1,
@@ -88,7 +101,7 @@ def job_config(job: StageJob) -> StageJobConfig:
             mixed_precision_param=PRECISION[train.precision],
             enable_cpu_offload=train.cpu_offload,
         ),
-        parallelism=_parallelism(recipe),
+        parallelism=_parallelism(stage.parallel),
         # The stage's own manager is switched on after the Trainer is built: see trainer.py.
         checkpoint=titan.Checkpoint(enable=False),
         activation_checkpoint=titan.ActivationCheckpoint(
@@ -123,8 +136,7 @@ def checkpoint_config(job: StageJob) -> titan.Checkpoint:
     )
 
 
-def _parallelism(recipe: Recipe) -> titan.Parallelism:
-    parallel = recipe.parallel
+def _parallelism(parallel: Parallel) -> titan.Parallelism:
     return titan.Parallelism(
         data_parallel_replicate_degree=parallel.replicate,
         data_parallel_shard_degree=parallel.shard,
@@ -174,7 +186,9 @@ def _build_loader(*, dp_world_size: int, dp_rank: int, job_config: StageJobConfi
     job = job_config.stage_job
     assert job is not None
     return TokenLoader(
-        job.data,
+        job.store,
+        seq_len=job.stage.seq_len,
+        seed=job.recipe.seed,
         global_batch=job.stage.batch_sequences,
         micro_batch=job.micro_batch,
         dp_rank=dp_rank,

@@ -24,6 +24,7 @@ class StageMetrics(MetricsProcessor):
         self.job = job_config.stage_job
         self.rank0 = dist.get_rank() == 0
         self.progress = Progress(self.job.stage.name, self.job.stage.steps, enabled=self.rank0)
+        self.losses: dict[int, float] = {}  # by their steps: those that decide when the stage ends
         self._metrics: RecordWriter | None = None
         self._validation: RecordWriter | None = None
 
@@ -42,7 +43,11 @@ class StageMetrics(MetricsProcessor):
         return {name: writer.sealed() for name, writer in writers.items() if writer}
 
     def should_log(self, step: int) -> bool:
-        return super().should_log(step) or step == self.job.stage.steps
+        return super().should_log(step) or step == self.job.stage.steps or self._looks_at(step)
+
+    def _looks_at(self, step: int) -> bool:
+        until = self.job.stage.until
+        return until is not None and until.looks_at(step)
 
     def log(
         self,
@@ -64,7 +69,6 @@ class StageMetrics(MetricsProcessor):
             "tps": tps,
             "memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
         }
-        record["data"] = self.job.data.order.seen(record["position"])
         if self.job.stage.mask:
             record["mask"] = self.job.stage.mask_value(step)
             extra_metrics = {**(extra_metrics or {}), "mask": record["mask"]}
@@ -77,6 +81,8 @@ class StageMetrics(MetricsProcessor):
                 "newest checkpoint is from before it. Lower the learning rate or look at the data at position "
                 f"{record['position']}, then run again"
             )
+        if self._looks_at(step):
+            self.losses[step] = global_avg_loss
         self.progress.update(record)
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:

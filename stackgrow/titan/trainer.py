@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule
@@ -15,7 +18,9 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.train import Trainer
 
-from stackgrow.data.loader import open_validation, validation_batches
+from stackgrow.data.loader import validation_batches
+from stackgrow.data.store import TokenStore
+from stackgrow.found import write_found
 from stackgrow.titan.checkpoint import StageCheckpoints
 from stackgrow.titan.job import StageJob, job_config
 
@@ -44,7 +49,7 @@ class StageTrainer(Trainer):
     @record
     def train(self) -> None:
         """Runs the steps that are left of the stage."""
-        steps, comm = self.stage_job.stage.steps, self.job_config.comm
+        comm = self.job_config.comm
         # A stage before this one may have left the shorter timeout behind; the first step can compile for minutes.
         self._set_timeout(comm.init_timeout_seconds)
         self.checkpointer.load()
@@ -58,12 +63,15 @@ class StageTrainer(Trainer):
         while self.should_continue_training():
             self.step += 1
             self._set_mask()
+            self.gradient_accumulation_steps = self.stage_job.micro_batches(self.step)
             self.gc_handler.run(self.step)
             self.train_step(batches)
-            last = self.step == steps
+            last = self._is_last()
             if last or self.step % self.stage_job.stage.every(self.stage_job.recipe.validation.interval) == 0:
                 self.validate()
             self.checkpointer.save(self.step, last_step=last)
+            if last:
+                break
             if self.step == first:
                 self._set_timeout(comm.train_timeout_seconds)
         self.checkpointer.finish()
@@ -81,14 +89,15 @@ class StageTrainer(Trainer):
         job, dims = self.stage_job, self.parallel_dims
         if job.recipe.validation.sequences == 0:
             return
-        rows = open_validation(job.recipe.data, job.recipe.validation.sequences)
+        store = TokenStore.open(job.recipe.data.path, split="validation")
+        sequences = min(job.recipe.validation.sequences, store.windows(job.stage.seq_len))
         ranks, rank = 1, 0
         if dims.dp_enabled:
             mesh = dims.get_mesh("batch")
             ranks, rank = mesh.size(), mesh.get_local_rank()
-        batches = validation_batches(rows, job.stage.seq_len, job.micro_batch, rank, ranks)
+        batches = validation_batches(store, job.stage.seq_len, sequences, job.micro_batch, rank, ranks)
         total = self._summed_loss(batches)
-        loss = dist_utils.dist_sum(total, dims.get_optional_mesh("loss")) / (len(rows) * job.stage.seq_len)
+        loss = dist_utils.dist_sum(total, dims.get_optional_mesh("loss")) / (sequences * job.stage.seq_len)
         self.metrics_processor.log_validation(loss=loss, step=self.step)
 
     def _summed_loss(self, batches: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> torch.Tensor:
@@ -111,6 +120,20 @@ class StageTrainer(Trainer):
                 module.reshard()
         return total
 
+    def _is_last(self) -> bool:
+        """Whether the stage ends here. Where the loss decides it, rank 0 does so for all, and writes it down before
+        anything follows from it."""
+        job, step, until = self.stage_job, self.step, self.stage_job.stage.until
+        if until and job.finds_end and (step == until.max_steps or (step >= until.min_steps and until.looks_at(step))):
+            fall = job.stage.fall(self.metrics_processor.losses, step)
+            ends = torch.tensor(int(step == until.max_steps or fall < until.slope), device=self.device)
+            dist.broadcast(ends, 0)
+            if ends.item():
+                if dist.get_rank() == 0:
+                    write_found(job.folder, job.stage_hash, step, loss_fell_per_billion_tokens=fall)
+                job.stage, job.finds_end = dataclasses.replace(job.stage, steps=step), False
+        return step == job.stage.steps
+
     def _set_mask(self) -> None:
         if self.stage_job.stage.mask:
             self.model_parts[0].set_mask(self.stage_job.stage.mask_value(self.step))
@@ -122,10 +145,17 @@ class StageTrainer(Trainer):
         # The step alone: the position in the data is the loader's, and tokens follow from the plan. torchtitan's
         # ntokens_seen is one rank's count and wrong as soon as the number of ranks changes.
         stage = self.stage_job.stage
-        return {"step": self.step, **({"mask": stage.mask_value(self.step)} if stage.mask else {})}
+        state = {"step": self.step, **({"mask": stage.mask_value(self.step)} if stage.mask else {})}
+        if stage.until:
+            first = self.step - stage.until.window
+            losses = self.metrics_processor.losses
+            state["losses"] = json.dumps({step: loss for step, loss in losses.items() if step > first})
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step = state_dict["step"]
+        losses = json.loads(state_dict.get("losses", "{}"))
+        self.metrics_processor.losses = {int(step): loss for step, loss in losses.items()}
 
 
 def run_stage(job: StageJob) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -56,6 +57,17 @@ interval = "4 steps"
 interval = "1 steps"
 """
 
+# Few processes for many runs: starting one takes longer than a run does.
+RUN_ALL = """
+import json, sys, traceback
+from stackgrow.run import run
+for file, sets in json.load(sys.stdin):
+    try:
+        run(file, sets)
+    except Exception:
+        traceback.print_exc()
+"""
+
 
 @dataclass
 class Workplace:
@@ -84,6 +96,15 @@ class Workplace:
         output = done.stdout + done.stderr
         assert done.returncode == code, output
         return output
+
+    def run_all(self, jobs: list[tuple[str, list[str]]]) -> str:
+        """Runs (recipe, sets) one after another in a process of its own, and returns all output; a failed run leaves
+        its folder without what the next assertion looks for."""
+        done = subprocess.run(
+            [sys.executable, "-c", RUN_ALL], input=json.dumps(jobs), cwd=self.folder, env=environment(),
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        return done.stdout + done.stderr
 
     def kill_when(self, condition: Callable[[], bool], *sets: str, ranks: int = 0) -> None:
         """Starts a run and kills its whole process group with SIGKILL as soon as ``condition`` holds."""

@@ -2,13 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from launch import REPOSITORY, VOCABULARY, Workplace, environment, losses, weights
+from launch import REPOSITORY, VOCABULARY, Workplace, losses, weights
 
 from stackgrow.load import load_recipe
 from stackgrow.plan import GrowStage, Plan
@@ -24,17 +22,6 @@ REDUCED = (
     "log.tensorboard=false",
 )  # fmt: skip
 NARROW = ("base.model.dim=16", "base.model.n_heads=2", "base.model.ffn_dim=44")
-
-# Few processes for all runs: starting one takes longer than a run does.
-RUN_ALL = """
-import json, sys, traceback
-from stackgrow.run import run
-for file, sets in json.load(sys.stdin):
-    try:
-        run(file, sets)
-    except Exception:
-        traceback.print_exc()
-"""
 
 
 def reduced(file: Path) -> list[str]:
@@ -63,17 +50,10 @@ def plan_of(file: Path) -> Plan:
 @pytest.fixture(scope="module")
 def output(workplace: Workplace) -> str:
     folders = {folder_of(plan_of(file)): file for file in FILES}
-    jobs = [(str(file), [*reduced(file), f"run.folder={folder}"]) for folder, file in folders.items()]
-
-    def run(share: list) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", RUN_ALL], input=json.dumps(share), cwd=workplace.folder, env=environment(),
-            capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        return done.stdout + done.stderr
+    jobs: list = [(str(file), [*reduced(file), f"run.folder={folder}"]) for folder, file in folders.items()]
 
     with ThreadPoolExecutor() as pool:
-        return "".join(pool.map(run, (jobs[0::2], jobs[1::2])))
+        return "".join(pool.map(workplace.run_all, (jobs[0::2], jobs[1::2])))
 
 
 @pytest.mark.parametrize("file", FILES, ids=[str(f.relative_to(RECIPES)) for f in FILES])

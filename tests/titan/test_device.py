@@ -1,8 +1,12 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from recipes_for_tests import RECIPE, plan_of
+
+from stackgrow.titan import device
 
 
 def test_torchtitan_sees_the_cpu() -> None:
@@ -36,3 +40,29 @@ assert utils.device_module is torch.meta_accelerator
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_float8_is_refused_where_it_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(tmp_path, RECIPE, ["growth[1].train.precision=float8"])
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
+    if torch.cuda.is_available():
+        assert "pip install stackgrow[float8]" in str(list(device.problems(plan)))
+        return
+    where, what = zip(*device.problems(plan), strict=True)
+    assert set(where) == {"train.precision"}
+    assert "needs the package torchao: pip install stackgrow[float8]" in what[0]
+    assert "needs a GPU of compute capability 8.9 or newer" in what[1]
+
+
+def test_float8_becomes_torchtitans_converter(tmp_path: Path) -> None:
+    from stackgrow.titan import job
+
+    plan = plan_of(tmp_path, RECIPE, ["growth[1].train.precision=float8"])
+    configs = [
+        job.job_config(job.StageJob(plan.recipe, stage, "hash", tmp_path, None))  # type: ignore[arg-type]
+        for stage in plan.train_stages
+    ]
+    assert [c.model.converters for c in configs] == [[], [], ["quantize.linear.float8"]]
+    assert configs[2].quantize.linear.float8.recipe_name == "rowwise"
+    assert configs[2].quantize.linear.float8.filter_fqns == ["output"]
+    assert configs[2].training.mixed_precision_param == "bfloat16"

@@ -1,0 +1,41 @@
+"""What a stage finds out as it runs and later stages follow from: the weights of an imported base, the step at which
+the loss called for growth. It is written once, atomically, and never found out again. No torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stackgrow import seal
+from stackgrow.load import load_recipe
+from stackgrow.plan import Plan
+from stackgrow.resolve import make_plan
+
+FOUND = "found.json"
+
+
+def write_found(folder: Path, stage_hash: str, found: int | str, **facts: Any) -> None:
+    """``folder``: the stage's. ``facts`` are for the reader."""
+    seal.write_json(folder / FOUND, {"stage_hash": stage_hash, "found": found, **facts})
+
+
+def with_found(plan: Plan, folder: Path, data_hash: str, file: str | Path = "recipe") -> Plan:
+    """``plan`` as the stages in run ``folder`` have settled it. What another recipe's stage found does not count."""
+    while True:
+        hashes, found = plan.stage_hashes(data_hash), {}
+        for name, stage_hash in hashes.items():
+            record = seal.read_json(folder / name / FOUND)
+            if record and record["stage_hash"] == stage_hash:
+                found[name] = record["found"]
+        if found == plan.found:
+            return plan
+        plan = make_plan(plan.recipe, file, found)  # which changes the hashes of later stages
+
+
+def plan_of_run(folder: Path) -> Plan:
+    """The plan of a run, from what it wrote."""
+    file = folder / "recipe.toml"
+    plan = make_plan(load_recipe(file, trusted=True), file)
+    data = (seal.read_json(folder / "provenance.json") or {}).get("data", {})
+    return with_found(plan, folder, data.get("manifest_hash", ""), file)
