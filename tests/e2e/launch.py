@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from warm import REPOSITORY, Warm
+
 from stackgrow import seal
 from stackgrow.records import read_records
 
-REPOSITORY = Path(__file__).parents[2]
 RUN_RECIPE = str(REPOSITORY / "tools" / "run_recipe.py")
 VOCABULARY = 512
 
@@ -57,17 +57,6 @@ interval = "4 steps"
 interval = "1 steps"
 """
 
-# Few processes for many runs: starting one takes longer than a run does.
-RUN_ALL = """
-import json, sys, traceback
-from stackgrow.run import run
-for file, sets in json.load(sys.stdin):
-    try:
-        run(file, sets)
-    except Exception:
-        traceback.print_exc()
-"""
-
 
 @dataclass
 class Workplace:
@@ -75,50 +64,65 @@ class Workplace:
 
     folder: Path
 
-    def command(self, *sets: str, ranks: int = 0, recipe: str = "tiny.toml") -> list[str]:
-        torchrun = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(ranks),
-        ]
-        arguments = [a for s in sets for a in ("--set", s)]
-        return [*(torchrun if ranks else [sys.executable]), RUN_RECIPE, recipe, *arguments]
+    def command(self, *sets: str, ranks: int, recipe: str = "tiny.toml") -> list[str]:
+        """The command under torchrun."""
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        return [*torchrun, RUN_RECIPE, *self.arguments(*sets, recipe=recipe)]
 
-    def run(self, *sets: str, ranks: int = 0, code: int = 0, recipe: str = "tiny.toml") -> str:
-        """Runs to the end (``ranks`` 0: plain python) and returns all output; the exit code must be ``code``."""
-        done = subprocess.run(
-            self.command(*sets, ranks=ranks, recipe=recipe),
-            cwd=self.folder, env=environment(), capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        output = done.stdout + done.stderr
-        assert done.returncode == code, output
+    @staticmethod
+    def arguments(*sets: str, recipe: str = "tiny.toml") -> list[str]:
+        return [recipe, *(a for s in sets for a in ("--set", s))]
+
+    def run(self, *sets: str, ranks: int = 0, warm_ranks: int = 0, code: int = 0, recipe: str = "tiny.toml") -> str:
+        """Runs to the end and returns all output; the exit code must be ``code``. In one process, under torchrun in
+        ``ranks``, or in ``warm_ranks`` started side by side (see warm.py)."""
+        if ranks:
+            done = subprocess.run(
+                self.command(*sets, ranks=ranks, recipe=recipe),
+                cwd=self.folder, env=environment(), capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+            returned, output = done.returncode, done.stdout + done.stderr
+        else:
+            returned, output = self.tool("run_recipe", *self.arguments(*sets, recipe=recipe), ranks=warm_ranks)
+        assert returned == code, output
         return output
 
     def run_all(self, jobs: list[tuple[str, list[str]]]) -> str:
-        """Runs (recipe, sets) one after another in a process of its own, and returns all output; a failed run leaves
-        its folder without what the next assertion looks for."""
-        done = subprocess.run(
-            [sys.executable, "-c", RUN_ALL], input=json.dumps(jobs), cwd=self.folder, env=environment(),
-            capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        return done.stdout + done.stderr
+        """Runs (recipe, sets) one after another and returns all output; a failed run leaves its folder without what
+        the next assertion looks for."""
+        return "".join(self.tool("run_recipe", *self.arguments(*sets, recipe=file))[1] for file, sets in jobs)
 
-    def kill_when(self, condition: Callable[[], bool], *sets: str, ranks: int = 0) -> None:
-        """Starts a run and kills its whole process group with SIGKILL as soon as ``condition`` holds."""
-        process = subprocess.Popen(
-            self.command(*sets, ranks=ranks), cwd=self.folder, env=environment(), start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+    def tool(self, name: str, *arguments: object, ranks: int = 0) -> tuple[int, str]:
+        """Exit code and output of a script of tools/, in one process or several (see warm.py)."""
+        return run_tool(name, *arguments, cwd=self.folder, ranks=ranks)
+
+    def kill_when(self, condition: Callable[[], bool], *sets: str, ranks: int = 0, warm_ranks: int = 0) -> None:
+        """Starts a run and kills it, under torchrun its whole process group, with SIGKILL as soon as ``condition``
+        holds."""
+        process: subprocess.Popen | Warm
+        if ranks:
+            process = subprocess.Popen(
+                self.command(*sets, ranks=ranks), cwd=self.folder, env=environment(), start_new_session=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        else:
+            process = Warm(Path(RUN_RECIPE), self.arguments(*sets), self.folder, environment(), warm_ranks)
         deadline = time.monotonic() + 120
         while not condition():
             assert process.poll() is None, "the run ended before the condition held"
             assert time.monotonic() < deadline, "the condition never held"
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if isinstance(process, Warm):
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def run_tool(name: str, *arguments: object, cwd: Path, ranks: int = 0, timeout: float = 300) -> tuple[int, str]:
+    """Exit code and output of a script of tools/, in one process or in ``ranks`` (see warm.py)."""
+    process = Warm(REPOSITORY / "tools" / f"{name}.py", list(map(str, arguments)), cwd, environment(), ranks)
+    return process.wait(timeout), process.output()
 
 
 def environment() -> dict[str, str]:

@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launch import REPOSITORY, Workplace, environment, losses
+from launch import Workplace, losses
 
 from stackgrow import seal
 from stackgrow.data.store import TokenStore
@@ -23,11 +21,10 @@ BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
 
 
 def export(workplace: Workplace, *arguments: object, code: int = 0) -> str:
-    command = [sys.executable, str(REPOSITORY / "tools" / "export_hf.py"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=workplace.folder, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+    returned, output = workplace.tool("export_hf", *arguments)
+    assert returned == code, output
+    assert "Traceback" not in output
+    return output
 
 
 def validation_loss(folder: Path, store: TokenStore) -> float:

@@ -19,7 +19,7 @@ ROUNDING = 1e-6  # of a mean loss over 704 tokens
 @pytest.fixture(scope="module")
 def wide_fsdp(workplace: Workplace) -> Path:
     """Depth and width, on two FSDP ranks, undisturbed."""
-    workplace.run(*SETS, *NARROW, "run.folder=learn_fsdp", ranks=2)
+    workplace.run(*SETS, *NARROW, "run.folder=learn_fsdp", warm_ranks=2)
     return workplace.folder / "learn_fsdp"
 
 
@@ -72,12 +72,12 @@ def test_one_rank_and_two_agree(workplace: Workplace, wide_fsdp: Path, tmp_path:
 
 def test_killed_while_learning_and_while_growing(workplace: Workplace, wide_fsdp: Path, tmp_path: Path) -> None:
     run, sets = tmp_path / "run", [*SETS, *NARROW, f"run.folder={tmp_path}/run"]
-    workplace.kill_when(lambda: steps_logged(run, LEARN) >= 2, *sets, ranks=2)  # before its first checkpoint
+    workplace.kill_when(lambda: steps_logged(run, LEARN) >= 2, *sets, warm_ranks=2)  # before its first checkpoint
     assert not list((run / LEARN).glob("checkpoint/*/MANIFEST.json"))
-    workplace.kill_when(lambda: steps_logged(run, LEARN) >= 6, *sets, ranks=2)
+    workplace.kill_when(lambda: steps_logged(run, LEARN) >= 6, *sets, warm_ranks=2)
     assert not (run / LEARN / "DONE").exists()
-    workplace.kill_when(lambda: (run / GROW).exists(), *sets, ranks=2)
-    workplace.run(*sets, ranks=2)
+    workplace.kill_when(lambda: (run / GROW).exists(), *sets, warm_ranks=2)
+    workplace.run(*sets, warm_ranks=2)
     assert losses(run) == losses(wide_fsdp)
     assert losses(run, "validation.jsonl") == losses(wide_fsdp, "validation.jsonl")
     for checkpoint in (f"{LEARN}/checkpoint/step-8", f"{GROW}/checkpoint", f"{TARGET}/checkpoint/step-4"):
@@ -88,7 +88,7 @@ def test_bf16_is_applied_on_one_rank_and_on_two(workplace: Workplace, wide_fsdp:
     """The maps stay float32 and the target computes in bf16, in the same way with FSDP and without."""
     runs = []
     for ranks in (1, 2):
-        workplace.run(*SETS, *NARROW, "train.precision=bf16", f"run.folder={tmp_path}/{ranks}", ranks=ranks)
+        workplace.run(*SETS, *NARROW, "train.precision=bf16", f"run.folder={tmp_path}/{ranks}", warm_ranks=ranks)
         runs.append(losses(tmp_path / str(ranks)))
     exact = losses(wide_fsdp)
     for run in runs:

@@ -31,7 +31,7 @@ PRESERVING = {
 def test_operator_runs_and_keeps_its_promise(workplace: Workplace, tmp_path: Path, case: str) -> None:
     sets, base = CASES[case]
     run = tmp_path / "run"
-    workplace.run("budget.tokens=26Ki", *sets, f"run.folder={run}", ranks=2 if "both" in case else 0)
+    workplace.run("budget.tokens=26Ki", *sets, f"run.folder={run}", warm_ranks=2 if "both" in case else 0)
     validation = losses(run, "validation.jsonl")
     before, after = validation[base, 20], validation["stage-2-train-4L", 0]
     if case in PRESERVING:

@@ -36,18 +36,18 @@ def test_fsdp(reference: Path, reference_fsdp: Path) -> None:
     ],
 )
 def test_layout(workplace: Workplace, reference: Path, tmp_path: Path, sets: list[str], ranks: int) -> None:
-    workplace.run(*sets, SHORT, f"run.folder={tmp_path}/run", ranks=ranks)
+    workplace.run(*sets, SHORT, f"run.folder={tmp_path}/run", warm_ranks=ranks)
     assert worst(tmp_path / "run", reference) < SUMMATION_ORDER
     assert worst(tmp_path / "run", reference, "validation.jsonl") < SUMMATION_ORDER
 
 
 def test_hsdp(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
-    workplace.run(SHORT, "parallel.replicate=2", "parallel.shard=2", f"run.folder={tmp_path}/run", ranks=4)
+    workplace.run(SHORT, "parallel.replicate=2", "parallel.shard=2", f"run.folder={tmp_path}/run", warm_ranks=4)
     assert worst(tmp_path / "run", reference) < SUMMATION_ORDER
 
 
 def test_fsdp_with_tensor_parallel(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
-    workplace.run(SHORT, "parallel.tensor=2", f"run.folder={tmp_path}/run", ranks=4)
+    workplace.run(SHORT, "parallel.tensor=2", f"run.folder={tmp_path}/run", warm_ranks=4)
     assert worst(tmp_path / "run", reference) < SUMMATION_ORDER
 
 
@@ -57,6 +57,6 @@ def test_compile(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
 
 
 def test_bf16_is_applied_and_close(workplace: Workplace, reference_fsdp: Path, tmp_path: Path) -> None:
-    workplace.run(SHORT, "train.precision=bf16", f"run.folder={tmp_path}/run", ranks=2)
+    workplace.run(SHORT, "train.precision=bf16", f"run.folder={tmp_path}/run", warm_ranks=2)
     # bf16 has 8 bits of mantissa (4e-3): different, yet the same curve.
     assert 1e-6 < worst(tmp_path / "run", reference_fsdp) < 2e-2

@@ -1,11 +1,11 @@
 """What a run refuses: one message, its own exit code, and nothing lost."""
 
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
-from launch import RECIPE, Workplace, environment, steps_logged
+from launch import RECIPE, RUN_RECIPE, Workplace, environment, steps_logged
+from warm import Warm
 
 from stackgrow import seal
 
@@ -42,15 +42,14 @@ def test_free_keys_may_change(workplace: Workplace, reference: Path) -> None:
 def test_two_runs_on_one_folder(workplace: Workplace, tmp_path: Path) -> None:
     place = f"run.folder={tmp_path}/run"
     long = ("budget.tokens=1B", "train.horizon=stage")
-    command = workplace.command(place, *long)
-    with subprocess.Popen(command, cwd=workplace.folder, env=environment(), stdout=subprocess.DEVNULL) as first:
-        while steps_logged(tmp_path / "run", BASE) < 2:
-            assert first.poll() is None
-            time.sleep(0.01)
-        output = workplace.run(place, *long, code=73)
-        assert f"in use by process {first.pid}" in output
-        assert first.poll() is None, "the first run goes on"
-        first.kill()
+    first = Warm(Path(RUN_RECIPE), workplace.arguments(place, *long), workplace.folder, environment())
+    while steps_logged(tmp_path / "run", BASE) < 2:
+        assert first.poll() is None
+        time.sleep(0.01)
+    output = workplace.run(place, *long, code=73)
+    assert f"in use by process {first.processes[0].pid}" in output
+    assert first.poll() is None, "the first run goes on"
+    first.kill()
     workplace.run(place, "budget.tokens=24Ki", code=65)  # the lock is free; the recipe is another one
 
 

@@ -1,0 +1,94 @@
+"""Tools of the repository in processes that have torch and torchtitan loaded already: forked from a server that
+imported them once. Starting Python with torchtitan takes 6 CPU-seconds, and a run of the tests 1 or 2.
+
+They are real processes, with their own standard output, environment and working directory, and can be killed.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PRELOAD = ["stackgrow.run", "stackgrow.titan.session", "stackgrow.titan.trainer", "stackgrow.growth.standalone"]
+
+
+class Warm:
+    """``script`` running with ``arguments`` in ``ranks`` processes; 0: one that has never heard of ranks."""
+
+    def __init__(self, script: Path, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], ranks: int = 0):
+        file, name = tempfile.mkstemp(prefix="warm-")
+        os.close(file)
+        self._output = Path(name)
+        world: list[dict[str, str]] = [{}]
+        if ranks:
+            shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}
+            world = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        self.processes = [
+            _server().Process(target=_work, args=(str(script), list(arguments), str(cwd), {**env, **rank}, name))
+            for rank in world
+        ]
+        for process in self.processes:
+            process.start()
+
+    def poll(self) -> int | None:
+        """None while it runs, then its exit code: the first one that is not 0."""
+        codes = [process.exitcode for process in self.processes]
+        return None if None in codes else next((code for code in codes if code), 0)
+
+    def wait(self, timeout: float) -> int:
+        for process in self.processes:
+            process.join(timeout)
+        if (code := self.poll()) is None:
+            self.kill()
+            pytest.fail(f"still running after {timeout} s:\n{self.output()}")
+        return code
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def output(self) -> str:
+        return self._output.read_text()
+
+
+@functools.cache
+def _server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    return context
+
+
+def _work(script: str, arguments: list[str], cwd: str, env: dict[str, str], output: str) -> None:
+    stream = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = [script, *arguments]
+    sys.path[0:0] = [str(Path(script).parent)]
+    runpy.run_path(script, run_name="__main__")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
