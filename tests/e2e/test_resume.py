@@ -20,7 +20,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
 def test_killed_in_base_after_growth_and_in_target(
     workplace: Workplace, tmp_path: Path, ranks: int, request: pytest.FixtureRequest
 ) -> None:
-    reference: Path = request.getfixturevalue("reference" if ranks == 1 else "reference_fsdp")
+    reference: Path = request.getfixturevalue("reference_fsdp" if ranks else "reference")
     run, place = tmp_path / "run", f"run.folder={tmp_path}/run"
     workplace.kill_when(lambda: steps_logged(run, BASE) >= 6, place, ranks=ranks)
     assert not (run / BASE / "DONE").exists()
