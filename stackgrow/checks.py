@@ -40,6 +40,18 @@ def head_problems(m: Model, where: str) -> Iterator[Problem]:
         yield f"{where}.n_kv_heads", f"{m.kv_heads} does not divide {where}.n_heads = {m.n_heads}"
 
 
+def data_problems(recipe: Recipe) -> Iterator[Problem]:
+    data = recipe.data
+    if not data.path and not data.mix:
+        yield "data.path", "is missing; name a token store, or several with [[data.mix]]"
+    if data.path and data.mix:
+        yield "data.path", f'"{data.path}" stands beside [[data.mix]]; give one of the two'
+    paths = [mix.path for mix in data.mix]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            yield f"data.mix[{i}].path", f'"{path}" is in the mixture twice; add up its weights'
+
+
 def base_problems(recipe: Recipe) -> Iterator[Problem]:
     base = recipe.base
     if base is None:

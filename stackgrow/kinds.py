@@ -173,6 +173,16 @@ def name() -> Kind:
     return Kind(rule, parse, {"type": "string", "pattern": f"^{pattern}$"})
 
 
+def sha256() -> Kind:
+    rule = "the 64 hexadecimal digits of a SHA-256"
+
+    def parse(value: Any) -> str:
+        _require(isinstance(value, str) and re.fullmatch("[0-9a-fA-F]{64}", value) is not None, rule)
+        return value.lower()
+
+    return Kind(rule, parse, {"type": "string", "pattern": "^[0-9a-fA-F]{64}$"})
+
+
 def path() -> Kind:
     """A path that can be printed; load.py keeps those of a recipe file below the working directory."""
     return text("a path without control or invisible characters")

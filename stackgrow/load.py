@@ -82,10 +82,8 @@ def _read_toml(file: Path) -> dict[str, Any]:
 def _path_problems(raw: Mapping[str, Any], typed: Sequence[str]) -> Iterator[Problem]:
     """A recipe can come from a stranger, so its own paths stay below the working directory. Keys in ``typed``
     were set by the user on the command line, and may name any path."""
-    for section, name in (("data", "path"), ("base", "from"), ("run", "folder")):
-        where = f"{section}.{name}"
-        value = raw[section].get(name) if isinstance(raw.get(section), dict) else None
-        if not isinstance(value, str) or where in typed or section in typed:
+    for where, value in _paths(raw):
+        if not isinstance(value, str) or any(where.startswith((f"{key}.", f"{key}[")) or where == key for key in typed):
             continue
         if value.startswith(("/", "~")) or ".." in Path(value).parts:
             yield (
@@ -93,6 +91,13 @@ def _path_problems(raw: Mapping[str, Any], typed: Sequence[str]) -> Iterator[Pro
                 f"{_show(value)} leaves the working directory; write a relative path here, "
                 f"or give this one on the command line: --set {where}=...",
             )
+
+
+def _paths(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    data, base, run = (raw[name] if isinstance(raw.get(name), dict) else {} for name in ("data", "base", "run"))
+    yield from (("data.path", data.get("path")), ("base.from", base.get("from")), ("run.folder", run.get("folder")))
+    for i, row in enumerate(data["mix"] if isinstance(data.get("mix"), list) else []):
+        yield f"data.mix[{i}].path", row.get("path") if isinstance(row, dict) else None
 
 
 def _apply_set(raw: dict[str, Any], assignment: str) -> None:

@@ -1,4 +1,4 @@
-"""What must fit before a run starts: the recipe, the token store, the ranks and their devices, an imported base."""
+"""What must fit before a run starts: the recipe, the token stores, the ranks and their devices, an imported base."""
 
 from __future__ import annotations
 
@@ -7,29 +7,35 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stackgrow.checks import world_problems
-from stackgrow.data.store import Manifest, StoreError, TokenStore, read_manifest
+from stackgrow.data.order import Order
+from stackgrow.data.store import Manifest, StoreError, TokenStore
 from stackgrow.found import with_found
 from stackgrow.load import Problem, RecipeError, load_recipe
 from stackgrow.plan import ImportStage, Plan
+from stackgrow.recipe import Recipe
 from stackgrow.resolve import make_plan
 
 
-def check(file: str, sets: Sequence[str]) -> tuple[Plan, Manifest]:
-    """The plan, checked against the token store and the number of ranks that are there."""
+def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
+    """The plan, checked against the token stores and the number of ranks that are there; the order of its data."""
     recipe = load_recipe(file, sets)
     plan = make_plan(recipe, file)
-    problems = world_problems(plan, int(os.environ.get("WORLD_SIZE", "1")))
-    manifest, store_problems = _store(plan)
-    problems += store_problems
-    if problems or manifest is None:
-        raise RecipeError(file, problems)
+    problems = [*world_problems(plan, int(os.environ.get("WORLD_SIZE", "1")))]
+    where = [f"data.mix[{i}].path" for i in range(len(recipe.data.mix))] or ["data.path"]
+    manifests = [_store(recipe, path, at, problems) for (path, _), at in zip(recipe.data.stores, where, strict=True)]
+    if problems:
+        raise RecipeError(file, list(dict.fromkeys(problems)))
+    try:
+        order = Order([m for m in manifests if m], [w for _, w in recipe.data.stores], recipe.data.seq_len, recipe.seed)
+    except StoreError as error:
+        raise RecipeError(file, [("data.mix" if recipe.data.mix else "data.path", str(error))]) from error
     from stackgrow.titan import device  # torch is loaded only for a recipe that is otherwise good
 
     folder = Path(recipe.folder).absolute()
-    plan = with_found(plan, folder, manifest.hash("train"), file)
+    plan = with_found(plan, folder, order.data_hash, file)
     if problems := [*device.problems(plan), *_import_problems(plan, folder)]:
         raise RecipeError(file, problems)
-    return plan, manifest
+    return plan, order
 
 
 def _import_problems(plan: Plan, folder: Path) -> list[Problem]:
@@ -41,15 +47,18 @@ def _import_problems(plan: Plan, folder: Path) -> list[Problem]:
     return import_problems(stage)
 
 
-def _store(plan: Plan) -> tuple[Manifest | None, list[Problem]]:
-    recipe = plan.recipe
-    path = Path(recipe.data.path)
+def _store(recipe: Recipe, path: str, where: str, problems: list[Problem]) -> Manifest | None:
+    """The manifest of one of the recipe's stores; adds to ``problems`` what is wrong with it."""
     try:
-        manifest = read_manifest(path)
-        TokenStore.open(path)  # that all shards are there, in their size
+        manifest = TokenStore.open(path).manifest  # all shards are there, in their size
     except StoreError as error:
-        return None, [("data.path", str(error))]
-    problems = []
+        problems.append((where, str(error)))
+        return None
+    if recipe.data.tokenizer not in ("", manifest.tokenizer_sha256):
+        problems.append(
+            (where, f"{path} was made with the tokenizer {manifest.tokenizer_sha256}, not with data.tokenizer = "
+             f"{recipe.data.tokenizer}; prepare the data with that one, or change data.tokenizer")
+        )  # fmt: skip
     if manifest.vocab_size != recipe.model.vocab_size:
         problems.append(
             ("model.vocab_size", f"{recipe.model.vocab_size} is not the vocabulary of the store {path}, "
@@ -63,4 +72,4 @@ def _store(plan: Plan) -> tuple[Manifest | None, list[Problem]]:
             ("validation.sequences", f"{recipe.validation.sequences} cannot be taken from the store {path}, which "
              f"holds out {held_out} tokens; set 0, or prepare it with a larger --validation")
         )  # fmt: skip
-    return manifest, problems
+    return manifest

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stackgrow import seal
-from stackgrow.data.store import Manifest
+from stackgrow.data.order import BLOCK, Order
 from stackgrow.load import canonical_hash, recipe_hash, to_toml
 from stackgrow.plan import Plan
 from stackgrow.requirements import requirements
@@ -39,7 +39,7 @@ SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH")
 
 
 @contextmanager
-def session(run: Path, plan: Plan, file: str, sets: Sequence[str], manifest: Manifest) -> Iterator[str]:
+def session(run: Path, plan: Plan, file: str, sets: Sequence[str], order: Order) -> Iterator[str]:
     """Enters this session into the run's provenance, yields its identity, and adds at the end how it ended."""
     record = seal.read_json(run / PROVENANCE) or {}
     before, texts = record.get("sessions", []), record.get("texts", {})
@@ -55,7 +55,7 @@ def session(run: Path, plan: Plan, file: str, sets: Sequence[str], manifest: Man
         "overrides": list(sets),
         "recipe_hash": recipe_hash(plan.recipe),
         "texts": named,
-        "data": data_facts(plan, manifest),
+        "data": data_facts(plan, order),
         "world_size": (world_size := int(os.environ.get("WORLD_SIZE", "1"))),
         "mesh": mesh(plan, world_size),
         "host": platform.node(),
@@ -103,14 +103,19 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def data_facts(plan: Plan, manifest: Manifest) -> dict[str, str]:
+def data_facts(plan: Plan, order: Order) -> dict[str, Any]:
     """Where the data are, and the hashes of all tokens trained and validated on and of the tokenizer."""
-    return {
+    held_out = [manifest.hash("validation") for manifest in order.manifests]
+    facts: dict[str, Any] = {
         "path": plan.recipe.data.path,
-        "manifest_hash": manifest.hash("train"),
-        "validation_hash": manifest.hash("validation"),
-        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "manifest_hash": order.data_hash,
+        "validation_hash": canonical_hash(held_out) if plan.recipe.data.mix else held_out[0],
+        "tokenizer_sha256": order.manifests[0].tokenizer_sha256,
     }
+    if plan.recipe.data.mix:
+        stores = zip(order.manifests, order.shares, order.hashes, strict=True)
+        facts["mix"] = [{"path": str(m.folder), "share": s / BLOCK, "manifest_hash": h} for m, s, h in stores]
+    return facts
 
 
 def mesh(plan: Plan, world_size: int) -> dict[str, dict[str, int]]:

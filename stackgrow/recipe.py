@@ -42,10 +42,27 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Data:
+class Mix:
+    """One store of a mixture."""
+
     path: str = key(kinds.path(), "folder of a token store written by tools/prepare_data.py", free=True)
+    weight: float = key(kinds.number(above=True), "its share of the sequences, relative to the other weights")
+
+
+@dataclass(frozen=True)
+class Data:
+    path: str = key(kinds.path(), "folder of a token store written by tools/prepare_data.py", "", free=True)
+    mix: tuple[Mix, ...] = table(Mix, "instead of path: a mixture of token stores", many=True)
+    tokenizer: str = key(
+        kinds.sha256(), "SHA-256 of the tokenizer file that the stores must be made with", "", free=True
+    )
     seq_len: int = key(kinds.integer(2, 2**20), "tokens in one training sequence")
     workers: int = key(kinds.integer(0, 256), "loader processes per rank; 0 loads in the trainer", 0, free=True)
+
+    @property
+    def stores(self) -> list[tuple[str, float]]:
+        """(path, weight) of every store."""
+        return [(mix.path, mix.weight) for mix in self.mix] or [(self.path, 1.0)]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from stackgrow.batches import Batches
 from stackgrow.checks import (
     base_problems,
     batch_problems,
+    data_problems,
     geometry_problems,
     growth_problems,
     head_problems,
@@ -38,7 +39,7 @@ def make_plan(recipe: Recipe, file: str | Path = "recipe", found: Mapping[str, i
     hops, blocking = _resolve_growths(recipe)
     parts = parts_of(recipe, hops)
     blocking += [problem for part in parts for problem in batch_problems(part, recipe.data.seq_len)]
-    problems = [*geometry_problems(recipe), *base_problems(recipe), *blocking]
+    problems = [*data_problems(recipe), *geometry_problems(recipe), *base_problems(recipe), *blocking]
     problems += [p for part in parts for p in (*parallel_problems(part, recipe), *train_problems(part))]
     stages: list[Stage] = []
     earliest = stages

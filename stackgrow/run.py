@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackgrow import provenance, seal
-from stackgrow.data.store import TokenStore
+from stackgrow.data.order import Order
 from stackgrow.errors import ChangedError, DamagedError, LockedError
 from stackgrow.found import with_found, write_found
 from stackgrow.load import to_toml
@@ -47,19 +47,18 @@ def run(file: str, sets: Sequence[str] = ()) -> None:
         RecipeError: anything wrong with the recipe, the data or the ranks, before anything is created on disk.
         RunError: the run cannot go on; its exit code and message say why.
     """
-    plan, manifest = check(file, sets)
+    plan, order = check(file, sets)
     folder = Path(plan.recipe.folder).absolute()
-    data_hash = manifest.hash("train")
     die_with_parent()
     rank = int(os.environ.get("RANK", "0"))
     with run_lock(folder) if rank == 0 else nullcontext():  # the others work under rank 0's lock
-        refuse_changed(plan, folder, plan.stage_hashes(data_hash))
-        recorded = provenance.session(folder, plan, file, sets, manifest) if rank == 0 else nullcontext("")
+        refuse_changed(plan, folder, plan.stage_hashes(order.data_hash))
+        recorded = provenance.session(folder, plan, file, sets, order) if rank == 0 else nullcontext("")
         with recorded as session:
             if rank == 0:
                 _write_recipe(plan, folder, sets)
             log_to(folder / "logs" / f"rank-{rank}.log")
-            _run_stages(plan, folder, data_hash, rank, session)
+            _run_stages(plan, folder, order, rank, session)
 
 
 def refuse_changed(plan: Plan, folder: Path, hashes: dict[str, str]) -> None:
@@ -102,7 +101,7 @@ def _write_recipe(plan: Plan, folder: Path, sets: Sequence[str]) -> None:
     seal.write_text(folder / "recipe.toml", header + overrides + "\n" + to_toml(plan.recipe))
 
 
-def _run_stages(plan: Plan, folder: Path, data_hash: str, rank: int, session: str) -> None:
+def _run_stages(plan: Plan, folder: Path, order: Order, rank: int, session: str) -> None:
     from stackgrow.titan.session import start, stop
 
     start(plan.recipe, folder / "logs")
@@ -114,12 +113,12 @@ def _run_stages(plan: Plan, folder: Path, data_hash: str, rank: int, session: st
                 if rank == 0:
                     print(f"{stage.name}  done before", flush=True)
             else:
-                plan = _run_stage(plan, stage, path, data_hash, rank, session)
+                plan = _run_stage(plan, stage, path, order.data_hash, rank, session)
     finally:
         stop()
     if rank == 0:
-        seal.write_json(folder / LEDGER, ledger(plan, folder))
-        print(render_summary(plan, folder), flush=True)
+        seal.write_json(folder / LEDGER, ledger(plan, folder, order))
+        print(render_summary(plan, folder, order), flush=True)
 
 
 def _open_stage(plan: Plan, stage: Stage, path: Path, hashes: dict[str, str]) -> None:
@@ -181,11 +180,12 @@ def stage_job(
     finds_end: bool = False,
 ) -> StageJob:
     """The job of a train stage that starts from checkpoint ``source``, or learns maps of it."""
+    from stackgrow.data.loader import WindowDataset
     from stackgrow.titan.job import StageJob
 
-    store = TokenStore.open(recipe.data.path, split="train")
+    data = WindowDataset.open(recipe.data, recipe.seed)
     start = {"source": source} if isinstance(stage, LearnStage) else {"parent": source}
-    return StageJob(recipe, stage, stage_hash, path, store, session=session, finds_end=finds_end, **start)
+    return StageJob(recipe, stage, stage_hash, path, data, session=session, finds_end=finds_end, **start)
 
 
 def output_of(stage: Stage, path: Path) -> Path:

@@ -190,6 +190,14 @@ def test_set(tmp_path: Path, assignment: str, path: tuple[str | int, ...], value
     assert node == value
 
 
+def test_paths_of_a_mixture_stay_below_the_working_directory_too(tmp_path: Path) -> None:
+    mix = "[[data.mix]]\npath = '../web'\nweight = 0.7\n[[data.mix]]\npath = 'books'\nweight = 0.3\n"
+    text = edited(('path = "data/tiny"\n', ""), ("[model]", f"{mix}[model]"))
+    assert "--set data.mix[0].path=" in problems_of(tmp_path, text)["data.mix[0].path"]
+    data = recipe_of(tmp_path, text, ["data.mix[0].path=/data/web"]).data
+    assert data.stores == [("/data/web", 0.7), ("books", 0.3)]
+
+
 def test_set_may_replace_a_path_that_the_file_may_not_name(tmp_path: Path) -> None:
     text = edited(('path = "data/tiny"', 'path = "/data/tiny"'))
     assert "data.path" in problems_of(tmp_path, text)

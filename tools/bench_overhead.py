@@ -31,7 +31,7 @@ from torchtitan.config import JobConfig
 from torchtitan.protocols import train_spec
 from torchtitan.train import Trainer
 
-from stackgrow.data.store import TokenStore
+from stackgrow.data.loader import WindowDataset
 from stackgrow.growth.convert import grow_checkpoint
 from stackgrow.growth.depth import depth_rules, stack_map
 from stackgrow.load import load_recipe
@@ -58,8 +58,8 @@ def main() -> None:
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
         stage = dataclasses.replace(plan.train_stages[-1], index=0, steps=WARM_UP + arguments.steps + 1)
-        store = TokenStore.open(plan.recipe.data.path)
-        report = compare(jobs.StageJob(plan.recipe, stage, "bench", Path(folder), store, None))
+        data = WindowDataset.open(plan.recipe.data, plan.recipe.seed)
+        report = compare(jobs.StageJob(plan.recipe, stage, "bench", Path(folder), data, None))
         if dist.get_rank() == 0:
             report |= measure_growth(Path(folder))
             print(json.dumps(report, indent=1) if arguments.json else render(report))

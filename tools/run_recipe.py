@@ -36,13 +36,19 @@ def main() -> int:
 
 
 def show_plan(arguments: argparse.Namespace) -> None:
+    from stackgrow.data.order import read_order
+    from stackgrow.data.store import StoreError
     from stackgrow.load import load_recipe
     from stackgrow.report.plan_table import render_plan, render_plan_json
     from stackgrow.resolve import make_plan
 
     plan = make_plan(load_recipe(arguments.recipe, arguments.set), arguments.recipe)
     if os.environ.get("RANK", "0") == "0":
-        print(render_plan_json(plan) if arguments.json else render_plan(plan))
+        try:
+            order = read_order(plan.recipe.data, plan.recipe.seed)
+        except StoreError:  # not prepared yet, or wrong; running says so
+            order = None
+        print((render_plan_json if arguments.json else render_plan)(plan, order))
 
 
 def tell(error: RecipeError | RunError) -> int:

@@ -1,13 +1,8 @@
-"""Batches in an order that ranks, workers, batch split and restarts cannot change.
-
-Sequences carry one global number, their position. Position p belongs to epoch p // n, n being the number of
-windows of the store, and is window ``permute(p % n, n, key of the epoch)``. A loader's state is one integer.
-"""
+"""Batches in an order that ranks, workers, batch split and restarts cannot change: a loader's state is one integer."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,86 +10,48 @@ import torch
 from torch.distributed.checkpoint.stateful import Stateful
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from stackgrow.data.order import Order, apportion
 from stackgrow.data.store import StoreError, TokenStore
+from stackgrow.recipe import Data
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 IGNORE = -100  # the label that torch's cross entropy skips
-ROUNDS = 8  # enough for an even choice among all permutations of a handful of windows, too
-
-
-def epoch_key(manifest_hash: str, seed: int, epoch: int) -> bytes:
-    return hashlib.sha256(f"{manifest_hash}:{seed}:{epoch}".encode()).digest()
-
-
-def permute(index: np.ndarray, n: int, key: bytes) -> np.ndarray:
-    """A keyed bijection of range(n), applied to each element of ``index`` (int64 [k] -> int64 [k]).
-
-    A balanced Feistel network on the next even power of two; what falls outside range(n) is sent through it
-    again until it falls inside (cycle walking). Memory does not grow with n.
-    """
-    x = np.array(index, dtype=np.int64, ndmin=1)
-    if x.size and (x.min() < 0 or x.max() >= n):
-        raise IndexError(f"indices {x.min()}..{x.max()} are outside range({n})")
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    keys = np.frombuffer(hashlib.shake_256(key).digest(8 * ROUNDS), dtype="<u8")
-    x = _feistel(x.astype(np.uint64), half, keys)
-    while (outside := x >= np.uint64(n)).any():
-        x[outside] = _feistel(x[outside], half, keys)
-    return x.astype(np.int64)
-
-
-def _feistel(x: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
-    bits, mask = np.uint64(half), np.uint64(2**half - 1)
-    left, right = x >> bits, x & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return (left << bits) | right
-
-
-def _mix(z: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele, Lea and Flood, OOPSLA 2014)."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 class WindowDataset(torch.utils.data.Dataset):
-    """position -> (inputs int64 [S], labels int64 [S]); labels are the inputs shifted by one.
+    """The training windows of one store, or of several by their weights, in the order of data/order.py.
 
     Raises:
-        StoreError: the split is shorter than one window.
+        StoreError: what ``Order`` raises.
     """
 
-    def __init__(self, store: TokenStore, seq_len: int, seed: int):
-        self.store, self.seq_len, self.seed = store, seq_len, seed
-        self.n_windows = store.windows(seq_len)
-        if self.n_windows < 1:
-            raise StoreError(
-                f"{store.manifest.folder}: {store.split} has {store.n_tokens} tokens, "
-                f"seq_len {seq_len} needs {seq_len + 1}; shorten seq_len or prepare more text"
-            )
+    def __init__(self, stores: Sequence[TokenStore], weights: Sequence[float], seq_len: int, seed: int):
+        self.stores, self.seq_len = tuple(stores), seq_len
+        self.order = Order([store.manifest for store in stores], weights, seq_len, seed)
 
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.__getitems__([position])[0]
+    @classmethod
+    def open(cls, data: Data, seed: int) -> WindowDataset:
+        """The data of a recipe. Raises StoreError for a store that is absent or damaged."""
+        paths, weights = zip(*data.stores, strict=True)
+        return cls([TokenStore.open(path) for path in paths], weights, data.seq_len, seed)
 
-    def __getitems__(self, positions: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """A whole batch, which is how torch's fetcher asks: one permutation per batch instead of per row."""
-        return [_window(self.store, int(window), self.seq_len) for window in self.windows(positions)]
+    @property
+    def bos_id(self) -> int:
+        return self.stores[0].manifest.bos_id
 
-    def windows(self, positions: list[int]) -> np.ndarray:
-        """The windows (int64 [k]) at these positions, which may lie in different epochs."""
-        epochs, index = np.divmod(np.asarray(positions, dtype=np.int64), self.n_windows)
-        windows = np.empty_like(index)
-        for epoch in np.unique(epochs):
-            key = epoch_key(self.store.manifest_hash, self.seed, int(epoch))
-            windows[epochs == epoch] = permute(index[epochs == epoch], self.n_windows, key)
-        return windows
+    def __getitems__(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A whole batch, which is how torch's fetcher asks: inputs and labels, int64 [b, S] both."""
+        rows = [(self.stores[store], window) for store, window in self.order.windows(positions)]
+        return _stacked(rows, self.seq_len)
 
 
-def _window(store: TokenStore, window: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    start = window * seq_len
-    tokens = torch.from_numpy(store.tokens(start, start + seq_len + 1).astype(np.int64))
-    return tokens[:-1], tokens[1:]
+def _stacked(rows: Sequence[tuple[TokenStore, int]], seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels of these windows, int64 [b, S]; labels are the inputs shifted by one."""
+    inputs, labels = np.empty((2, len(rows), seq_len), np.int64)
+    for i, (store, window) in enumerate(rows):
+        tokens = store.tokens(window * seq_len, window * seq_len + seq_len + 1)
+        inputs[i], labels[i] = tokens[:-1], tokens[1:]
+    return torch.from_numpy(inputs), torch.from_numpy(labels)
 
 
 class _Positions:
@@ -119,15 +76,12 @@ class TokenLoader(Stateful):
 
     Raises:
         ValueError: a global batch that is not a multiple of R * b, or a rank outside the world.
-        StoreError: the split is shorter than one window.
     """
 
     def __init__(
         self,
-        store: TokenStore,
+        dataset: WindowDataset,
         *,
-        seq_len: int,
-        seed: int,
         global_batch: int,
         micro_batch: int,
         dp_rank: int,
@@ -136,7 +90,7 @@ class TokenLoader(Stateful):
         num_workers: int = 0,
         pin_memory: bool = False,
     ):
-        self.dataset = WindowDataset(store, seq_len, seed)
+        self.dataset = dataset
         self.micro_batch, self.num_workers, self.pin_memory = micro_batch, num_workers, pin_memory
         self.dp_rank = _checked_rank(dp_rank, dp_world_size)
         self.stride = dp_world_size * micro_batch
@@ -152,6 +106,7 @@ class TokenLoader(Stateful):
         loader = StatefulDataLoader(
             self.dataset,
             batch_sampler=_Positions(first, self.micro_batch, self.stride),
+            collate_fn=_as_fetched,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             # Without one of its own it draws from torch's global generator: a resume would change dropout.
@@ -173,33 +128,40 @@ class TokenLoader(Stateful):
         self.position = int(state_dict["position"])
 
 
+def _as_fetched(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch
+
+
+def open_validation(data: Data, sequences: int) -> list[tuple[TokenStore, int]]:
+    """The first held-out windows of a recipe's stores, ``sequences`` in all and from each by its weight; fewer where a
+    store holds out fewer. Raises StoreError."""
+    paths, weights = zip(*data.stores, strict=True)
+    rows: list[tuple[TokenStore, int]] = []
+    for path, count in zip(paths, apportion(weights, sequences), strict=True):
+        if count:
+            store = TokenStore.open(path, split="validation")
+            rows += [(store, window) for window in range(min(count, store.windows(data.seq_len)))]
+    if not rows:
+        raise StoreError(f"{paths[0]}: validation has no sequence of {data.seq_len}; prepare a larger --validation")
+    return rows
+
+
 def validation_batches(
-    store: TokenStore, seq_len: int, sequences: int, micro_batch: int, dp_rank: int, dp_world_size: int
+    rows: Sequence[tuple[TokenStore, int]], seq_len: int, micro_batch: int, dp_rank: int, dp_world_size: int
 ) -> Iterator[Batch]:
-    """The first ``sequences`` windows of ``store``, in order, each exactly once over all ranks.
+    """These windows, in order, each exactly once over all ranks.
 
     Every rank yields equally many batches ({"input": int64 [b, S]}, labels int64 [b, S]); rows beyond the
     last of these windows are padding, with labels -100.
-
-    Raises:
-        StoreError: the store has fewer windows.
     """
     _checked_rank(dp_rank, dp_world_size)
-    if not 1 <= sequences <= store.windows(seq_len):
-        raise StoreError(
-            f"{store.manifest.folder}: {store.split} has {store.windows(seq_len)} sequences of {seq_len}, "
-            f"not {sequences}; ask for fewer or prepare with a larger --validation"
-        )
-    padding = torch.zeros(seq_len, dtype=torch.int64), torch.full((seq_len,), IGNORE)
-
-    def batches() -> Iterator[Batch]:
-        for start in range(dp_rank * micro_batch, sequences + dp_rank * micro_batch, dp_world_size * micro_batch):
-            windows = range(start, start + micro_batch)
-            rows = [_window(store, i, seq_len) if i < sequences else padding for i in windows]
-            inputs, labels = zip(*rows, strict=True)
-            yield {"input": torch.stack(inputs)}, torch.stack(labels)
-
-    return batches()
+    first = dp_rank * micro_batch
+    for start in range(first, len(rows) + first, dp_world_size * micro_batch):
+        inputs = torch.zeros((micro_batch, seq_len), dtype=torch.int64)
+        labels = torch.full((micro_batch, seq_len), IGNORE)
+        if here := rows[start : start + micro_batch]:
+            inputs[: len(here)], labels[: len(here)] = _stacked(here, seq_len)
+        yield {"input": inputs}, labels
 
 
 def _checked_rank(dp_rank: int, dp_world_size: int) -> int:

@@ -55,6 +55,13 @@ class Split:
     documents: int
     shards: tuple[Shard, ...]
 
+    def windows(self, seq_len: int) -> int:
+        """How many sequences of ``seq_len`` inputs, each with its labels shifted by one, the split holds.
+
+        Window i covers tokens [i * seq_len, i * seq_len + seq_len + 1).
+        """
+        return max(0, self.tokens - 1) // seq_len
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -176,11 +183,7 @@ class TokenStore:
         return store
 
     def windows(self, seq_len: int) -> int:
-        """How many sequences of ``seq_len`` inputs, each with its labels shifted by one, the split holds.
-
-        Window i covers tokens [i * seq_len, i * seq_len + seq_len + 1).
-        """
-        return max(0, self.n_tokens - 1) // seq_len
+        return self.manifest.splits[self.split].windows(seq_len)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the split, across shard boundaries, in the store's dtype; read-only."""

@@ -9,7 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from stackgrow import seal
-from stackgrow.data.store import StoreError, read_manifest
+from stackgrow.data.order import read_order
+from stackgrow.data.store import StoreError
 from stackgrow.errors import ChangedError, DamagedError
 from stackgrow.evaluate.hf import export_hf
 from stackgrow.evaluate.hf_format import model_from_config
@@ -109,12 +110,13 @@ def _model(stage: Stage) -> Model:
 def _tokenizer(recipe: Recipe, run: Path) -> Path | None:
     """The store's tokenizer; None where there is no store. ChangedError for a store that is not the run's."""
     try:
-        manifest = read_manifest(recipe.data.path)
+        order = read_order(recipe.data, recipe.seed)
     except StoreError:
         return None
     data = (seal.read_json(run / "provenance.json") or {}).get("data", {})
-    if data.get("manifest_hash") != manifest.hash("train"):
-        raise ChangedError(f"{recipe.data.path} is not the token store that {run} was trained on; move it away or back")
+    manifest = order.manifests[0]
+    if data.get("manifest_hash") != order.data_hash:
+        raise ChangedError(f"{manifest.folder} is not the token store that {run} was trained on; move it away or back")
     return manifest.folder / manifest.tokenizer
 
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stackgrow.kinds import human
-from stackgrow.load import recipe_hash
+from stackgrow.load import recipe_hash, to_dict
 from stackgrow.plan import GrowStage, LearnStage, Plan, TrainStage
+
+if TYPE_CHECKING:
+    from stackgrow.data.order import Order
 
 WIDTH = 120
 LONG_RUN = 4  # consecutive layers from here on are shown as first-last
 Table = list[tuple[str, ...]]
 
 
-def render_plan(plan: Plan) -> str:
-    """The plan in at most 120 columns: what is trained, what it costs, how it grows."""
+def render_plan(plan: Plan, order: Order | None = None) -> str:
+    """The plan in at most 120 columns: what is trained, what it costs, how it grows; with the ``order`` of its data,
+    how often it goes over them."""
     blocks = [
-        _header(plan),
+        [*_header(plan), *(_data(plan, order) if order else ())],
         _aligned([MODEL_HEAD, *(_model_row(s) for s in plan.train_stages), _model_total(plan)]),
         _aligned([COST_HEAD, *(_cost_row(s, plan) for s in plan.train_stages), _cost_total(plan)]),
         [line for stage in plan.stages if isinstance(stage, GrowStage) for line in _growth(stage)],
@@ -33,13 +38,21 @@ def _header(plan: Plan) -> list[str]:
     recipe = plan.recipe
     missing = recipe.budget.tokens - plan.tokens
     last = plan.train_stages[-1].train.global_batch_tokens
+    stores = ", ".join(path for path, _ in recipe.data.stores)
     rest = f"; the other {missing:,} are less than one step of {last:,}" if missing else ""
     lines = [
         f"{recipe.name}   recipe {recipe_hash(recipe)[:12]}, seed {recipe.seed}",
         f"budget   {recipe.budget.tokens:,} tokens asked for, {plan.tokens:,} planned{rest}",
-        f"data     {recipe.data.path}, {plan.sequences:,} sequences of {recipe.data.seq_len} tokens",
+        f"data     {stores}, {plan.sequences:,} sequences of {recipe.data.seq_len} tokens",
     ]
     return [part for line in lines for part in _wrapped(line)]
+
+
+def _data(plan: Plan, order: Order) -> Iterator[str]:
+    for path, seen in order.seen(plan.sequences).items():
+        more = f", beyond one epoch: its data are seen up to {math.ceil(seen['epochs'])} times"
+        part = f"{human(seen['tokens'])} tokens, {seen['epochs']:.4g} epochs{more if seen['epochs'] > 1 else ''}"
+        yield from _wrapped(f"         {path}: {part}")
 
 
 MODEL_HEAD = (
@@ -149,13 +162,13 @@ def _wrapped(line: str) -> list[str]:
     return textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def plan_dict(plan: Plan) -> dict[str, Any]:
+def plan_dict(plan: Plan, order: Order | None = None) -> dict[str, Any]:
     """The plan as plain values, exact where the text rounds; learning rates are first, peak and last."""
     return {
         "name": plan.recipe.name,
         "recipe_hash": recipe_hash(plan.recipe),
         "seed": plan.recipe.seed,
-        "data": {"path": plan.recipe.data.path, "seq_len": plan.recipe.data.seq_len},
+        "data": {**to_dict(plan.recipe.data), **({"seen": order.seen(plan.sequences)} if order else {})},
         "budget_tokens": plan.recipe.budget.tokens,
         "tokens": plan.tokens,
         "sequences": plan.sequences,
@@ -193,6 +206,6 @@ def _stage_dict(stage: TrainStage | GrowStage) -> dict[str, Any]:
     }
 
 
-def render_plan_json(plan: Plan) -> str:
+def render_plan_json(plan: Plan, order: Order | None = None) -> str:
     """``plan_dict`` as JSON text."""
-    return json.dumps(plan_dict(plan), indent=2)
+    return json.dumps(plan_dict(plan, order), indent=2)

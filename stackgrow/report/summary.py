@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stackgrow import seal
+from stackgrow.data.order import Order
 from stackgrow.errors import DamagedError
 from stackgrow.kinds import human
 from stackgrow.plan import Plan, TrainStage
@@ -13,8 +14,8 @@ from stackgrow.progress import clock
 from stackgrow.records import read_records
 
 
-def ledger(plan: Plan, folder: Path) -> dict[str, Any]:
-    """Tokens, steps and FLOPs of every stage as its DONE states them, and their sums.
+def ledger(plan: Plan, folder: Path, order: Order) -> dict[str, Any]:
+    """Tokens, steps and FLOPs of every stage as its DONE states them, their sums, and what each token store gave.
 
     Raises:
         DamagedError: the sums are not the plan's.
@@ -32,6 +33,7 @@ def ledger(plan: Plan, folder: Path) -> dict[str, Any]:
         "planned_tokens": plan.tokens,
         "stages": rows,
         "total": total,
+        "data": order.seen(plan.sequences),
     }
 
 
@@ -40,7 +42,7 @@ COLUMNS = f"{'stage':<22}{'tokens':>9}{'steps':>9}{'FLOPs':>11}{'loss':>9}" + (
 )
 
 
-def render_summary(plan: Plan, folder: Path) -> str:
+def render_summary(plan: Plan, folder: Path, order: Order) -> str:
     """A table with one line per train stage, and where everything lies. FLOPs are 6 N D."""
     seconds = [(seal.read_json(folder / s.name / "DONE") or {}).get("seconds", 0.0) for s in plan.train_stages]
     rows = [_row(s, folder / s.name, t) for s, t in zip(plan.train_stages, seconds, strict=True)]
@@ -48,7 +50,9 @@ def render_summary(plan: Plan, folder: Path) -> str:
     total = f"{'total':<22}{human(plan.tokens):>9}{steps:>9}{plan.flops:>11.2e}{'':>37}{clock(sum(seconds)):>9}"
     share = f"{100 * plan.base_share:.1f}% of the FLOPs (6 N D) went into the stages before the last."
     last = folder / plan.train_stages[-1].name / "checkpoint" / f"step-{plan.train_stages[-1].steps}"
+    seen = order.seen(plan.sequences).items()
     where = [
+        *(f"data         {path}: {human(s['tokens'])} tokens, {s['epochs']:.4g} epochs" for path, s in seen),
         f"weights      {_short(last)}",
         f"metrics      {_short(folder)}/stage-*/metrics.jsonl, validation.jsonl",
         f"TensorBoard  tensorboard --logdir {_short(folder)}",

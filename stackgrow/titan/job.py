@@ -14,8 +14,7 @@ from torchtitan.config import job_config as titan
 from torchtitan.protocols import BaseModelArgs, train_spec
 from torchtitan.protocols.train_spec import TrainSpec
 
-from stackgrow.data.loader import TokenLoader
-from stackgrow.data.store import TokenStore
+from stackgrow.data.loader import TokenLoader, WindowDataset
 from stackgrow.plan import LearnStage, TrainStage
 from stackgrow.recipe import Parallel, Recipe
 from stackgrow.titan import ligo, metrics, model
@@ -33,7 +32,7 @@ class StageJob:
     stage: TrainStage
     stage_hash: str
     folder: Path
-    store: TokenStore
+    data: WindowDataset
     parent: Path | None = None  # the grown checkpoint that the stage starts from; None: random weights
     source: Path | None = None  # of a LearnStage, whose own weights start at random: what its maps are learned on
     finds_end: bool = False  # the loss has yet to decide at which step the stage ends
@@ -186,9 +185,7 @@ def _build_loader(*, dp_world_size: int, dp_rank: int, job_config: StageJobConfi
     job = job_config.stage_job
     assert job is not None
     return TokenLoader(
-        job.store,
-        seq_len=job.stage.seq_len,
-        seed=job.recipe.seed,
+        job.data,
         global_batch=job.stage.batch_sequences,
         micro_batch=job.micro_batch,
         dp_rank=dp_rank,

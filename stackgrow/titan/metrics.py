@@ -69,6 +69,7 @@ class StageMetrics(MetricsProcessor):
             "tps": tps,
             "memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
         }
+        record["data"] = self.job.data.order.seen(record["position"])
         if self.job.stage.mask:
             record["mask"] = self.job.stage.mask_value(step)
             extra_metrics = {**(extra_metrics or {}), "mask": record["mask"]}

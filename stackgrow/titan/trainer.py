@@ -18,8 +18,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.train import Trainer
 
-from stackgrow.data.loader import validation_batches
-from stackgrow.data.store import TokenStore
+from stackgrow.data.loader import open_validation, validation_batches
 from stackgrow.found import write_found
 from stackgrow.titan.checkpoint import StageCheckpoints
 from stackgrow.titan.job import StageJob, job_config
@@ -89,15 +88,14 @@ class StageTrainer(Trainer):
         job, dims = self.stage_job, self.parallel_dims
         if job.recipe.validation.sequences == 0:
             return
-        store = TokenStore.open(job.recipe.data.path, split="validation")
-        sequences = min(job.recipe.validation.sequences, store.windows(job.stage.seq_len))
+        rows = open_validation(job.recipe.data, job.recipe.validation.sequences)
         ranks, rank = 1, 0
         if dims.dp_enabled:
             mesh = dims.get_mesh("batch")
             ranks, rank = mesh.size(), mesh.get_local_rank()
-        batches = validation_batches(store, job.stage.seq_len, sequences, job.micro_batch, rank, ranks)
+        batches = validation_batches(rows, job.stage.seq_len, job.micro_batch, rank, ranks)
         total = self._summed_loss(batches)
-        loss = dist_utils.dist_sum(total, dims.get_optional_mesh("loss")) / (sequences * job.stage.seq_len)
+        loss = dist_utils.dist_sum(total, dims.get_optional_mesh("loss")) / (len(rows) * job.stage.seq_len)
         self.metrics_processor.log_validation(loss=loss, step=self.step)
 
     def _summed_loss(self, batches: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Token order is a pure function of (data manifest, seed, position): design invariant 1."""
 
-import collections
 import hashlib
 import itertools
 import json
@@ -15,12 +14,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from stackgrow.data.loader import TokenLoader, WindowDataset, epoch_key, permute, validation_batches
+from stackgrow.data.loader import TokenLoader, WindowDataset, open_validation, validation_batches
 from stackgrow.data.store import StoreError, TokenStore
+from stackgrow.recipe import Data
 
 S = 8
 WINDOWS = 61  # a prime, so that no batch divides an epoch
 GLOBAL_BATCH = 12
+BIG_BATCH = 48
 
 
 def write_store(folder: Path, shard_tokens: int = 100) -> Path:
@@ -50,9 +51,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     return TokenStore.open(write_store(tmp_path_factory.mktemp("loader") / "store"))
 
 
+def dataset(store: TokenStore, seq_len: int = S, seed: int = 7) -> WindowDataset:
+    return WindowDataset([store], [1.0], seq_len, seed)
+
+
 def loader(store: TokenStore, ranks: int = 1, rank: int = 0, micro: int = 2, **options: Any) -> TokenLoader:
-    known = {"seq_len": S, "seed": 7, "global_batch": GLOBAL_BATCH}
-    return TokenLoader(store, **{**known, **options}, micro_batch=micro, dp_rank=rank, dp_world_size=ranks)
+    known = {"global_batch": GLOBAL_BATCH, "micro_batch": micro, "dp_rank": rank, "dp_world_size": ranks}
+    return TokenLoader(dataset(store), **{**known, **options})
 
 
 def windows_of(batch: tuple[dict[str, torch.Tensor], torch.Tensor]) -> list[int]:
@@ -80,8 +85,8 @@ def session(
     return order, position
 
 
-def reference(store: TokenStore, count: int) -> list[int]:
-    return WindowDataset(store, S, 7).windows(list(range(count))).tolist()
+def reference(store: TokenStore, count: int, seed: int = 7) -> list[int]:
+    return [window for _, window in dataset(store, seed=seed).order.windows(range(count))]
 
 
 @pytest.mark.parametrize(
@@ -110,35 +115,45 @@ def test_order_does_not_depend_on_ranks_workers_or_batch_split(
         assert sorted(order[epoch * WINDOWS : (epoch + 1) * WINDOWS]) == list(range(WINDOWS))
 
 
-def test_restarts_with_changed_ranks_workers_and_batches_change_nothing(store: TokenStore) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_order_survives_everything(store: TokenStore, tmp_path: Path, mixed: bool) -> None:
+    """1 to 8 ranks, 0 to 2 workers, batch sizes, restarts at random positions, through epochs and a growth (whose
+    stage has a batch of its own): one and the same sequence of windows, each of them once per epoch."""
     rng = random.Random(0)
-    layouts = [
-        (1, 12, 2),
-        *((r, b, 0) for r in (1, 2, 3, 4) for b in (1, 3, 4, 6) if GLOBAL_BATCH % (r * b) == 0),
-    ]
-    order: list[int] = []
-    position = 0
-    for layout in [*layouts, *rng.sample(layouts[1:], 4)]:
-        part, position = session(store, position, rng.randint(1, 3), *layout)
-        order += part
-    assert position > 3 * WINDOWS
-    assert order == reference(store, position)
+    ranks_, batches = (1, 2, 3, 4, 8), (1, 3, 6)
+    sessions = [(r, b, 0) for r in ranks_ for b in batches if BIG_BATCH % (r * b) == 0]
+    sessions += [] if mixed else [(r, 2, w) for r in ranks_ for w in (1, 2)]
+    rng.shuffle(sessions)
+    weights = [0.7, 0.3] if mixed else [1.0]
+    stores = [store, TokenStore.open(write_store(tmp_path / "other", shard_tokens=77))][: len(weights)]
+    data = WindowDataset(stores, weights, S, 7)
+    found, position = [], 0
+    for number, (ranks, micro, workers) in enumerate(sessions):
+        batch = BIG_BATCH if number < 10 else 2 * BIG_BATCH  # grown
+        options = {"global_batch": batch, "micro_batch": micro, "dp_world_size": ranks, "num_workers": workers}
+        loaders = [TokenLoader(data, dp_rank=r, start_position=position, **options) for r in range(ranks)]
+        iterators = [iter(each) for each in loaders]
+        for _ in range(rng.randint(1, 2) * batch // (ranks * micro)):
+            for iterator in iterators:
+                found += windows_of(next(iterator))
+        position = loaders[0].position
+        assert {each.position for each in loaders} == {position}
+    expected = data.order.windows(range(position))
+    assert found == [window for _, window in expected]
+    for which, count in enumerate(data.order.sequences(position)):
+        given = [window for where, window in expected if where == which]
+        assert len(given) == count > 2 * WINDOWS, "through epoch boundaries"
+        assert sorted(given[: 2 * WINDOWS]) == sorted([*range(WINDOWS)] * 2)
 
 
 def test_epochs_seeds_and_data_have_orders_of_their_own(store: TokenStore, tmp_path: Path) -> None:
     first, second = reference(store, WINDOWS), reference(store, 2 * WINDOWS)[WINDOWS:]
-    other_seed = WindowDataset(store, S, 8).windows(list(range(WINDOWS))).tolist()
+    other_seed = reference(store, WINDOWS, seed=8)
     other_shards = TokenStore.open(write_store(tmp_path / "store", shard_tokens=99))
     orders = [first, second, other_seed, reference(other_shards, WINDOWS), list(range(WINDOWS))]
     for one, two in itertools.combinations(orders, 2):
         assert sum(a == b for a, b in zip(one, two, strict=True)) < 10
         assert sorted(one) == sorted(two)
-
-
-def test_order_is_the_released_one() -> None:
-    """A change would make stored positions mean other tokens. From a separate, scalar implementation."""
-    windows = permute(np.arange(10), 1000, epoch_key("data", 3407, 0)).tolist()
-    assert windows == [82, 427, 691, 501, 461, 687, 347, 457, 704, 708]
 
 
 def test_position_counts_what_was_yielded_not_what_was_prefetched(store: TokenStore) -> None:
@@ -173,9 +188,8 @@ def test_iterating_draws_nothing_from_the_global_generator(store: TokenStore) ->
 
 def test_workers_really_load(store: TokenStore) -> None:
     """Batches come from other processes, and those end with the iterator."""
-    dataset = Recorder(store, S, 7)
     source = loader(store, num_workers=2)
-    source.dataset = dataset
+    source.dataset = Recorder([store], [1.0], S, 7)
     iterator = iter(source)
     pids = {int(next(iterator)[1][0, 0]) for _ in range(4)}
     assert len(pids) == 2
@@ -189,15 +203,15 @@ def test_workers_really_load(store: TokenStore) -> None:
 class Recorder(WindowDataset):
     """Its labels are the id of the process that reads."""
 
-    def __getitems__(self, positions: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [(inputs, torch.full_like(labels, os.getpid())) for inputs, labels in super().__getitems__(positions)]
+    def __getitems__(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, labels = super().__getitems__(positions)
+        return inputs, torch.full_like(labels, os.getpid())
 
 
-def test_dataset_pickles_and_indexes_singly(store: TokenStore) -> None:
-    dataset = WindowDataset(store, S, 7)
-    inputs, labels = pickle.loads(pickle.dumps(dataset))[70]
-    assert inputs[0] == reference(store, 71)[70] * S
-    assert torch.equal(labels, inputs + 1)
+def test_dataset_pickles(store: TokenStore) -> None:
+    inputs, labels = pickle.loads(pickle.dumps(dataset(store))).__getitems__([70, 5])
+    order = reference(store, 71)
+    assert windows_of(({"input": inputs}, labels)) == [order[70], order[5]]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +221,6 @@ def test_dataset_pickles_and_indexes_singly(store: TokenStore) -> None:
         ({"micro": 0}, ValueError, "must be a multiple"),
         ({"global_batch": 0}, ValueError, "must be a multiple"),
         ({"ranks": 2, "rank": 2}, ValueError, "rank 2 is outside a world of 2"),
-        ({"seq_len": 1000}, StoreError, "needs 1001"),
     ],
 )
 def test_bad_arguments(store: TokenStore, options: dict[str, int], error: type[Exception], message: str) -> None:
@@ -215,50 +228,10 @@ def test_bad_arguments(store: TokenStore, options: dict[str, int], error: type[E
         loader(store, **options)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 16, 17, 61, 100, 255, 256, 257, 1000, 4096, 5000, 70_001])
-def test_permute_is_a_bijection(n: int) -> None:
-    for epoch in range(3):
-        assert np.array_equal(np.sort(permute(np.arange(n), n, epoch_key("m", 1, epoch))), np.arange(n))
-
-
-def test_permute_is_elementwise_and_takes_huge_ranges() -> None:
-    key, n = epoch_key("m", 1, 0), 3 * 10**12
-    index = np.array([0, 5, n - 1, 5])
-    together = permute(index, n, key)
-    assert together.tolist() == [int(permute(np.array([i]), n, key)[0]) for i in index]
-    assert together.min() >= 0
-    assert together.max() < n
-    assert together[1] == together[3]
-    assert permute(np.array([], dtype=np.int64), n, key).size == 0
-    for bad in (-1, n):
-        with pytest.raises(IndexError):
-            permute(np.array([bad]), n, key)
-
-
-@pytest.mark.parametrize("n", [3, 4, 5])
-def test_permute_draws_all_permutations_of_a_few_equally(n: int) -> None:
-    """Chi-square over the n! permutations: its mean is its degrees of freedom k, its deviation sqrt(2 k)."""
-    draws = 40 * int(np.prod(range(1, n + 1)))
-    counts = collections.Counter(tuple(permute(np.arange(n), n, epoch_key("m", s, 0))) for s in range(draws))
-    cells = draws // 40
-    chi_square = (sum((c - 40) ** 2 for c in counts.values()) + 40**2 * (cells - len(counts))) / 40
-    assert chi_square < cells - 1 + 5 * (2 * (cells - 1)) ** 0.5
-
-
-def test_permute_spreads_evenly() -> None:
-    """Where the first tenth of 1,000 indices goes, over 300 keys; and neighbours do not stay neighbours."""
-    images = np.stack([permute(np.arange(1000), 1000, epoch_key("m", 1, e)) for e in range(300)])
-    bins = np.bincount(images[:, :100].ravel() // 100, minlength=10)
-    assert np.abs(bins - 3000).max() < 5 * 3000**0.5
-    steps = np.abs(np.diff(images, axis=1))
-    assert abs(steps.mean() - 1000 / 3) < 5
-    assert (steps == 1).mean() < 0.004, "two of 1,000 is chance"
-
-
 @pytest.mark.parametrize(("sequences", "ranks", "micro"), [(1, 1, 1), (10, 1, 4), (10, 2, 3), (61, 4, 4), (3, 4, 2)])
 def test_validation_batches(store: TokenStore, sequences: int, ranks: int, micro: int) -> None:
-    held_out = TokenStore.open(store.manifest.folder, "validation")
-    per_rank = [list(validation_batches(held_out, S, sequences, micro, r, ranks)) for r in range(ranks)]
+    rows = open_validation(Data(path=str(store.manifest.folder), seq_len=S), sequences)
+    per_rank = [list(validation_batches(rows, S, micro, r, ranks)) for r in range(ranks)]
     assert len({len(batches) for batches in per_rank}) == 1
     seen = []
     for inputs, labels in itertools.chain(*per_rank):
@@ -269,6 +242,8 @@ def test_validation_batches(store: TokenStore, sequences: int, ranks: int, micro
     assert sorted(seen) == list(range(sequences))
 
 
-def test_validation_asks_for_too_much(store: TokenStore) -> None:
-    with pytest.raises(StoreError, match="has 61 sequences of 8, not 62"):
-        validation_batches(store, S, 62, 1, 0, 1)
+def test_validation_takes_what_is_there(store: TokenStore) -> None:
+    path = str(store.manifest.folder)
+    assert len(open_validation(Data(path=path, seq_len=S), 100)) == WINDOWS
+    with pytest.raises(StoreError, match="no sequence of 500"):
+        open_validation(Data(path=path, seq_len=500), 1)

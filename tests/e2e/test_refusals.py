@@ -112,6 +112,12 @@ def test_missing_store_and_wrong_vocabulary(workplace: Workplace, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+def test_store_made_with_another_tokenizer(workplace: Workplace, tmp_path: Path) -> None:
+    output = workplace.run(f"run.folder={tmp_path}/run", f"data.tokenizer={'0' * 64}", code=2)
+    assert "data.path: store was made with the tokenizer" in output
+    assert not list(tmp_path.iterdir())
+
+
 def test_ranks_that_do_not_fit(workplace: Workplace, tmp_path: Path) -> None:
     output = workplace.run(f"run.folder={tmp_path}/run", "parallel.tensor=2", code=2)
     assert "does not make 1 ranks" in output

@@ -66,6 +66,9 @@ def test_ledger_adds_up_to_the_budget(reference: Path) -> None:
     ledger = json.loads((reference / "ledger.json").read_text())
     assert sum(s["tokens"] for s in ledger["stages"]) == ledger["total"]["tokens"] == 40 * 1024
     assert ledger["budget_tokens"] == 40 * 1024
+    assert ledger["data"]["store"]["tokens"] == 40 * 1024
+    last = list(records(reference).values())[-1]
+    assert last["data"] == ledger["data"], "what each store gave, per epoch, is logged as it goes"
 
 
 def test_boundary_checkpoint_is_full_and_kept(reference: Path) -> None:
@@ -83,6 +86,7 @@ def test_terminal_output_tells_progress_growth_and_where_things_lie(reference: P
     assert "stage-0-train-2L  step 20/20 (100%)" in output
     assert "ETA" in output
     assert "stack 2 -> 4 layers" in output
+    assert "data         store: 41K tokens, 0." in output
     assert "Traceback" not in output
     assert "Warning" not in output
     for name in ("recipe.toml", "provenance.json", "ledger.json", "tensorboard --logdir"):

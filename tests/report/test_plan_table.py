@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from recipes_for_tests import RECIPE, plan_of
 
+from stackgrow.data.order import Order
+from stackgrow.data.store import Manifest, Shard, Split
 from stackgrow.load import recipe_hash
 from stackgrow.report.plan_table import WIDTH, compact_map, plan_dict, render_plan, render_plan_json
 
@@ -43,6 +45,20 @@ def test_text(tmp_path: Path) -> None:
     assert "  layer map [0, 1, 0, 1, 0, 1, 2, 3]" not in lines
     assert "  layer map [0, 1, 2, 3, 0, 1, 2, 3]" in lines
     assert f"- {plan.base_share:.1%} of the FLOPs are spent before the last growth" in lines
+
+
+def order(path: str, tokens: int) -> Order:
+    split = Split(tokens, 1, (Shard("x.npy", tokens, 1, "0" * 64, 2 * tokens),))
+    return Order([Manifest(Path(path), "uint16", 256, 1, "m", "t", {"train": split}, {})], [1], 64, 7)
+
+
+def test_epochs_are_stated_where_the_store_is_there(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    text = render_plan(plan, order("data/tiny", 1000 * 64 + 1))
+    assert "  data/tiny: 99.3K tokens, 1.552 epochs, beyond one epoch: its data are seen up to 2 times" in text
+    assert "  data/tiny: 99.3K tokens, 0.776 epochs\n" in render_plan(plan, order("data/tiny", 2000 * 64 + 1))
+    seen = plan_dict(plan, order("data/tiny", 1000 * 64 + 1))["data"]["seen"]["data/tiny"]
+    assert seen == {"tokens": 1552 * 64, "epoch": 1, "epoch_tokens": 552 * 64, "epochs": 1.552}
 
 
 def test_shares_add_up(tmp_path: Path) -> None:
