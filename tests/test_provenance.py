@@ -12,28 +12,29 @@ import pytest
 from recipes_for_tests import RECIPE, plan_of, written
 
 from stackgrow import provenance
+from stackgrow.data.order import Order
 from stackgrow.data.store import Manifest, Split
 from stackgrow.requirements import requirements
 
 
 @pytest.fixture
-def manifest(tmp_path: Path) -> Manifest:
-    splits = {name: Split(0, 0, ()) for name in ("train", "validation")}
-    return Manifest(tmp_path, "uint16", 256, 0, "tokenizer.model", "ab" * 32, splits, {})
+def order(tmp_path: Path) -> Order:
+    splits = {name: Split(1000, 1, ()) for name in ("train", "validation")}
+    return Order([Manifest(tmp_path, "uint16", 256, 0, "tokenizer.model", "ab" * 32, splits, {})], [1.0], 64, seed=7)
 
 
 def read(run: Path) -> dict:
     return json.loads((run / "provenance.json").read_text())
 
 
-def test_sessions_are_appended_and_tell_how_they_ended(tmp_path: Path, manifest: Manifest) -> None:
+def test_sessions_are_appended_and_tell_how_they_ended(tmp_path: Path, order: Order) -> None:
     plan, file = plan_of(tmp_path), str(written(tmp_path, RECIPE))
-    with provenance.session(tmp_path, plan, file, ["log.interval=5 steps"], manifest) as first:
+    with provenance.session(tmp_path, plan, file, ["log.interval=5 steps"], order) as first:
         provenance.add(tmp_path, "stage-0-train-2L", start_step=0)
         running = read(tmp_path)["sessions"][0]
 
     def stop() -> None:
-        with provenance.session(tmp_path, plan, file, [], manifest):
+        with provenance.session(tmp_path, plan, file, [], order):
             provenance.add(tmp_path, "stage-0-train-2L", start_step=12)
             raise ValueError("stopped in the middle")
 
@@ -53,9 +54,9 @@ def test_sessions_are_appended_and_tell_how_they_ended(tmp_path: Path, manifest:
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_every_fact_known_at_the_start_is_part_of_the_identity(tmp_path: Path, manifest: Manifest) -> None:
+def test_every_fact_known_at_the_start_is_part_of_the_identity(tmp_path: Path, order: Order) -> None:
     plan, file = plan_of(tmp_path), str(written(tmp_path, RECIPE))
-    with provenance.session(tmp_path, plan, file, [], manifest) as identity:
+    with provenance.session(tmp_path, plan, file, [], order) as identity:
         pass
     (entry,) = read(tmp_path)["sessions"]
     for name in entry.keys() - {"stages", "ended"}:

@@ -95,7 +95,7 @@ def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(seal.json, "dump", full_disk)
+    monkeypatch.setattr(seal.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         seal.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
