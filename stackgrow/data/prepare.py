@@ -1,109 +1,81 @@
-"""Text files -> a token store, in one deterministic order, complete or not there at all.
+"""Text -> a token store, on datatrove: complete or not there at all, and the same bytes on any number of workers.
 
-Two passes: the first reads and hashes every file, which fixes the documents, their split and the fingerprint
-of the inputs; the second encodes them into shards. Everything is written to a folder beside the target,
-synced, the manifest last, and renamed into place.
+The list of input files alone decides their tasks. Each writes shards and then a record of them into a folder beside the
+store (data/write.py); datatrove runs the tasks, here or on Slurm, and after a stop those that were not completed. When
+all are done the manifest is written, last, and the store renamed into place.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
-import itertools
 import json
+import multiprocessing
 import os
 import platform
-import re
 import shutil
-import stat
+import signal
 import sys
-import sysconfig
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.executor.slurm import SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
 
-from stackgrow.data.store import DTYPES, FORMAT, MANIFEST, Manifest, Shard, TokenStore, read_manifest
+from stackgrow.data.read import INPUTS, File, PrepareError, Reader, Skipped, Source, list_files, read_file
+from stackgrow.data.store import DTYPES, FORMAT, MANIFEST, Manifest, TokenStore, read_manifest
 from stackgrow.data.tokenizer import Tokenizer, train_tokenizer
-from stackgrow.progress import clock
-from stackgrow.seal import file_records, sync_folder, write_json
+from stackgrow.data.write import PARTS, STORE, TokenWriter, fraction, write_file
+from stackgrow.load import canonical_hash
+from stackgrow.seal import read_json, sync_folder, write_json
 
-TOKENIZER = "tokenizer.model"
-BATCH_BYTES = 2**24  # text encoded at a time, over all cores
-TRAINING_BYTES = 2**28  # text a tokenizer is trained on at most; the trainer holds it in memory
-SKIPPED_NAMES = 20  # names kept per reason in the manifest
-STDLIB_EXCLUDED = (
-    "site-packages",
-    "dist-packages",
-    "lib2to3",
-    "encodings",
-    "**/test",
-    "**/tests",
-    "**/idle_test",
-)
-
-
-class PrepareError(ValueError):
-    """Inputs or an output folder that cannot be used; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Files below ``root`` whose relative path matches ``pattern`` and none of ``exclude``: globs in which
-    ``**/`` stands for any number of folders."""
-
-    root: Path
-    pattern: str = "**/*"
-    exclude: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Document:
-    name: str  # relative path, with forward slashes
-    path: Path
-    sha256: str
-    bytes: int
-    split: str = "train"
-
-
-class Skipped(dict[str, dict[str, Any]]):
-    """Why and how many files were left out, with some of their names: never silently."""
-
-    def add(self, reason: str, name: str) -> None:
-        entry = self.setdefault(reason, {"files": 0, "names": []})
-        entry["files"] += 1
-        if len(entry["names"]) < SKIPPED_NAMES:
-            entry["names"].append(name)
-
-
-def stdlib_source() -> Source:
-    """The Python standard library's own code: about 10 MB of text that every machine has."""
-    exclude = (*(f"{folder}/**" for folder in STDLIB_EXCLUDED), "_sysconfigdata*")
-    return Source(Path(sysconfig.get_path("stdlib")), "**/*.py", exclude)
+TASKS, TASK_BYTES = 1024, 2**24  # at most so many tasks, of at least so many bytes of input
+TRAINING_CHARACTERS = 2**28  # text a tokenizer is trained on at most; the trainer holds it in memory
+PACKAGES = ("datatrove", "numpy", "pyarrow", "sentencepiece", "tokenizers")
+PRESETS: dict[str, dict[str, Any]] = {
+    "slimpajama": {  # SlimPajama-627B as published, without its GitHub part (the paper)
+        "pattern": "train/chunk*/*.jsonl.zst",
+        "drop": [("meta.redpajama_set_name", "RedPajamaGithub")],
+        "validation": 0.0005,
+    }
+}
 
 
 def prepare(
     sources: Sequence[Source],
     out: str | Path,
     *,
-    tokenizer: int | str | Path,
+    tokenizer: int | str | Path | None,
     validation: float = 0.02,
     tokens_per_shard: int = 2**26,
-) -> tuple[Manifest, bool]:
-    """Writes the token store ``out``. Returns its manifest, and False if equal inputs had already made it.
+    text_key: str = "text",
+    drop: Sequence[tuple[str, str]] = (),
+    workers: int = 1,
+    append: bool = False,
+    slurm: dict[str, Any] | None = None,
+) -> tuple[Manifest | None, bool]:
+    """Writes the token store ``out``, or adds a corpus to it. Returns its manifest (None: Slurm is at work), and False
+    if equal inputs had already been prepared.
 
     Args:
-        tokenizer: a SentencePiece model file, or the vocabulary size of one to train on the training split.
-        validation: the share of documents, chosen by their hash, in the validation split; at least one
-            document unless it is 0 or there is but one.
+        tokenizer: a SentencePiece model or a tokenizer.json, or the vocabulary size of one to train on the training
+            split; None with ``append``.
+        validation: the share of documents, chosen by their hash, in the validation split; at least one document
+            unless it is 0 or there is but one.
+        text_key: where JSON and Parquet hold the text; ``drop`` leaves out documents with a value under a key.
+        slurm: arguments of datatrove's SlurmPipelineExecutor; at least partition and time.
 
     Raises:
-        PrepareError: no documents, bad options, files that change meanwhile, or ``out`` is in the way.
+        PrepareError: no documents, bad options, files that change or end early, or ``out`` is in the way.
         TokenizerError: the tokenizer cannot be read or trained. OSError: the store cannot be written.
     """
     if not 0 <= validation < 1:
@@ -111,38 +83,38 @@ def prepare(
     if not 1 <= tokens_per_shard <= 2**30:
         raise PrepareError(f"tokens per shard {tokens_per_shard} must be between 1 and {2**30}")
     out, skipped = Path(out).absolute(), Skipped()
-    documents = _split(_scan(sources, skipped), validation)
-    known = tokenizer if isinstance(tokenizer, int) else Tokenizer.load(tokenizer)
+    files = list_files(sources, skipped)
+    before = read_manifest(out) if append else None
+    known = _known_tokenizer(tokenizer, before)
     options = {
         "tokenizer": f"trained, {known} pieces" if isinstance(known, int) else known.sha256,
         "validation": validation,
         "tokens_per_shard": tokens_per_shard,
+        "text_key": text_key,
+        "drop": [list(pair) for pair in drop],
     }
-    content = [FORMAT, options, [[document.name, document.sha256] for document in documents]]
-    inputs = {"fingerprint": hashlib.sha256(json.dumps(content).encode()).hexdigest(), "options": options}
-    if existing := _existing(out, inputs):
+    inputs: dict[str, Any] = {
+        "fingerprint": canonical_hash([FORMAT, options, files]),
+        "corpus": len(before.raw["corpora"]) if before else 0,
+        "options": options,
+        "sources": [asdict(source) for source in sources],
+        "files": files,
+        "tasks": _tasks(files),
+        "skipped": skipped,
+    }
+    work = out.with_name(f".{out.name}.partial")
+    if existing := _existing(out, inputs, append):
+        if (read_json(work / INPUTS) or {}).get("fingerprint") == inputs["fingerprint"]:
+            shutil.rmtree(work)  # a kill came between the last two steps
         return existing, False
-    with _folder_in_place_of(out) as folder:
-        made = train_tokenizer(_sample(documents), known) if isinstance(known, int) else known
-        _write(folder / TOKENIZER, made.model)
-        dtype = next(name for name, ids in DTYPES.items() if made.vocab_size <= ids)
-        manifest = {
-            "format": FORMAT,
-            "dtype": dtype,
-            "vocab_size": made.vocab_size,
-            "bos_id": made.bos_id,
-            "tokenizer": {"file": TOKENIZER, "sha256": made.sha256},
-            "splits": _write_shards(documents, made, tokens_per_shard, dtype, folder),
-            "sources": [{**asdict(source), "root": str(source.root)} for source in sources],
-            "skipped": skipped,
-            "inputs": inputs,
-            "versions": {
-                "python": platform.python_version(),
-                "numpy": np.__version__,
-                "sentencepiece": sentencepiece.__version__,
-            },
-        }
-        write_json(folder / MANIFEST, manifest)
+    with _locked(work, out):
+        _begin(work, inputs, known)
+        if slurm:
+            _submit(work, out, len(inputs["tasks"]), slurm)
+            return None, True
+        executor = _Local(_pipeline(work), len(inputs["tasks"]), workers, logging_dir=str(work / "log"))
+        executor.run()
+        finish(work, out)
     return read_manifest(out), True
 
 
@@ -152,95 +124,48 @@ def summary(manifest: Manifest, written: bool) -> str:
     for name, split in manifest.splits.items():
         counts = f"{split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards):,} shards"
         lines.append(f"  {name}: {counts}")
-    lines.append(f"  vocabulary: {manifest.vocab_size:,}, tokenizer {manifest.tokenizer_sha256[:12]}")
-    lines += [f"  skipped, {why}: {entry['files']:,}" for why, entry in manifest.raw["skipped"].items()]
+    lines.append(f"  vocabulary: {manifest.vocab_size:,}, tokenizer {manifest.tokenizer_sha256}")
+    for corpus in manifest.raw.get("corpora", []):
+        for why, entry in corpus["skipped"].items():
+            lines.append(f"  left out, {why}: {entry['count']:,}, such as {', '.join(entry['names'][:3])}")
     return "\n".join(lines)
 
 
-def _scan(sources: Sequence[Source], skipped: Skipped) -> list[Document]:
-    """Every usable document of the sources, ordered by relative path, then by source."""
-    found: list[tuple[str, int, Path]] = []
-    for number, source in enumerate(sources):
-        if not source.root.is_dir():
-            raise PrepareError(f"{source.root} is not a folder; give one that holds the text files")
-        found += [(name, number, source.root / name) for name in _names(source, skipped)]
-    documents, seen = [], set()
-    for name, _, path in sorted(found):
-        content, fault = _read(path)
-        real = path.resolve()
-        if fault or real in seen:
-            skipped.add(fault or "same file found twice", name)
-        else:
-            documents.append(Document(name, path, hashlib.sha256(content).hexdigest(), len(content)))
-        seen.add(real)
-    if not documents:
-        where = ", ".join(f"{source.root}/{source.pattern}" for source in sources)
-        reasons = ", ".join(f"{entry['files']} {why}" for why, entry in skipped.items())
-        raise PrepareError(f"no documents in {where} (skipped: {reasons or 'none'}); look at --pattern, --exclude")
-    return documents
+def _known_tokenizer(tokenizer: int | str | Path | None, before: Manifest | None) -> int | Tokenizer:
+    if before is None:
+        assert tokenizer is not None
+        return tokenizer if isinstance(tokenizer, int) else Tokenizer.load(tokenizer)
+    known = Tokenizer.load(before.folder / before.tokenizer)
+    if tokenizer is not None and (isinstance(tokenizer, int) or Tokenizer.load(tokenizer).sha256 != known.sha256):
+        raise PrepareError(f"{before.folder} has a tokenizer of its own, and what is added needs it; name no other")
+    return known
 
 
-def _names(source: Source, skipped: Skipped) -> Iterator[str]:
-    wanted = _regex(source.pattern)
-    unwanted = re.compile("|".join(_regex(pattern) for pattern in source.exclude) or r"(?!)", re.DOTALL)
-    walk = os.walk(source.root, onerror=lambda error: skipped.add("unreadable", str(error.filename)))
-    for folder, folders, files in walk:
-        base = Path(folder).relative_to(source.root)
-        # "test/**" matches "test/", so that an excluded folder is not even entered.
-        folders[:] = [name for name in folders if not unwanted.fullmatch(f"{(base / name).as_posix()}/")]
-        for name in folders:
-            if (Path(folder) / name).is_symlink():
-                skipped.add("linked folder, not followed", (base / name).as_posix())
-        for name in ((base / file).as_posix() for file in files):
-            if re.fullmatch(wanted, name, re.DOTALL) and not unwanted.fullmatch(name):
-                yield name
+def _tasks(files: Sequence[File]) -> list[tuple[int, int]]:
+    """Consecutive files, [first, last + 1) of each task: by their bytes alone."""
+    size = max(TASK_BYTES, -(-sum(file.bytes for file in files) // TASKS))
+    tasks, first, total = [], 0, 0
+    for number, file in enumerate(files, 1):
+        total += file.bytes
+        if total >= size or number == len(files):
+            tasks.append((first, number))
+            first, total = number, 0
+    return tasks
 
 
-def _regex(pattern: str) -> str:
-    """A glob over relative paths: ``*`` and ``?`` stay within a folder, ``**/`` is any number of folders."""
-    special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.findall(r"\*\*/|\*\*|\*|\?|[^*?]+", pattern)
-    return "".join(special.get(part) or re.escape(part) for part in parts)
-
-
-def _read(path: Path) -> tuple[bytes, str]:
-    """The content of a file, and why it cannot be used ("" when it can)."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-            return b"", "not a regular file"
-        content = path.read_bytes()
-        content.decode()
-    except OSError:
-        return b"", "unreadable"
-    except UnicodeDecodeError:
-        return b"", "not UTF-8"
-    return content, "" if content else "empty"
-
-
-def _split(documents: list[Document], validation: float) -> list[Document]:
-    """Sets the split of each document by the hash of its path and content: no other document changes it."""
-
-    def rank(document: Document) -> float:
-        digest = hashlib.sha256(os.fsencode(document.name) + b"\0" + document.sha256.encode()).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64
-
-    order = sorted(documents, key=rank)
-    count = sum(rank(document) < validation for document in order)
-    count = min(max(count, 1 if validation else 0), len(order) - 1)
-    chosen = {document.path for document in order[:count]}
-    return [replace(d, split="validation") if d.path in chosen else d for d in documents]
-
-
-def _existing(out: Path, inputs: dict[str, Any]) -> Manifest | None:
-    """The store at ``out`` when it came from the same inputs; None when nothing is in the way."""
+def _existing(out: Path, inputs: dict[str, Any], append: bool) -> Manifest | None:
+    """The store at ``out`` when it holds these inputs; None when nothing is in the way of preparing them."""
     if not (out / MANIFEST).exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise PrepareError(f"{out} exists and is not a token store; name another folder with --out")
         return None
     manifest = read_manifest(out)
-    if (was := manifest.raw.get("inputs", {})) != inputs:
-        what = "options" if was.get("options") != inputs["options"] else "files"
-        raise PrepareError(f"{out} was prepared from other {what}; name another --out, or delete that folder")
+    corpora = manifest.raw.get("corpora", [])
+    if all(corpus["fingerprint"] != inputs["fingerprint"] for corpus in corpora):
+        if append:
+            return None
+        what = "files" if any(corpus["options"] == inputs["options"] for corpus in corpora) else "options"
+        raise PrepareError(f"{out} was prepared from other {what}; name another --out, delete that folder, or --append")
     for name, split in manifest.splits.items():
         if split.tokens:
             TokenStore.open(out, name)
@@ -248,126 +173,180 @@ def _existing(out: Path, inputs: dict[str, Any]) -> Manifest | None:
 
 
 @contextlib.contextmanager
-def _folder_in_place_of(out: Path) -> Iterator[Path]:
-    """An empty folder beside ``out`` that becomes ``out`` when the block ends well and vanishes otherwise.
-
-    What a killed preparation left there is removed; a lock keeps two live ones apart.
-    """
-    partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
+def _locked(work: Path, out: Path) -> Iterator[None]:
+    """Keeps two preparations of one store on this machine apart; ``work`` stays unless it has become the store."""
+    work.mkdir(parents=True, exist_ok=True)
+    handle = os.open(work, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = partial.exists() and os.path.samestat(os.fstat(handle), partial.stat())
-        except BlockingIOError:
-            mine = False
-        if not mine:  # locked, or renamed by its owner between our two calls
-            raise PrepareError(f"another preparation of {out} is at work; let it finish, then run again")
-        try:
-            for leftover in partial.iterdir():
-                leftover.unlink()
-            yield partial
-            partial.rename(out)
-            sync_folder(out.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not work.exists() or not os.path.samestat(os.fstat(handle), work.stat()):  # its owner has just finished
+            raise BlockingIOError
+        yield
+    except BlockingIOError:
+        raise PrepareError(f"another preparation of {out} is at work; let it finish, then run again") from None
     finally:
         os.close(handle)
 
 
-def _write(path: Path, content: bytes | np.ndarray) -> None:
-    with path.open("wb") as stream:
-        if isinstance(content, bytes):
-            stream.write(content)
-        else:
-            np.save(stream, content, allow_pickle=False)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _begin(work: Path, inputs: dict[str, Any], known: int | Tokenizer) -> None:
+    """Writes the tokenizer and then inputs.json, unless a stopped preparation of the same inputs has."""
+    if found := read_json(work / INPUTS):
+        if found["fingerprint"] != inputs["fingerprint"]:
+            raise PrepareError(f"{work} holds a stopped preparation of other files or options; finish or delete it")
+        return
+    for folder in (STORE, PARTS):
+        (work / folder).mkdir(exist_ok=True)
+    made = train_tokenizer(list(_sample(inputs)), known) if isinstance(known, int) else known
+    write_file(work / STORE / made.file, made.model)
+    dtype = next(name for name, ids in DTYPES.items() if made.vocab_size <= ids)
+    write_json(work / INPUTS, {**inputs, "tokenizer": made.file, "dtype": dtype})
 
 
-def _text(document: Document) -> str:
-    content, _ = _read(document.path)
-    if hashlib.sha256(content).hexdigest() != document.sha256:
-        raise PrepareError(f"{document.path} changed while it was being prepared; run again")
-    return content.decode()
+def _sample(inputs: dict[str, Any]) -> Iterator[str]:
+    """Training text from all over the corpus: files by the hashes of their names, of each no more than its share."""
+    files: list[File] = sorted(inputs["files"], key=lambda f: hashlib.sha256(os.fsencode(f.name)).digest())
+    share, total = max(TRAINING_CHARACTERS // len(files), 2**20), 0
+    for file in files:
+        taken = 0
+        for document in read_file(inputs, file, Skipped()):
+            if fraction(document.id) >= inputs["options"]["validation"]:
+                yield document.text[: share - taken]
+                taken += len(document.text)
+            if taken >= share:
+                break
+        total += taken
+        if total >= TRAINING_CHARACTERS:
+            return
 
 
-def _sample(documents: list[Document]) -> Iterator[str]:
-    """Training documents, in the order of their hashes, up to TRAINING_BYTES."""
-    total = 0
-    for document in sorted(documents, key=lambda d: d.sha256):
-        if document.split == "train" and total < TRAINING_BYTES:
-            total += document.bytes
-            yield _text(document)
+def _pipeline(work: Path, validation: float | None = None) -> list[PipelineStep]:
+    reader = Reader(str(work))
+    share = json.loads((work / INPUTS).read_bytes())["options"]["validation"]
+    return [reader, TokenWriter(str(work), reader, share if validation is None else validation)]
 
 
-class _ShardWriter:
-    """Cuts one split's stream of tokens into files of exactly ``size`` tokens, the last one excepted."""
+class _Local(LocalPipelineExecutor):
+    """datatrove's executor and its record of completed tasks, on a pool that a killed worker breaks: in
+    multiprocessing's, which datatrove takes, the others would wait for it for ever."""
 
-    def __init__(self, folder: Path, split: str, size: int, dtype: str):
-        self.folder, self.split = folder, split
-        self.buffer = np.empty(size, dtype)
-        self.filled = self.documents = 0
-        self.shards: list[Shard] = []
-
-    def add(self, tokens: np.ndarray) -> None:
-        self.documents += 1
-        while len(tokens):
-            part = tokens[: len(self.buffer) - self.filled]
-            tokens = tokens[len(part) :]
-            self.buffer[self.filled : self.filled + len(part)] = part
-            self.filled += len(part)
-            if self.filled == len(self.buffer):
-                self.flush()
-
-    def flush(self) -> None:
-        if self.filled:
-            name = f"{self.split}-{len(self.shards):05d}.npy"
-            _write(self.folder / name, self.buffer[: self.filled])
-            record = file_records(self.folder, [name])[name]
-            self.shards.append(Shard(name, self.filled, self.documents, **record))
-            self.filled = self.documents = 0
-
-    def finish(self) -> dict[str, Any]:
-        self.flush()
-        return {
-            "tokens": sum(shard.tokens for shard in self.shards),
-            "documents": sum(shard.documents for shard in self.shards),
-            "shards": [asdict(shard) for shard in self.shards],
-        }
+    def run(self) -> None:
+        ranks = self.get_incomplete_ranks()
+        if self.workers == 1 or len(ranks) < 2:
+            for rank in ranks:
+                self._run_for_rank(rank)
+            return
+        context = multiprocessing.get_context("forkserver")
+        try:
+            with ProcessPoolExecutor(min(self.workers, len(ranks)), context, _start_worker) as pool:
+                for _ in pool.map(self._run_for_rank, ranks):
+                    pass
+        except BrokenProcessPool as error:
+            raise PrepareError("a worker was killed, perhaps for want of memory; run again to go on") from error
 
 
-def _write_shards(
-    documents: list[Document], tokenizer: Tokenizer, size: int, dtype: str, folder: Path
-) -> dict[str, Any]:
-    writers = {split: _ShardWriter(folder, split, size, dtype) for split in ("train", "validation")}
-    progress = _Progress(documents)
-    ends = itertools.accumulate(document.bytes for document in documents)
-    for _, pairs in itertools.groupby(zip(documents, ends, strict=True), lambda pair: pair[1] // BATCH_BYTES):
-        batch = [document for document, _ in pairs]
-        for document, ids in zip(batch, tokenizer.encode_batch([_text(d) for d in batch]), strict=True):
-            writers[document.split].add(np.array([tokenizer.bos_id, *ids], dtype))
-            progress.add(document.bytes, len(ids) + 1)
-    return {split: writer.finish() for split, writer in writers.items()}
+def _start_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the workers of a killed preparation end with it
 
 
-class _Progress:
-    """One line on a terminal: files, tokens, tokens per second, time left; nothing elsewhere."""
+def _submit(work: Path, out: Path, tasks: int, options: dict[str, Any]) -> None:
+    """Has Slurm run the tasks, and then, when all are done, the last step."""
+    logs = str(work / "log")
+    options = {"qos": "", "venv_path": f"{sys.prefix}/bin/activate", "job_name": f"prepare-{out.name}", **options}
+    encode = SlurmPipelineExecutor(_pipeline(work), tasks, logging_dir=logs, **options)
+    SlurmPipelineExecutor([Finish(work, out)], 1, logging_dir=f"{logs}/finish", depends=encode, **options).run()
 
-    def __init__(self, documents: list[Document]):
-        self.all_files, self.all_bytes = len(documents), sum(document.bytes for document in documents)
-        self.files = self.bytes = self.tokens = 0
-        self.began = time.monotonic()
-        self.shown = 0.0 if sys.stderr.isatty() else float("inf")
 
-    def add(self, size: int, tokens: int) -> None:
-        self.files, self.bytes, self.tokens = self.files + 1, self.bytes + size, self.tokens + tokens
-        now, last = time.monotonic(), self.files == self.all_files
-        if now - self.shown > 0.2 or (last and self.shown < float("inf")):
-            self.shown, elapsed = now, max(now - self.began, 1e-9)
-            rate = f"{self.tokens:,} tokens, {self.tokens / elapsed:,.0f} tokens/s"
-            left = clock(elapsed * (self.all_bytes - self.bytes) / self.bytes)
-            line = f"{self.files:,}/{self.all_files:,} files, {rate}, ETA {left}"
-            print(f"\r\x1b[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
+class Finish(PipelineStep):
+    """``finish`` as a task of its own."""
+
+    type, name = "💾 - MANIFEST", "stackgrow"
+
+    def __init__(self, work: Path, out: Path):
+        super().__init__()
+        self.work, self.out = work, out
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        finish(self.work, self.out)
+
+
+def finish(work: Path, out: Path) -> None:
+    """Makes the work of all tasks the store ``out``, or a part of it; doing it again after a kill does the rest."""
+    inputs = json.loads((work / INPUTS).read_bytes())
+    parts = _with_validation(work, _records(work, len(inputs["tasks"])), inputs["options"]["validation"])
+    skipped = Skipped(inputs["skipped"])
+    for part in parts:
+        skipped.merge(part["skipped"])
+    counts = {number: of_file for part in parts for number, of_file in part["files"].items()}
+    listing = [
+        [inputs["sources"][f[0]]["root"], f[1], f[2], *counts.get(str(i), (0, 0))]
+        for i, f in enumerate(inputs["files"])
+    ]
+    store, documents = work / STORE, f"sources-{inputs['corpus']:02d}.json"
+    content = json.dumps({"columns": ["root", "file", "bytes", "train", "validation"], "files": listing}).encode()
+    splits = {split: _joined([part["splits"][split] for part in parts]) for split in ("train", "validation")}
+    if not splits["train"]["documents"]:
+        why = ", ".join(f"{entry['count']} {reason}" for reason, entry in skipped.items()) or "none"
+        held = splits["validation"]["documents"]
+        raise PrepareError(f"no documents to train on: {held} held out (--validation); left out: {why}")
+    write_file(store / documents, content)
+    corpus = {name: inputs[name] for name in ("fingerprint", "options", "sources")}
+    corpus |= {"skipped": skipped, "list": {"file": documents, "sha256": hashlib.sha256(content).hexdigest()}}
+    tokenizer = Tokenizer.load(store / inputs["tokenizer"])
+    manifest = {
+        "format": FORMAT,
+        "dtype": inputs["dtype"],
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "tokenizer": {"file": inputs["tokenizer"], "sha256": tokenizer.sha256},
+        "splits": splits,
+        "corpora": [corpus],
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+    }
+    _put_in_place(work, out, manifest)
+
+
+def _records(work: Path, tasks: int) -> list[dict[str, Any]]:
+    records = [read_json(work / PARTS / f"{rank:05d}.json") for rank in range(tasks)]
+    done = [record for record in records if record is not None]
+    if len(done) < tasks:
+        raise PrepareError(f"{tasks - len(done)} of {tasks} tasks are not done; run the same command again")
+    return done
+
+
+def _with_validation(work: Path, parts: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
+    """The records; where no document of several was held out, after the task that has the one next to it is done again
+    with that one held out."""
+    counts = {split: sum(part["splits"][split]["documents"] for part in parts) for split in ("train", "validation")}
+    if share == 0 or counts["validation"] or counts["train"] < 2:
+        return parts
+    rank = min(range(len(parts)), key=lambda i: parts[i]["lowest"])
+    reader, writer = _pipeline(work, validation=float(np.nextafter(parts[rank]["lowest"], 1)))
+    writer.run(reader.run(None, rank, len(parts)), rank, len(parts))
+    return _records(work, len(parts))
+
+
+def _joined(splits: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    counts = {name: sum(split[name] for split in splits) for name in ("tokens", "documents")}
+    return {**counts, "shards": [shard for split in splits for shard in split["shards"]]}
+
+
+def _put_in_place(work: Path, out: Path, manifest: dict[str, Any]) -> None:
+    store, named = work / STORE, {manifest["tokenizer"]["file"], manifest["corpora"][0]["list"]["file"]}
+    named |= {shard["file"] for split in manifest["splits"].values() for shard in split["shards"]}
+    for path in store.iterdir():
+        if path.name not in named:  # of a killed worker, or of a task done again
+            path.unlink()
+    if (out / MANIFEST).exists():  # add to it: files that no manifest names yet, then the manifest
+        before = read_manifest(out).raw
+        for name in sorted(named - {manifest["tokenizer"]["file"]}):
+            if (store / name).exists():
+                (store / name).replace(out / name)
+        manifest["splits"] = {s: _joined([before["splits"][s], manifest["splits"][s]]) for s in manifest["splits"]}
+        write_json(out / MANIFEST, {**manifest, "corpora": [*before["corpora"], *manifest["corpora"]]})
+    else:
+        write_json(store / MANIFEST, manifest)
+        store.rename(out)
+        sync_folder(out.parent)
+    shutil.rmtree(work)

@@ -1,16 +1,23 @@
-"""SentencePiece BPE tokenizers that give every byte of a text back."""
+"""Tokenizers: SentencePiece models and Hugging Face's tokenizer.json; and training one that gives every byte back."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import sentencepiece
+import tokenizers
 
 # SentencePiece writes a space as U+2581, so that a real U+2581 would come back as a space.
 SPACE = "\u2581"
+LONG = 2**20  # characters; a longer text is encoded in parts, since encoders hold some 100 bytes per character
+WORD_END = re.compile(r"\w(?= \w)")
+BOS = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|endoftext|>")
+EOS = ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>")
 
 
 class TokenizerError(ValueError):
@@ -18,53 +25,120 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer:
-    """A SentencePiece model and the SHA-256 of its bytes.
+    """A tokenizer, the bytes of its file and their SHA-256.
 
-    ``decode(encode(text)) == text`` for every text when the model is one of ``train_tokenizer``; a model from
-    elsewhere may normalise what it reads.
+    Texts beyond LONG are cut before a space between two letters, which no token of a SentencePiece or byte-level BPE
+    model spans: the parts' tokens are the whole's. Where 2 LONG characters hold no such place they are cut anywhere.
     """
+
+    model: bytes
+    file: str  # its name in a token store
+    vocab_size: int
+    bos_id: int
+    eos_id: int  # -1: it has none
+    adds_prefix: bool  # it puts a space before every text
+
+    @staticmethod
+    def load(path: str | Path) -> Tokenizer:
+        """The tokenizer in file ``path``. Raises TokenizerError if it is not one, OSError if unreadable."""
+        content = Path(path).read_bytes()
+        return (HfTokenizer if str(path).endswith(".json") else SentencePiece)(content, str(path))
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.model).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, without BOS or EOS; special tokens spelled out in it are text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        parts = [list(self._parts(text)) if len(text) > LONG else [text] for text in texts]
+        ids = iter(self._encode([part for each in parts for part in each]))
+        return [next(ids) if len(each) == 1 else list(chain(*islice(ids, len(each)))) for each in parts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise NotImplementedError
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        raise NotImplementedError
+
+    def _parts(self, text: str) -> Iterator[str]:
+        start = 0
+        while start < len(text):
+            found = WORD_END.search(text, start + LONG, start + 2 * LONG)
+            end = found.end() if found else start + 2 * LONG
+            yield text[start:end]
+            start = end + (found is not None and self.adds_prefix)  # the next part's own prefix stands for its space
+
+
+class SentencePiece(Tokenizer):
+    """``decode(encode(text)) == text`` for every text when the model is one of ``train_tokenizer``; a model from
+    elsewhere may normalise what it reads."""
+
+    file = "tokenizer.model"
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise TokenizerError(f"{name} is not a SentencePiece model; give a tokenizer.model file") from error
+            raise TokenizerError(f"{name} is not a SentencePiece model; give one, or a tokenizer.json") from error
         if self._model.bos_id() < 0:
             raise TokenizerError(f"{name} has no BOS token; every document must begin with one")
         self.model = model
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = self._model.vocab_size()
-        self.bos_id: int = self._model.bos_id()
-        self.eos_id: int = self._model.eos_id()
+        self.vocab_size = self._model.vocab_size()
+        self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
         ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        adds_prefix = self._model.encode("a", out_type=str)[0].startswith(SPACE)
+        self.adds_prefix = self._model.encode("a", out_type=str)[0].startswith(SPACE)
         # Only where a text may be encoded in parts: bytes are pieces, and no part gets a space of its own.
-        self._space_ids = ids if all(map(self._model.is_byte, ids)) and not adds_prefix else None
+        self._space_ids = ids if all(map(self._model.is_byte, ids)) and not self.adds_prefix else None
 
-    @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer in file ``path``. Raises TokenizerError if it is not one, OSError if unreadable."""
-        return cls(Path(path).read_bytes(), str(path))
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._model.decode(list(ids)))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, without BOS or EOS."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, on all CPU cores."""
-        batch: list[list[int]] = self._model.encode(list(texts), num_threads=-1)
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        batch: list[list[int]] = [self._model.encode(text) for text in texts]
         if self._space_ids is not None:
             for i, text in enumerate(texts):
                 if SPACE in text:
                     batch[i] = self._encode_with_space_sign(text, self._space_ids)
         return batch
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._model.decode(list(ids)))
-
     def _encode_with_space_sign(self, text: str, space_ids: list[int]) -> list[int]:
         first, *rest = self._model.encode(text.split(SPACE))
         return [*first, *(i for part in rest for i in (*space_ids, *part))]
+
+
+class HfTokenizer(Tokenizer):
+    """A tokenizer.json, such as Llama 3's. BOS is what it puts before a text itself, or a token of a known name."""
+
+    file = "tokenizer.json"
+
+    def __init__(self, model: bytes, name: str = "tokenizer"):
+        try:
+            self._model = tokenizers.Tokenizer.from_buffer(model)
+        except Exception as error:  # the library raises nothing more specific
+            raise TokenizerError(f"{name} is not a tokenizer.json ({error}); give one of Hugging Face's") from error
+        self._model.no_truncation()
+        self._model.no_padding()
+        self._model.encode_special_tokens = True
+        own = self._model.encode("").ids
+        bos = own[:1] if own and self._model.id_to_token(own[0]) not in EOS[:-1] else self._ids(BOS)
+        if not bos:
+            raise TokenizerError(f"{name} has no BOS token ({', '.join(BOS)}); every document must begin with one")
+        self.model, self.bos_id, self.eos_id = model, bos[0], (*self._ids(EOS), -1)[0]
+        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        self.adds_prefix = not self._model.encode("a", add_special_tokens=False).tokens[0].startswith("a")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._model.decode(list(ids), skip_special_tokens=False))
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _ids(self, names: Sequence[str]) -> list[int]:
+        return [i for name in names if (i := self._model.token_to_id(name)) is not None]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -103,4 +177,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2] or "there is no text to train on"
         raise TokenizerError(f"cannot train a tokenizer of {vocab_size} pieces: {reason}") from error
-    return Tokenizer(model.getvalue())
+    return SentencePiece(model.getvalue())

@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import safetensors
+import tokenizers
 import torch
 import torch.distributed.checkpoint.metadata as meta
 from sentencepiece import SentencePieceProcessor
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
 from stackgrow import seal
-from stackgrow.data.tokenizer import SPACE, Tokenizer
+from stackgrow.data.tokenizer import SPACE, HfTokenizer, Tokenizer
 from stackgrow.evaluate.hf_format import config_of, from_hf, hf_name, read_config, to_hf
 from stackgrow.fingerprint import fingerprint
 from stackgrow.growth.dcp import METADATA, CheckpointError, is_model_key, read_metadata, read_tensor, tensor_shapes
@@ -201,11 +203,13 @@ def _write_safetensors(file: Path, shapes: Shapes, dtype: torch.dtype, tensors: 
 
 
 def _write_tokenizer(work: Path, tokenizer: Tokenizer, seq_len: int | None) -> dict[str, int | None]:
-    """The SentencePiece model, and how transformers is to use it: as stackgrow does, with BOS before every text.
+    """The tokenizer, and how transformers is to use it: as stackgrow does, with BOS before every text.
 
     Returns the ids for config.json. transformers still has its own way with a literal U+2581, with special tokens
     spelled out in a text, and, where the tokenizer puts a space before every text, with one that begins with a space.
     """
+    if isinstance(tokenizer, HfTokenizer):
+        return _write_tokenizer_json(work, tokenizer, seq_len)
     (work / "tokenizer.model").write_bytes(tokenizer.model)
     pieces = SentencePieceProcessor(model_proto=tokenizer.model)
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": pieces.unk_id()}
@@ -221,6 +225,24 @@ def _write_tokenizer(work: Path, tokenizer: Tokenizer, seq_len: int | None) -> d
     }
     seal.write_json(work / "tokenizer_config.json", config)
     return {f"{name}_token_id": ids[name] if ids[name] >= 0 else None for name in ("bos", "eos")}
+
+
+def _write_tokenizer_json(work: Path, tokenizer: HfTokenizer, seq_len: int | None) -> dict[str, int | None]:
+    model = tokenizers.Tokenizer.from_buffer(tokenizer.model)
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    names = {name: model.id_to_token(i) for name, i in ids.items() if i >= 0}
+    if model.encode("").ids != [tokenizer.bos_id]:
+        special = [(names["bos"], tokenizer.bos_id)]
+        model.post_processor = TemplateProcessing(single=f"{names['bos']} $A", special_tokens=special)
+    model.save(str(work / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{name}_token": token for name, token in names.items()},
+        "clean_up_tokenization_spaces": False,
+        **({"model_max_length": seq_len} if seq_len else {}),
+    }
+    seal.write_json(work / "tokenizer_config.json", config)
+    return {f"{name}_token_id": i if i >= 0 else None for name, i in ids.items()}
 
 
 def _read_folder(source: Path) -> tuple[Model, dict[str, Path]]:

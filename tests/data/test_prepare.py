@@ -1,24 +1,41 @@
-"""Preparation: deterministic, complete or absent, and nothing is lost silently."""
+"""Preparation: the same bytes whatever stops it and however many work, complete or absent, and no silent loss."""
 
 import fcntl
+import gzip
 import hashlib
 import json
+import multiprocessing
 import os
+import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from stackgrow.data import prepare as prepare_module
-from stackgrow.data.prepare import PrepareError, Source, prepare
-from stackgrow.data.store import StoreError, TokenStore, read_manifest
+from stackgrow.data import write
+from stackgrow.data.prepare import PRESETS, PrepareError, prepare
+from stackgrow.data.read import Skipped, Source, list_files, stdlib_source
+from stackgrow.data.store import Manifest, StoreError, TokenStore, read_manifest
 from stackgrow.data.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 LETTERS = str.maketrans("0123456789", "ghijklmnop")
 TOOL = [sys.executable, "tools/prepare_data.py"]
+
+
+def words(seed: object, count: int) -> str:
+    return " ".join(hashlib.sha256(f"{seed} {i}".encode()).hexdigest().translate(LETTERS) for i in range(count))
 
 
 @pytest.fixture
@@ -27,8 +44,7 @@ def corpus(tmp_path: Path) -> Path:
     for i in range(60):
         path = root / f"d{i % 3}" / f"{i}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
-        words = [hashlib.sha256(f"{i} {j}".encode()).hexdigest().translate(LETTERS) for j in range(i % 7 + 1)]
-        path.write_text(f"def f{i}():\n" + "".join(f"    return {word}\n" for word in words))
+        path.write_text(f"def f{i}():\n    return {words(i, i % 7 + 1)}\n")
     return root
 
 
@@ -37,8 +53,33 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "data" / "store"
 
 
+@pytest.fixture
+def tasks_of_100_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "TASK_BYTES", 100)
+
+
+def made(corpus: Path, out: Path, **options: Any) -> Manifest:
+    known = {"tokenizer": 400, "tokens_per_shard": 500}
+    manifest, _ = prepare([Source(str(corpus))], out, **{**known, **options})
+    assert manifest is not None
+    return manifest
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def texts(folder: Path, split: str = "train") -> list[str]:
+    store = TokenStore.open(folder, split)
+    store.verify()
+    tokens, tokenizer = store.tokens(0, store.n_tokens), Tokenizer.load(folder / store.manifest.tokenizer)
+    starts = np.flatnonzero(tokens == tokenizer.bos_id)
+    assert starts[0] == 0
+    return [tokenizer.decode(piece[1:].tolist()) for piece in np.split(tokens, starts[1:])]
+
+
+def skipped(manifest: Manifest) -> dict[str, int]:
+    return {why: entry["count"] for corpus in manifest.raw["corpora"] for why, entry in corpus["skipped"].items()}
 
 
 def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -47,83 +88,314 @@ def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 
-def test_same_inputs_give_the_same_bytes(corpus: Path, out: Path) -> None:
-    for folder in (out, out.with_name("again")):
-        prepare([Source(corpus)], folder, tokenizer=400, validation=0.1, tokens_per_shard=500)
-    assert contents(out) == contents(out.with_name("again"))
+@pytest.mark.usefixtures("tasks_of_100_bytes")
+def test_any_number_of_workers_gives_the_same_bytes(corpus: Path, out: Path) -> None:
+    for workers in (1, 3):
+        manifest = made(corpus, out.with_name(f"{workers}"), validation=0.1, workers=workers)
+        assert len(manifest.splits["train"].shards) > 30
+    assert contents(out.with_name("1")) == contents(out.with_name("3"))
     assert not list(out.parent.glob(".*"))
+    assert len(texts(out.with_name("3"))) + len(texts(out.with_name("3"), "validation")) == 60
 
 
-def test_split_is_by_document_and_stable(corpus: Path, out: Path) -> None:
-    def validation_documents(name: str) -> set[str]:
-        folder = out.with_name(name)
-        prepare([Source(corpus)], folder, tokenizer=400, validation=0.2)
-        store = TokenStore.open(folder, "validation")
-        tokenizer = Tokenizer.load(folder / "tokenizer.model")
-        text = tokenizer.decode([t for t in store.tokens(0, store.n_tokens).tolist() if t != tokenizer.bos_id])
-        return {line for line in text.splitlines() if line.startswith("def")}
+def test_documents_stand_in_order_of_their_names_in_shards_of_the_stated_size(corpus: Path, out: Path) -> None:
+    manifest = made(corpus, out, validation=0)
+    expected = [(corpus / file).read_text() for _, file, *_ in listing(out)]
+    assert texts(out) == expected
+    assert [file for _, file, *_ in listing(out)] == sorted(file for _, file, *_ in listing(out))
+    assert {shard.tokens for shard in manifest.splits["train"].shards[:-1]} == {500}
 
-    before = validation_documents("a")
-    assert 3 <= len(before) <= 25
-    (corpus / "new.py").write_text("x = 1\n")
-    assert validation_documents("b") == before, "another document does not move these"
+
+def listing(store: Path) -> list[list[Any]]:
+    return json.loads((store / "sources-00.json").read_text())["files"]
+
+
+def prepare_or_die(corpus: Path, out: Path, seed: int) -> None:
+    """A preparation that kills itself at one of the steps that leave a trace on the disk."""
+    chance = random.Random(seed)
+
+    def kill_at_random(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            if chance.random() < 0.06:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*arguments, **options)
+            if chance.random() < 0.06:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapped
+
+    for module, names in {
+        write: ["write_file", "write_json"], prepare_module: ["write_file", "write_json"], os: ["fsync"],
+        Path: ["rename", "replace"], shutil: ["rmtree"], prepare_module._Local: ["mark_rank_as_completed"],
+    }.items():  # fmt: skip
+        for name in names:
+            setattr(module, name, kill_at_random(getattr(module, name)))
+    made(corpus, out)
+
+
+@pytest.mark.usefixtures("tasks_of_100_bytes")
+def test_killed_at_random_twenty_times(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every kind of step that leaves a trace on the disk; what a rerun makes is what was made without a stop."""
+    monkeypatch.setattr(prepare_module, "TASK_BYTES", 1000)
+    whole = out.with_name("whole")
+    made(corpus, whole)
+    kills = seed = 0
+    while kills < 20:
+        process = multiprocessing.get_context("fork").Process(target=prepare_or_die, args=(corpus, out, seed))
+        process.start()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        kills, seed = kills + (process.exitcode != 0), seed + 1
+        assert seed < 60
+        if (out / "manifest.json").exists():  # a store is whole whenever it can be seen
+            assert contents(out) == contents(whole)
+            if process.exitcode == 0:
+                shutil.rmtree(out)
+    made(corpus, out)
+    assert contents(out) == contents(whole)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["store", "whole"], "leftovers are gone"
+
+
+def test_killed_with_its_workers_and_gone_on(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(30):
+        (corpus / f"large{i}.txt").write_text(words(i, 3000))
+    arguments = ["--input", corpus, "--train-tokenizer", 400, "--workers", 2, "--out"]
+    code = "import sys, runpy; from stackgrow.data import prepare as p; p.TASK_BYTES = 10**5; "
+    code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, TOOL[1], *map(str, [*arguments, out])]
+    process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stderr=subprocess.DEVNULL)
+    records = out.with_name(".store.partial") / "parts"
+    deadline = time.monotonic() + 60
+    while not (records.is_dir() and len(list(records.glob("*.json"))) >= 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)  # it alone: its workers end with it
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in records.glob("*.json")}
+    assert not out.exists()
+    time.sleep(0.5)
+    monkeypatch.setattr(prepare_module, "TASK_BYTES", 10**5)
+    monkeypatch.setattr(prepare_module, "finish", lambda work, out: after.update(stamps(work)))
+    after: dict[Path, int] = {}
+
+    def stamps(work: Path) -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (work / "parts").glob("*.json")}
+
+    with pytest.raises(StoreError):  # for finish did nothing
+        prepare([Source(str(corpus))], out, tokenizer=400)
+    assert before.items() <= after.items(), "what was completed is not done again"
+    assert len(after) > len(before)
+
+
+def test_killed_worker_is_told_of(corpus: Path, out: Path) -> None:
+    script = out.parent / "kill.py"
+    out.parent.mkdir()
+    script.write_text(
+        "import os, sys\nfrom stackgrow.data import prepare as p\np.TASK_BYTES = 100\n"
+        "def die():\n    os.kill(os.getpid(), 9)\np._start_worker = die\n"
+        "if __name__ == '__main__':\n"
+        "    try:\n        p.prepare([p.Source(sys.argv[1])], sys.argv[2], tokenizer=400, workers=2)\n"
+        "    except p.PrepareError as error:\n        sys.exit(str(error))\n"
+    )
+    command = [sys.executable, str(script), str(corpus), str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert "a worker was killed, perhaps for want of memory; run again to go on" in done.stderr
+    assert not out.exists()
+
+
+def test_full_disk(corpus: Path, out: Path) -> None:
+    """A file may not grow beyond a limit, which is what a quota does; then the limit is gone, and it goes on."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY))
+
+    arguments = ["--input", corpus, "--train-tokenizer", 400, "--out", out, "--workers", 1]
+    command = [*TOOL, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
+    full = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, preexec_fn=limit)
+    assert full.returncode == 2, full.stderr
+    assert "prepare_data: [Errno 27] File too large: " in full.stderr
+    assert "train-00-0000-0000.npy" in full.stderr
+    assert not out.exists()
+    assert not list(out.parent.rglob("*.tmp"))
+    assert tool(*arguments).returncode == 0
+    assert len(texts(out)) + len(texts(out, "validation")) == 60
 
 
 @pytest.mark.parametrize(
     ("files", "validation", "expected"),
-    [(1, 0.5, 0), (2, 0.0001, 1), (2, 0.9999, 1), (60, 0.0001, 1), (60, 0, 0)],
+    [(1, 0.5, 0), (2, 0.0001, 1), (60, 0.0001, 1), (60, 0, 0)],
 )
-def test_neither_split_is_empty_unless_asked(
+@pytest.mark.usefixtures("tasks_of_100_bytes")
+def test_validation_is_not_empty_unless_asked(
     corpus: Path, out: Path, files: int, validation: float, expected: int
 ) -> None:
     for path in sorted(corpus.rglob("*.py"))[files:]:
         path.unlink()
-    manifest, _ = prepare([Source(corpus)], out, tokenizer=300, validation=validation)
+    manifest = made(corpus, out, validation=validation, tokenizer=300)
     assert manifest.splits["validation"].documents == expected
-    assert manifest.splits["train"].documents == files - expected
+    assert len(texts(out)) == files - expected
 
 
-def test_patterns(corpus: Path, out: Path) -> None:
+def test_no_document_is_left_for_training(corpus: Path, out: Path) -> None:
+    with pytest.raises(PrepareError, match=r"60 held out \(--validation\)"):
+        made(corpus, out, validation=0.999999, tokenizer=model_of(corpus, out))
+
+
+def model_of(corpus: Path, out: Path) -> Path:
+    """A tokenizer for other preparations."""
+    folder = out.with_name("tokenizer")
+    made(corpus, folder)
+    return folder / "tokenizer.model"
+
+
+def test_split_is_by_document_and_stable(corpus: Path, out: Path) -> None:
+    model = model_of(corpus, out)
+    made(corpus, out.with_name("a"), validation=0.2, tokenizer=model)
+    before = texts(out.with_name("a"), "validation")
+    assert 3 <= len(before) <= 25
+    (corpus / "new.py").write_text("x = 1\n")
+    (corpus / "copy.py").write_text(before[0])
+    made(corpus, out.with_name("b"), validation=0.2, tokenizer=model)
+    assert sorted({*texts(out.with_name("b"), "validation")} - {"x = 1\n"}) == sorted(before), "others do not move it"
+    assert before[0] not in texts(out.with_name("b")), "a copy of what is held out is held out"
+
+
+def test_patterns(corpus: Path) -> None:
     (corpus / "top.py").write_text("top = 1\n")
     (corpus / "d0" / "deep" / "test").mkdir(parents=True)
     (corpus / "d0" / "deep" / "test" / "t.py").write_text("test = 1\n")
     (corpus / "notes.txt").write_text("notes\n")
 
-    def documents(pattern: str, *exclude: str) -> int:
-        source = Source(corpus, pattern, exclude)
-        return len(list(prepare_module._names(source, prepare_module.Skipped())))
+    def count(pattern: str, *exclude: str) -> int:
+        return len(list_files([Source(str(corpus), pattern, exclude)], Skipped()))
 
-    assert documents("**/*") == 63
-    assert documents("**/*.py") == 62
-    assert documents("*.py") == 1
-    assert documents("d?/*.py") == 60
-    assert documents("**/*.py", "d1/**") == 42
-    assert documents("**/*.py", "**/test/**", "top.*") == 60
-    assert documents("**/*.py", "test/**") == 62
+    assert count("**/*") == 63
+    assert count("**/*.py") == 62
+    assert count("*.py") == 1
+    assert count("d?/*.py") == 60
+    assert count("**/*.py", "d1/*") == 42
+    assert count("**/*.py", "*/test/*", "top.*") == 60
 
 
-def test_skipped_files_are_reported(corpus: Path, out: Path) -> None:
+def test_files_left_out_are_reported(corpus: Path, out: Path) -> None:
     (corpus / "empty.py").touch()
     (corpus / "latin.py").write_bytes("é".encode("latin-1"))
     (corpus / "dangling.py").symlink_to(corpus / "nowhere")
     (corpus / "twin.py").symlink_to(corpus / "d0" / "0.py")
     (corpus / "linked").symlink_to(corpus / "d1")
+    (corpus.parent / "elsewhere.py").write_text("real = 1\n")
+    (corpus / "link.py").symlink_to(corpus.parent / "elsewhere.py")
     os.mkfifo(corpus / "pipe.py")
-    manifest, _ = prepare([Source(corpus)], out, tokenizer=400)
-    assert manifest.raw["skipped"] == {
-        "linked folder, not followed": {"files": 1, "names": ["linked"]},
-        "unreadable": {"files": 1, "names": ["dangling.py"]},
-        "empty": {"files": 1, "names": ["empty.py"]},
-        "not UTF-8": {"files": 1, "names": ["latin.py"]},
-        "not a regular file": {"files": 1, "names": ["pipe.py"]},
-        "same file found twice": {"files": 1, "names": ["twin.py"]},
-    }
-    assert sum(split.documents for split in manifest.splits.values()) == 60
+    manifest = made(corpus, out)
+    assert skipped(manifest) == {"not a regular file": 3, "same file found twice": 1, "empty": 1, "not UTF-8": 1}
+    assert sum(split.documents for split in manifest.splits.values()) == 61, "a link to a file is a file"
+
+
+ROWS = [
+    {"text": words("web", 9), "meta": {"redpajama_set_name": "RedPajamaC4"}},
+    {"text": words("code", 9), "meta": {"redpajama_set_name": "RedPajamaGithub"}},
+    {"text": "  \n"},
+    {"text": ""},
+    {"content": "under another key"},
+    {"text": None},
+    {"text": 7},
+    {"text": words("books", 9), "meta": None},
+]
+LINES = b"\n".join([*(json.dumps(row).encode() for row in ROWS), b"", b"[1]", b'{"text": "\xff"}', b'{"text": "cut'])
+LINES += b'\n{"text": "\\ud800 is half of a character"}\n'
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst", "jsonl.gz", "parquet"])
+def test_rows_are_read_or_counted(tmp_path: Path, out: Path, kind: str) -> None:
+    file = tmp_path / "in" / "train" / "chunk1" / f"a.{kind}"
+    file.parent.mkdir(parents=True)
+    expected = {"dropped, meta.redpajama_set_name = RedPajamaGithub": 1, "empty": 2}
+    if kind == "parquet":
+        rows = [row if isinstance(row.get("text"), str) else {**row, "text": None} for row in ROWS]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        expected['no text under the key "text"'] = 3
+    else:
+        codec = {"jsonl.zst": "zstd", "jsonl.gz": "gzip"}.get(kind)
+        half = LINES.index(b"\n") + 1
+        frames = [
+            pyarrow.compress(part, codec, asbytes=True) if codec else part for part in (LINES[:half], LINES[half:])
+        ]
+        file.write_bytes(b"".join(frames))  # two frames, as a file that was appended to
+        expected |= {'no text under the key "text"': 4, "not UTF-8": 2, "not JSON": 1}
+    options = {**PRESETS["slimpajama"], "validation": 0}
+    source = Source(str(tmp_path / "in"), f"train/chunk*/*.{kind}")
+    options.pop("pattern")
+    manifest, _ = prepare([source], out, tokenizer=300, **options)
+    assert manifest is not None
+    assert texts(out) == [ROWS[0]["text"], ROWS[-1]["text"]]
+    assert skipped(manifest) == expected
+    names = manifest.raw["corpora"][0]["skipped"]["empty"]["names"]
+    assert len(names) == 2
+    assert names[0].startswith(f"train/chunk1/a.{kind}:")
+
+
+@pytest.mark.parametrize("kind", ["jsonl.zst", "jsonl.gz", "parquet", "txt.zst"])
+def test_a_file_that_ends_early_is_an_error_and_can_be_mended(corpus: Path, out: Path, kind: str) -> None:
+    rows = [{"text": words(i, 30)} for i in range(200)]
+    file = corpus / f"z.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        plain = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+        file.write_bytes(gzip.compress(plain) if kind.endswith("gz") else pyarrow.compress(plain, "zstd", asbytes=True))
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    model = model_of(corpus / "d0", out)
+    with pytest.raises(PrepareError, match=rf"z\.{kind}: .*fetch it again, or leave it out with --exclude"):
+        made(corpus, out, tokenizer=model)
+    assert not out.exists()
+    file.write_bytes(whole)
+    with pytest.raises(PrepareError, match="holds a stopped preparation of other files or options"):
+        made(corpus, out, tokenizer=model)
+    shutil.rmtree(out.with_name(".store.partial"))
+    manifest = made(corpus, out, tokenizer=model)
+    assert sum(split.documents for split in manifest.splits.values()) == 60 + (1 if kind == "txt.zst" else 200)
+
+
+def test_a_long_document_is_encoded_in_parts_that_are_the_whole(corpus: Path, out: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("stackgrow.data.tokenizer.LONG", 1000)
+    (corpus / "long.txt").write_text(words("long", 2000))
+    made(corpus, out, validation=0)
+    assert (corpus / "long.txt").read_text() in texts(out)
+    monkeypatch.setattr("stackgrow.data.tokenizer.LONG", 2**20)
+    made(corpus, out.with_name("whole"), validation=0)
+    assert contents(out) == contents(out.with_name("whole"))
+
+
+def test_other_file_systems(out: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/bucket/a/1.jsonl": LINES, "/bucket/2.txt": words("memory", 20).encode()})
+    manifest, _ = prepare([Source("memory://bucket")], out, tokenizer=300, validation=0)
+    assert manifest is not None
+    assert texts(out) == [words("memory", 20), ROWS[0]["text"], ROWS[1]["text"], ROWS[-1]["text"]]
+
+
+def test_no_documents(corpus: Path, out: Path) -> None:
+    model = model_of(corpus, out)
+    folder = corpus.parent / "rows"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"content": "x"}\n{"content": "y"}\n')
+    with pytest.raises(PrepareError, match=r'no documents to train on.*left out: 2 no text under the key "text"'):
+        made(folder, out, tokenizer=model)
+    made(folder, out.with_name("right"), tokenizer=model, text_key="content", validation=0)
+    assert texts(out.with_name("right")) == ["x", "y"]
 
 
 def test_second_run_changes_nothing_and_other_inputs_are_refused(corpus: Path, out: Path) -> None:
-    def run(**options: float) -> bool:
-        return prepare([Source(corpus)], out, tokenizer=400, **options)[1]  # type: ignore[arg-type]
+    def run(**options: Any) -> bool:
+        return prepare([Source(str(corpus))], out, **{"tokenizer": 400, **options})[1]
 
     assert run()
     before = contents(out)
@@ -136,107 +408,97 @@ def test_second_run_changes_nothing_and_other_inputs_are_refused(corpus: Path, o
     assert contents(out) == before
 
 
+def test_append(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(corpus, out, validation=0.1)
+    before, old = read_manifest(out), contents(out)
+    more = corpus.parent / "more"
+    more.mkdir()
+    for i in range(20):
+        (more / f"{i}.txt").write_text(words(f"more {i}", 5))
+    with pytest.raises(PrepareError, match="or --append"):
+        made(more, out, tokenizer=out / "tokenizer.model")
+    with pytest.raises(PrepareError, match="has a tokenizer of its own"):
+        made(more, out, append=True)
+    work = out.with_name(".store.partial")
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_module, "write_json", fails_on("manifest.json"))
+        with pytest.raises(OSError, match="No space"):
+            made(more, out, append=True, tokenizer=None, validation=0.1)
+    assert read_manifest(out) == before, "files that no manifest names are not a part of the store"
+    assert work.exists()
+    manifest = made(more, out, append=True, tokenizer=None, validation=0.1)
+    assert {name: content for name, content in contents(out).items() if name in old and name != "manifest.json"} == {
+        name: content for name, content in old.items() if name != "manifest.json"
+    }
+    assert manifest.splits["train"].documents + manifest.splits["validation"].documents == 80
+    assert manifest.splits["train"].shards[: len(before.splits["train"].shards)] == before.splits["train"].shards
+    assert {words(f"more {i}", 5) for i in range(20)} <= {*texts(out), *texts(out, "validation")}
+    assert manifest.hash("train") != before.hash("train")
+    again = contents(out)
+    made(more, out, append=True, tokenizer=None, validation=0.1)
+    assert contents(out) == again, "it is in there"
+    assert not work.exists()
+
+
+def fails_on(name: str) -> Callable[..., None]:
+    from stackgrow.seal import write_json
+
+    def failing(path: Path, value: Any) -> None:
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        write_json(path, value)
+
+    return failing
+
+
 def test_damaged_store_is_not_already_prepared(corpus: Path, out: Path) -> None:
-    prepare([Source(corpus)], out, tokenizer=400)
-    (out / "validation-00000.npy").unlink()
+    made(corpus, out)
+    next(out.glob("validation-*.npy")).unlink()
     with pytest.raises(StoreError, match="is missing"):
-        prepare([Source(corpus)], out, tokenizer=400)
+        made(corpus, out)
 
 
 def test_something_else_in_the_way(corpus: Path, out: Path) -> None:
     out.mkdir(parents=True)
     (out / "thesis.tex").write_text("irreplaceable")
     with pytest.raises(PrepareError, match="is not a token store"):
-        prepare([Source(corpus)], out, tokenizer=400)
+        made(corpus, out)
     assert contents(out) == {"thesis.tex": b"irreplaceable"}
 
 
-def test_failure_leaves_nothing(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, count = prepare_module._write, 0
-
-    def failing(path: Path, content: bytes) -> None:
-        nonlocal count
-        count += 1
-        if count == 3:
-            raise OSError(28, "No space left on device")
-        write(path, content)
-
-    monkeypatch.setattr(prepare_module, "_write", failing)
-    with pytest.raises(OSError, match="No space"):
-        prepare([Source(corpus)], out, tokenizer=400, tokens_per_shard=500)
-    assert list(out.parent.iterdir()) == []
-
-
-def test_file_changed_between_the_passes(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_changed_after_it_was_listed(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = prepare_module.train_tokenizer
 
-    def edit_then_train(*arguments: object) -> Tokenizer:
-        made = train(*arguments)  # type: ignore[arg-type]
+    def edit_then_train(*arguments: Any) -> Tokenizer:
+        trained = train(*arguments)
         (corpus / "d0" / "0.py").write_text("changed\n")
-        return made
+        return trained
 
     monkeypatch.setattr(prepare_module, "train_tokenizer", edit_then_train)
     with pytest.raises(PrepareError, match=r"0\.py changed while"):
-        prepare([Source(corpus)], out, tokenizer=400)
+        made(corpus, out)
     assert not out.exists()
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from stackgrow.data import prepare as p
-calls = 0
-def kill_before(function):
-    def wrapped(*arguments):
-        global calls
-        calls += 1
-        if calls == {after}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
-    return wrapped
-p._write = kill_before(p._write)
-p.write_json = kill_before(p.write_json)
-Path.rename = kill_before(Path.rename)
-p.prepare([p.Source(Path(sys.argv[1]))], sys.argv[2], tokenizer=400, tokens_per_shard=5000)
-"""
-
-
-def test_killed_at_any_write_it_never_looks_complete(corpus: Path, out: Path) -> None:
-    whole = out.with_name("whole")
-    manifest, _ = prepare([Source(corpus)], whole, tokenizer=400, tokens_per_shard=5000)
-    shards = sum(len(split.shards) for split in manifest.splits.values())
-    for after in range(1, shards + 4):  # the tokenizer, the shards, the manifest, the rename
-        command = [sys.executable, "-c", KILLED.format(after=after), str(corpus), str(out)]
-        assert subprocess.run(command, cwd=REPOSITORY).returncode == -signal.SIGKILL
-        assert not out.exists()
-    prepare([Source(corpus)], out, tokenizer=400, tokens_per_shard=5000)
-    assert contents(out) == contents(whole)
-    assert sorted(path.name for path in out.parent.iterdir()) == ["store", "whole"], "leftovers are gone"
-
-
 def test_two_preparations_of_one_store(corpus: Path, out: Path) -> None:
-    partial = out.with_name(".store.partial")
-    partial.mkdir(parents=True)
-    (partial / "train-00077.npy").write_text("being written")
-    handle = os.open(partial, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
+    work = out.with_name(".store.partial")
+    work.mkdir(parents=True)
+    handle = os.open(work, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with pytest.raises(PrepareError, match="another preparation"):
-        prepare([Source(corpus)], out, tokenizer=400)
-    assert contents(partial) == {"train-00077.npy": b"being written"}
+        made(corpus, out)
     os.close(handle)
-    assert prepare([Source(corpus)], out, tokenizer=400)[1]
-    assert "train-00077.npy" not in contents(out)
+    made(corpus, out)
 
 
 def test_large_vocabulary_takes_uint32(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(prepare_module.DTYPES, "uint16", 399)
-    manifest, _ = prepare([Source(corpus)], out, tokenizer=400)
-    assert manifest.dtype == "uint32"
+    assert made(corpus, out).dtype == "uint32"
     TokenStore.open(out).verify()
 
 
 def test_tool(corpus: Path, out: Path) -> None:
-    arguments = ["--input", corpus, "--pattern", "**/*.py", "--exclude", "d2/**", "--out", out]
+    arguments = ["--input", corpus, "--pattern", "**/*.py", "--exclude", "d2/*", "--out", out]
     done = tool(*arguments, "--train-tokenizer", 400)
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(out)
@@ -263,6 +525,9 @@ def test_tool(corpus: Path, out: Path) -> None:
         (["--input", "tools", "--train-tokenizer", "-1"], "cannot train"),
         (["--input", "tools", "--train-tokenizer", "400", "--validation", "2"], "below 1"),
         (["--input", "tools", "--train-tokenizer", "400", "--tokens-per-shard", "0"], "must be between"),
+        (["--input", "tools", "--train-tokenizer", "400", "--drop", "language"], "language must be KEY=VALUE"),
+        (["--input", "tools", "--append"], "is not a token store"),
+        (["--input", "tools"], "name the tokenizer"),
         (["--train-tokenizer", "400"], "--input FOLDER, or --stdlib"),
     ],
 )
@@ -271,17 +536,18 @@ def test_tool_errors(tmp_path: Path, arguments: list[str], message: str) -> None
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "store").exists()
 
 
 def test_stdlib_source_is_code_without_its_tests() -> None:
-    names = list(prepare_module._names(prepare_module.stdlib_source(), prepare_module.Skipped()))
+    names = [file.name for file in list_files([stdlib_source()], Skipped())]
     assert {"argparse.py", "json/decoder.py", "asyncio/tasks.py"} <= set(names)
     assert not [name for name in names if "site-packages" in name or "/test" in f"/{name}".replace("unittest", "")]
 
 
 def test_manifest_names_sources_and_versions(corpus: Path, out: Path) -> None:
-    prepare([Source(corpus, "**/*.py", ("d2/**",))], out, tokenizer=400)
+    prepare([Source(str(corpus), "**/*.py", ("d2/*",))], out, tokenizer=400)
     raw = json.loads((out / "manifest.json").read_text())
-    assert raw["sources"] == [{"root": str(corpus), "pattern": "**/*.py", "exclude": ["d2/**"]}]
-    assert set(raw["versions"]) == {"python", "numpy", "sentencepiece"}
+    assert raw["corpora"][0]["sources"] == [{"root": str(corpus), "pattern": "**/*.py", "exclude": ["d2/*"]}]
+    assert set(raw["versions"]) == {"python", "numpy", "sentencepiece", "datatrove", "pyarrow", "tokenizers"}
+    assert sum(train + held for *_, train, held in listing(out)) == 40

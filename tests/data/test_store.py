@@ -25,7 +25,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in TEXTS.items():
         (root / name).write_text(text)
     out = tmp_path_factory.mktemp("out") / "store"
-    prepare([Source(root)], out, tokenizer=300, validation=0.1, tokens_per_shard=1000)
+    prepare([Source(str(root))], out, tokenizer=300, validation=0.1, tokens_per_shard=1000)
     return out
 
 

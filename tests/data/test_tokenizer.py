@@ -1,12 +1,16 @@
 """Tokenizers: every byte comes back, and training is deterministic."""
 
 import inspect
+import io
 from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from stackgrow.data import prepare, store
+from stackgrow.data import tokenizer as tokenizer_module
 from stackgrow.data.tokenizer import Tokenizer, TokenizerError, train_tokenizer
 
 SOURCES = [*(inspect.getsource(module) for module in (prepare, store, pytest)), "in 2024\n" * 500]
@@ -88,3 +92,72 @@ def test_errors(tmp_path: Path) -> None:
         train_tokenizer(["a few words"], 20)
     with pytest.raises(TokenizerError, match="no text"):
         train_tokenizer([], 300)
+
+
+def byte_level(bos: str = "<|begin_of_text|>", template: bool = True) -> bytes:
+    """A small tokenizer.json as Llama 3's is: byte-level BPE, BOS put before every text by a template."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    special = [bos, "<|end_of_text|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(SOURCES, trainer)
+    if template:
+        model.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
+    return model.to_str().encode()
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
+    path.write_bytes(byte_level())
+    return Tokenizer.load(path)
+
+
+def test_tokenizer_json(hf: Tokenizer) -> None:
+    assert (hf.vocab_size, hf.bos_id, hf.eos_id, hf.file) == (600, 0, 1, "tokenizer.json")
+    for text in [*SOURCES, "", "é 日本 😀", "<|begin_of_text|> spelled out <|end_of_text|>"]:
+        ids = hf.encode(text)
+        assert hf.decode(ids) == text
+        assert not {hf.bos_id, hf.eos_id} & set(ids), "special tokens in a text are text"
+
+
+def test_bos_of_a_tokenizer_json_without_a_template(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(byte_level(bos="<s>", template=False))
+    assert Tokenizer.load(path).bos_id == 0
+    path.write_bytes(byte_level(bos="[FIRST]", template=False))
+    with pytest.raises(TokenizerError, match="no BOS token"):
+        Tokenizer.load(path)
+    path.write_text("{}")
+    with pytest.raises(TokenizerError, match=r"is not a tokenizer\.json"):
+        Tokenizer.load(path)
+
+
+def with_prefix() -> Tokenizer:
+    """As Llama 2's: a space before every text."""
+    model = io.BytesIO()
+    options = {"vocab_size": 600, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    exact = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "max_sentence_length": 2**30}
+    lines = iter("\n".join(SOURCES).splitlines())
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **options, **exact)
+    return tokenizer_module.SentencePiece(model.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["trained", "prefix", "json"])
+def test_parts_of_a_long_text_are_its_tokens(
+    tokenizer: Tokenizer, hf: Tokenizer, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut wherever a word ends: the tokens do not show it. Without such a place, bytes are still all there."""
+    subject = {"trained": tokenizer, "prefix": with_prefix(), "json": hf}[kind]
+    text = SOURCES[0] * 3
+    whole = subject.encode(text)
+    for long in (400, 4096):
+        monkeypatch.setattr(tokenizer_module, "LONG", long)
+        assert len(list(subject._parts(text))) >= len(text) // (2 * long)
+        assert subject.encode(text) == whole
+    solid = "日本語" * 5000
+    assert subject.decode(subject.encode(solid)).replace(" ", "") == solid

@@ -1,0 +1,140 @@
+"""Documents -> the shards of one task, and a record of them that is written last: a datatrove pipeline step."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+
+from stackgrow.data.read import INPUTS, Reader
+from stackgrow.data.store import Shard
+from stackgrow.data.tokenizer import Tokenizer
+from stackgrow.kinds import human
+from stackgrow.seal import file_records, write_json
+
+STORE, PARTS = "store", "parts"  # folders of a preparation's work folder
+BATCH = 2**20  # characters of text encoded at a time
+
+
+class TokenWriter(PipelineStep):
+    """Encodes the documents of a task into shards of its own: neither the number of workers nor a kill changes a byte.
+    A document is held out when the hash of its text, as a number below 1, is below ``validation``."""
+
+    type, name = "💾 - WRITER", "stackgrow"
+
+    def __init__(self, work: str, reader: Reader, validation: float):
+        super().__init__()
+        self.work, self.reader, self.validation = Path(work), reader, validation
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
+        inputs, began = json.loads((self.work / INPUTS).read_bytes()), time.monotonic()
+        tokenizer = _tokenizer(str(self.work / STORE / inputs["tokenizer"]))
+        size, dtype = inputs["options"]["tokens_per_shard"], inputs["dtype"]
+        name = f"{inputs['corpus']:02d}-{rank:04d}"
+        shards = {s: ShardWriter(self.work / STORE, f"{s}-{name}", size, dtype) for s in ("train", "validation")}
+        counts: dict[int, list[int]] = {}  # file -> documents in train, in validation
+        lowest = 1.0
+        for batch in batches(data):
+            for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
+                rank_of = fraction(document.id)
+                lowest, held_out = min(lowest, rank_of), rank_of < self.validation
+                shards["validation" if held_out else "train"].add([tokenizer.bos_id, *ids])
+                counts.setdefault(document.metadata["file"], [0, 0])[held_out] += 1
+        splits = {split: writer.finish() for split, writer in shards.items()}
+        record = {"splits": splits, "files": counts, "lowest": lowest, "skipped": self.reader.skipped}
+        write_json(self.work / PARTS / f"{rank:05d}.json", record)
+        tokens = sum(split["tokens"] for split in splits.values())
+        rate = human(tokens / max(time.monotonic() - began, 1e-9))
+        print(f"task {rank + 1} of {world_size}: {human(tokens)} tokens, {rate} tokens/s", file=sys.stderr, flush=True)
+
+
+def fraction(digest: str) -> float:
+    """A hexadecimal hash as a number of at least 0 and below 1."""
+    return int(digest[:13], 16) / 16**13
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: str) -> Tokenizer:
+    return Tokenizer.load(path)
+
+
+class ShardWriter:
+    """Cuts one split's stream of tokens into files of exactly ``size`` tokens, the last one excepted."""
+
+    def __init__(self, folder: Path, name: str, size: int, dtype: str):
+        self.folder, self.name, self.size, self.dtype = folder, name, size, dtype
+        self.buffer = np.empty(0, dtype)
+        self.filled = self.documents = 0
+        self.shards: list[Shard] = []
+
+    def add(self, ids: list[int]) -> None:
+        tokens = np.array(ids, self.dtype)
+        if not len(self.buffer):
+            self.buffer = np.empty(self.size, self.dtype)  # memory is taken as it is filled
+        self.documents += 1
+        while len(tokens):
+            part = tokens[: self.size - self.filled]
+            tokens = tokens[len(part) :]
+            self.buffer[self.filled : self.filled + len(part)] = part
+            self.filled += len(part)
+            if self.filled == self.size:
+                self._flush()
+
+    def finish(self) -> dict[str, Any]:
+        """What a manifest says of the split."""
+        if self.filled:
+            self._flush()
+        return {
+            "tokens": sum(shard.tokens for shard in self.shards),
+            "documents": sum(shard.documents for shard in self.shards),
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+
+    def _flush(self) -> None:
+        name = f"{self.name}-{len(self.shards):04d}.npy"
+        write_file(self.folder / name, self.buffer[: self.filled])
+        self.shards.append(Shard(name, self.filled, self.documents, **file_records(self.folder, [name])[name]))
+        self.filled = self.documents = 0
+
+
+def write_file(path: Path, content: bytes | np.ndarray) -> None:
+    """Writes a file that is whole or not there; its temporary name is this process's own, and goes when it fails."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            if isinstance(content, bytes):
+                stream.write(content)
+            else:
+                header = np.lib.format.header_data_from_array_1_0(content)
+                np.lib.format.write_array_header_1_0(stream, header)
+                stream.write(content.data)  # np.save would not say why it could not
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
