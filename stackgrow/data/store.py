@@ -2,9 +2,10 @@
 
     data/name/
       manifest.json                 written last; a folder without it is not a store
-      tokenizer.model
-      train-00000.npy, ...          one flat array of token ids per shard (uint16, or uint32 above 65,536 ids)
-      validation-00000.npy, ...
+      tokenizer.model               or tokenizer.json
+      sources-00.json               the files it came from, and their documents, in order; one list for each corpus
+      train-00-0000-0000.npy, ...   corpus, task, number: one flat array of token ids (uint16, or uint32 above 65,536)
+      validation-00-0000-0000.npy, ...
 
 A split is one long stream of tokens, document after document, each opened by BOS; shards merely cut it. numpy
 is imported inside the methods, so that a recipe is checked against a manifest in milliseconds.
@@ -18,6 +19,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +114,9 @@ def _parse(folder: Path, raw: Any) -> Manifest:
     if dtype not in DTYPES or not bos_id < vocab_size <= DTYPES[dtype]:
         raise ValueError(f"dtype {dtype!r}, vocab_size {vocab_size} and bos_id {bos_id} disagree")
     splits = {name: _parse_split(name, raw["splits"][name]) for name in ("train", "validation")}
+    files = [shard.file for split in splits.values() for shard in split.shards]
+    if len(files) > len(set(files)):
+        raise ValueError(f"it names {next(file for file in files if files.count(file) > 1)} twice")
     tokenizer = _plain(raw["tokenizer"]["file"])
     return Manifest(folder, dtype, vocab_size, bos_id, tokenizer, str(raw["tokenizer"]["sha256"]), splits, raw)
 
@@ -198,12 +203,17 @@ class TokenStore:
         """Reads every byte; raises StoreError at the first file whose content the manifest does not state."""
         stated = {shard.file: shard.sha256 for shard in self.shards}
         stated[self.manifest.tokenizer] = self.manifest.tokenizer_sha256
-        for name, sha256 in stated.items():
-            if file_records(self.manifest.folder, [name])[name]["sha256"] != sha256:
-                raise StoreError(f"{self.manifest.folder / name} is damaged (SHA-256 differs); {AGAIN}")
+        with ThreadPoolExecutor() as pool:  # hashing leaves other threads alone
+            hashes = pool.map(lambda name: file_records(self.manifest.folder, [name])[name]["sha256"], stated)
+            for (name, sha256), found in zip(stated.items(), hashes, strict=True):
+                if found != sha256:
+                    raise StoreError(f"{self.manifest.folder / name} is damaged (SHA-256 differs); {AGAIN}")
         for index, shard in enumerate(self.shards):
-            if int(self._map(index).max()) >= self.manifest.vocab_size:
+            tokens = self._map(index)
+            if int(tokens.max()) >= self.manifest.vocab_size:
                 raise StoreError(f"{shard.file} holds token ids beyond the vocabulary; {AGAIN}")
+            if int((tokens == self.manifest.bos_id).sum()) != shard.documents:
+                raise StoreError(f"{shard.file} does not hold the {shard.documents} documents it states; {AGAIN}")
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(shard, first, last + 1) of each stretch of [start, stop), counted within its shard."""

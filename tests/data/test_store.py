@@ -113,11 +113,12 @@ def test_hash_depends_on_content_order_and_split_only(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        (("splits", "train", "shards", 0, "file"), "../train-00000.npy", "not a plain file name"),
+        (("splits", "train", "shards", 0, "file"), "../train-00-0000-0000.npy", "not a plain file name"),
         (("splits", "train", "shards", 0, "file"), "/etc/passwd", "not a plain file name"),
         (("splits", "train", "shards", 0, "file"), "..", "not a plain file name"),
         (("splits", "train", "shards", 0, "file"), "a\\b.npy", "not a plain file name"),
         (("tokenizer", "file"), "../tokenizer.model", "not a plain file name"),
+        (("splits", "validation", "shards", 0, "file"), "train-00-0000-0001.npy", "names train-00-0000-0001.npy twice"),
         (("format",), 2, "not a token store of format 1"),
         (("dtype",), "float32", "disagree"),
         (("dtype",), "object", "disagree"),
@@ -148,17 +149,17 @@ def test_no_manifest(tmp_path: Path, copy: Path) -> None:
 
 
 def test_shard_of_another_size_or_absent(copy: Path) -> None:
-    shard = copy / "train-00001.npy"
+    shard = copy / "train-00-0000-0001.npy"
     shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(StoreError, match=r"train-00001\.npy has 2126 bytes, the manifest states 2128"):
+    with pytest.raises(StoreError, match=r"train-00-0000-0001\.npy has 2126 bytes, the manifest states 2128"):
         TokenStore.open(copy)
     shard.unlink()
-    with pytest.raises(StoreError, match=r"train-00001\.npy is missing"):
+    with pytest.raises(StoreError, match=r"train-00-0000-0001\.npy is missing"):
         TokenStore.open(copy)
 
 
 def test_flipped_bit_is_found_by_verify(copy: Path) -> None:
-    for name in ("train-00002.npy", "tokenizer.model"):
+    for name in ("train-00-0000-0002.npy", "tokenizer.model"):
         path = copy / name
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -170,11 +171,11 @@ def test_flipped_bit_is_found_by_verify(copy: Path) -> None:
 
 def test_shard_that_is_not_what_it_claims(copy: Path) -> None:
     """Sizes agree, contents do not: a pickled array is refused, and so is another dtype."""
-    path = copy / "train-00000.npy"
+    path = copy / "train-00-0000-0000.npy"
     size = path.stat().st_size
     for dtype in (object, np.int16):
         with path.open("wb") as stream:
             np.save(stream, np.zeros(1000, dtype))
         path.write_bytes(path.read_bytes().ljust(size, b"\0")[:size])
-        with pytest.raises(StoreError, match=r"train-00000\.npy"):
+        with pytest.raises(StoreError, match=r"train-00-0000-0000\.npy"):
             TokenStore.open(copy).tokens(0, 5)
