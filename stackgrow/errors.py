@@ -1,12 +1,28 @@
-"""Why a run ends early: each cause has an exit code (sysexits style) and one message that says what to do."""
+"""Why a run ends early: each cause has an exit code (sysexits style) and one message that says what to do.
+
+     0  the budget is reached, and the last checkpoint is sealed
+     1  a fault in the program, with a traceback
+     2  the recipe, the data or the ranks do not fit; nothing was started
+    65  something on disk is damaged, or was made by another recipe, other data or other versions
+    70  another rank died or hangs
+    73  another process works in the run folder
+    74  the disk is full, or reading or writing failed
+    75  a signal asked to stop; a sealed checkpoint stands, and the same command goes on
+    76  the loss, the gradient or the weights are not finite, or the loss jumped
+
+Python itself answers a second signal (128 + its number). torchrun always ends with 1 and shows the ranks' code.
+"""
 
 from __future__ import annotations
+
+import errno
 
 
 class RunError(RuntimeError):
     """A run cannot go on; the message names the cause, the place and the remedy."""
 
     exit_code = 1
+    teller = 0  # the rank that prints it
 
 
 class DamagedError(RunError):
@@ -21,13 +37,39 @@ class ChangedError(RunError):
     exit_code = 65
 
 
+class LostRankError(RunError):
+    """A collective failed: another rank died, hangs or cannot be reached."""
+
+    exit_code = 70
+
+
 class LockedError(RunError):
     """Another process works in the run folder."""
 
     exit_code = 73
 
 
-class NonFiniteError(RunError):
-    """The loss, the gradient or the weights are NaN or infinite."""
+class DiskError(RunError):
+    """Something could not be read or written."""
+
+    exit_code = 74
+
+
+class StoppedError(RunError):
+    """A signal asked the run to stop, and it did, with all work saved."""
+
+    exit_code = 75
+
+
+class DivergedError(RunError):
+    """The loss, the gradient or the weights are NaN or infinite, or the loss jumped."""
 
     exit_code = 76
+
+
+def disk_error(error: OSError) -> DiskError:
+    """An operating system's error in a run's terms."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    what = f"{error.filename or 'a file of the run'}: {error.strerror or error}"
+    remedy = "make room" if full else "restore access to it"
+    return DiskError(f"{'disk full: ' if full else ''}{what}; {remedy}, then give the same command again")

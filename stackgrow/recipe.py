@@ -181,6 +181,22 @@ class Train:
     )
     cpu_offload: bool = key(kinds.boolean(), "keep sharded weights and moments in host memory", False, free=True)
     deterministic: bool = key(kinds.boolean(), "only deterministic kernels; slower on GPUs", False, free=True)
+    # Free, so that a run that was stopped can go on without the batch: metrics.jsonl tells which were left out.
+    on_nonfinite: str = key(
+        kinds.choice("stop", "skip"),
+        "at a NaN or infinite loss or gradient; skip: no update from it",
+        "stop",
+        free=True,
+    )
+    on_spike: str = key(
+        kinds.choice("record", "stop", "skip"),
+        "at a loss far above those before it; skip: no update",
+        "record",
+        free=True,
+    )
+    spike_sigmas: float = key(
+        kinds.number(1), "a spike is this many standard deviations above the mean of 128 losses", 6.0, free=True
+    )
 
 
 @dataclass(frozen=True)
@@ -308,6 +324,12 @@ class Checkpoint:
         "disabled",
         free=True,
     )
+    verify: str = key(
+        kinds.choice("whole", "sampled"),
+        "before loading: SHA-256 of every file, or of one per rank; sizes, and the loaded weights, always",
+        "whole",
+        free=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -321,6 +343,9 @@ class Run:
     folder: str = key(kinds.path(), 'run folder; default "runs/<name>"', "", free=True)
     init_timeout: int = key(kinds.integer(), "seconds for a collective up to a stage's first step", 300, free=True)
     train_timeout: int = key(kinds.integer(), "seconds for a collective after it", 100, free=True)
+    accept_versions: bool = key(
+        kinds.boolean(), "go on under another minor version of torch or torchtitan", False, free=True
+    )
 
 
 @dataclass(frozen=True)

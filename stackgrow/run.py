@@ -22,9 +22,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stackgrow import provenance, seal
+from stackgrow import provenance, seal, signals
+from stackgrow.changed import DONE, STAGE_FILE, changed_versions, refuse_changed
 from stackgrow.data.order import Order
-from stackgrow.errors import ChangedError, DamagedError, LockedError
+from stackgrow.errors import DamagedError, LockedError, disk_error
 from stackgrow.found import with_found, write_found
 from stackgrow.load import to_toml
 from stackgrow.plan import ImportStage, LearnStage, Plan, Stage, TrainStage, identity
@@ -36,8 +37,9 @@ from stackgrow.resolve import make_plan
 if TYPE_CHECKING:
     from stackgrow.titan.job import StageJob
 
-STAGE_FILE, DONE, LEDGER = "stage.json", "DONE", "ledger.json"
+LEDGER = "ledger.json"
 PR_SET_PDEATHSIG = 1
+logger = logging.getLogger(__name__)
 
 
 def run(file: str, sets: Sequence[str] = ()) -> None:
@@ -47,51 +49,25 @@ def run(file: str, sets: Sequence[str] = ()) -> None:
         RecipeError: anything wrong with the recipe, the data or the ranks, before anything is created on disk.
         RunError: the run cannot go on; its exit code and message say why.
     """
+    signals.watch()
     plan, order = check(file, sets)
     folder = Path(plan.recipe.folder).absolute()
     die_with_parent()
     rank = int(os.environ.get("RANK", "0"))
-    with run_lock(folder) if rank == 0 else nullcontext():  # the others work under rank 0's lock
-        refuse_changed(plan, folder, plan.stage_hashes(order.data_hash))
-        recorded = provenance.session(folder, plan, file, sets, order) if rank == 0 else nullcontext("")
-        with recorded as session:
-            if rank == 0:
-                _write_recipe(plan, folder, sets)
-            log_to(folder / "logs" / f"rank-{rank}.log")
-            _run_stages(plan, folder, order, rank, session)
-
-
-def refuse_changed(plan: Plan, folder: Path, hashes: dict[str, str]) -> None:
-    """An edited recipe must not go on in the folder of the old one.
-
-    Raises:
-        ChangedError: naming the stage and the values that differ.
-    """
-    known = {stage.name: stage for stage in plan.stages}
-    for path in sorted(folder.glob("stage-*")):
-        stored, done = seal.read_json(path / STAGE_FILE), seal.read_json(path / DONE)
-        if done is not None and (stored is None or stored["stage_hash"] != done["stage_hash"]):
-            raise DamagedError(f"{path / DONE} and {path / STAGE_FILE} disagree; restore them or move {path} away")
-        if stored is None or stored["stage_hash"] == hashes.get(path.name):
-            continue
-        changes = ["the recipe has no such stage"]
-        if path.name in known:
-            new = {"seed": plan.recipe.seed, **identity(known[path.name])}
-            changes = list(differences({"seed": stored["seed"], **stored["stage"]}, new))
-        what = "; ".join(changes[:6]) or "the data or a stage before it"
-        raise ChangedError(
-            f"{path} was made by another recipe: {what}. Undo the change, or use another folder "
-            f"(--set run.folder={plan.recipe.folder}-2), or move {path.name} and the stages after it away"
-        )
-
-
-def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """``train.learning_rate: 0.001 -> 0.002`` for every leaf that differs between two trees."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted(old.keys() | new.keys()):
-            yield from differences(old.get(name), new.get(name), f"{where}.{name}" if where else name)
-    elif old != new:
-        yield f"{where}: {old} -> {new}"
+    try:
+        with run_lock(folder) if rank == 0 else nullcontext():  # the others work under rank 0's lock
+            refuse_changed(plan, folder, plan.stage_hashes(order.data_hash))
+            changes = changed_versions(folder, accept=plan.recipe.run.accept_versions)
+            recorded = provenance.session(folder, plan, file, sets, order) if rank == 0 else nullcontext("")
+            with recorded as session:
+                if rank == 0:
+                    _write_recipe(plan, folder, sets)
+                log_to(folder / "logs" / f"rank-{rank}.log")
+                if changes and rank == 0:
+                    logger.warning("Other versions than in the session before: %s", "; ".join(changes))
+                _run_stages(plan, folder, order, rank, session)
+    except OSError as error:
+        raise disk_error(error) from error
 
 
 def _write_recipe(plan: Plan, folder: Path, sets: Sequence[str]) -> None:
@@ -102,18 +78,21 @@ def _write_recipe(plan: Plan, folder: Path, sets: Sequence[str]) -> None:
 
 
 def _run_stages(plan: Plan, folder: Path, order: Order, rank: int, session: str) -> None:
-    from stackgrow.titan.session import start, stop
+    from stackgrow.titan.session import at, start, stop, stop_if_asked, together
 
     start(plan.recipe, folder / "logs")
     try:
-        for index in range(len(plan.stages)):
-            stage = plan.stages[index]
-            path = folder / stage.name
-            if seal.read_json(path / DONE) is not None:
-                if rank == 0:
-                    print(f"{stage.name}  done before", flush=True)
-            else:
-                plan = _run_stage(plan, stage, path, order.data_hash, rank, session)
+        with together():
+            for index in range(len(plan.stages)):
+                stage = plan.stages[index]
+                path = folder / stage.name
+                at(stage.name)
+                if seal.read_json(path / DONE) is not None:
+                    if rank == 0:
+                        print(f"{stage.name}  done before", flush=True)
+                else:
+                    stop_if_asked()
+                    plan = _run_stage(plan, stage, path, order.data_hash, rank, session)
     finally:
         stop()
     if rank == 0:
@@ -222,10 +201,12 @@ def final_checkpoint(stage_folder: Path) -> Path:
     done = seal.read_json(stage_folder / DONE)
     if done is None:
         raise DamagedError(f"{stage_folder} is not finished: it has no {DONE}")
-    path = stage_folder / done["checkpoint"]
+    path = stage_folder / str(done.get("checkpoint"))
+    if not path.resolve().is_relative_to(stage_folder.resolve()):
+        raise DamagedError(f"{stage_folder / DONE} names a checkpoint outside of its stage, {path}; restore it")
     if seal.read_seal(path) is None:
         raise DamagedError(f"{path} is missing, though {stage_folder / DONE} names it; restore it or remove {DONE}")
-    if seal.manifest_hash(path) != done["manifest_sha256"]:
+    if seal.manifest_hash(path) != done.get("manifest_sha256"):
         raise DamagedError(f"{path / seal.MANIFEST} is not the one that {stage_folder / DONE} names; restore it")
     return path
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -47,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged ({error}); restore it or move its folder away") from error
     if not isinstance(value, dict):
         raise DamagedError(f"{path} is damaged: not a JSON object; restore it or move its folder away")
@@ -87,8 +88,16 @@ def seal(folder: Path, files: Mapping[str, Any], facts: Mapping[str, Any]) -> No
 
 
 def read_seal(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a sealed folder, or None."""
-    return read_json(folder / MANIFEST)
+    """The manifest of a sealed folder, or None. Raises DamagedError for one that no seal() wrote."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest is None:
+        return None
+    files, tensors = manifest.get("files"), manifest.get("tensors", {})
+    if not (isinstance(files, dict) and all(isinstance(record, dict) for record in files.values())):
+        raise DamagedError(f"{folder / MANIFEST} is damaged: it has no records of files; move {folder} away")
+    if not isinstance(tensors, dict):
+        raise DamagedError(f"{folder / MANIFEST} is damaged: it has no fingerprints of tensors; move {folder} away")
+    return manifest
 
 
 def manifest_hash(folder: Path) -> str:
@@ -96,18 +105,29 @@ def manifest_hash(folder: Path) -> str:
     return str(file_records(folder, [MANIFEST])[MANIFEST]["sha256"])
 
 
-def damage(folder: Path, manifest: Mapping[str, Any], part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with a sealed folder; each of ``parts`` ranks checks the files of its ``part``."""
+def damage(
+    folder: Path, manifest: Mapping[str, Any], part: int = 0, parts: int = 1, *, hashes: int | None = None
+) -> list[str]:
+    """What is wrong with a sealed folder; each of ``parts`` ranks checks the files of its ``part``: the size of all,
+    and the SHA-256 of all or of as many as ``hashes``, drawn at random."""
     present, expected = set(contents(folder)), dict(manifest["files"])
     faults = [f"{name} is not in the manifest" for name in sorted(present - expected.keys())]
-    for name in sorted(expected)[part::parts]:
+    mine = sorted(expected)[part::parts]
+    hashed = mine if hashes is None else random.sample(mine, min(hashes, len(mine)))
+    for name in mine:
         if name not in present:
             faults.append(f"{name} is missing")
-        elif (folder / name).stat().st_size != expected[name]["bytes"]:
+        elif (folder / name).stat().st_size != expected[name].get("bytes"):
             faults.append(f"{name} has the wrong size")
-        elif file_records(folder, [name])[name] != expected[name]:
+        elif name in hashed and file_records(folder, [name])[name] != expected[name]:
             faults.append(f"{name} is damaged (SHA-256 differs)")
     return faults
+
+
+def lack_of_space(folder: Path, needed: int) -> str | None:
+    """``needs 2.1 GB, 0.3 GB are free in <folder>``, or None where ``needed`` bytes are free."""
+    free = shutil.disk_usage(folder).free
+    return None if free >= needed else f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free in {folder}"
 
 
 def sealed_steps(folder: Path) -> list[int]:
@@ -147,10 +167,15 @@ def move_to_quarantine(path: Path) -> Path:
 
 
 def purge(folder: Path, keep: int, always: Iterable[int] = ()) -> None:
-    """Deletes all but the ``keep`` newest sealed steps and those in ``always``; the seal goes first, so that a
-    half-deleted checkpoint is never mistaken for a whole one."""
-    steps = sealed_steps(folder)
+    """Deletes all but the ``keep`` newest sealed steps that are whole by size and those in ``always``; the seal goes
+    first, so that a half-deleted checkpoint is never mistaken for a whole one."""
+    steps = [step for step in sealed_steps(folder) if _whole_by_size(folder / f"step-{step}")]
     for step in steps[:-keep]:
         if step not in always:
             (folder / f"step-{step}" / MANIFEST).unlink()
             shutil.rmtree(folder / f"step-{step}")
+
+
+def _whole_by_size(folder: Path) -> bool:
+    manifest = read_seal(folder)
+    return manifest is not None and not damage(folder, manifest, hashes=0)

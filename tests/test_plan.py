@@ -249,6 +249,11 @@ def test_ranks_that_fit(tmp_path: Path, sets: list[str], world: int) -> None:
 
 
 FREE = {
+    "train.on_nonfinite": "skip",
+    "train.on_spike": "stop",
+    "train.spike_sigmas": "4",
+    "checkpoint.verify": "sampled",
+    "run.accept_versions": "true",
     "name": "other",
     "data.path": "elsewhere",
     "data.workers": "2",

@@ -12,7 +12,7 @@ import time
 from stackgrow.errors import RunError
 from stackgrow.load import RecipeError
 
-# torchrun kills the other ranks when one fails: they wait, so that rank 0 has told the reason by then.
+# torchrun kills the other ranks when one fails: they wait, so that the reason is told by then.
 TOLD_AFTER_SECONDS = 3
 
 
@@ -52,8 +52,8 @@ def show_plan(arguments: argparse.Namespace) -> None:
 
 
 def tell(error: RecipeError | RunError) -> int:
-    """One message for the whole job, from rank 0; returns the exit code."""
-    if os.environ.get("RANK", "0") == "0":
+    """One message for the whole job, from the rank that is to tell it; returns the exit code."""
+    if int(os.environ.get("RANK", "0")) == getattr(error, "teller", 0):
         print(error, file=sys.stderr, flush=True)
     else:
         time.sleep(TOLD_AFTER_SECONDS)

@@ -13,6 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from stackgrow.data.order import Order, apportion
 from stackgrow.data.store import StoreError, TokenStore
 from stackgrow.recipe import Data
+from stackgrow.signals import leave_group
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 IGNORE = -100  # the label that torch's cross entropy skips
@@ -109,6 +110,7 @@ class TokenLoader(Stateful):
             collate_fn=_as_fetched,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            worker_init_fn=leave_group,
             # Without one of its own it draws from torch's global generator: a resume would change dropout.
             generator=torch.Generator(),
             # Its own snapshots are bound to the number of workers; ours is ``position``.

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from stackgrow.fingerprint import fingerprint
 from stackgrow.growth.dcp import METADATA, CheckpointError, is_model_key, places, read_metadata, read_tensor
 from stackgrow.growth.rules import Alias, Compute, Rules
+from stackgrow.signals import stop_if_asked
 
 # What file systems answer that cannot link, or not this file, or not once more.
 CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
@@ -73,6 +74,7 @@ def write_part(source: Path, target: Path, rules: Rules, rank: int = 0, world_si
     with (_work(target) / _part(metadata, rank)).open("wb") as stream, ThreadPoolExecutor(2) as threads:
         last: tuple[Future[Any], ...] = ()
         for name in names:
+            stop_if_asked(f"growing {target.parent.name}")
             # One tensor is written while the next is computed: the cores and the disk let each other work.
             tensor = _compute(source, metadata, rules, name)
             for job in last:

@@ -9,17 +9,20 @@ what it loaded is compared with what was saved, tensor by tensor.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
 
 from stackgrow import seal
-from stackgrow.errors import ChangedError, DamagedError, NonFiniteError
+from stackgrow.errors import ChangedError, DamagedError, DiskError, DivergedError
 from stackgrow.growth.dcp import SafePlanner, SafeReader, is_model_key, read_metadata, tensor_shapes
 from stackgrow.titan.job import StageJob, checkpoint_config
 from stackgrow.titan.shards import fingerprints, shard_of
@@ -61,7 +64,10 @@ class StageCheckpoints(CheckpointManager):
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """As in torchtitan, through a reader and a planner that unpickle nothing but DCP's own metadata."""
-        dcp.load(state_dict, storage_reader=SafeReader(checkpoint_id), planner=SafePlanner())
+        try:
+            dcp.load(state_dict, storage_reader=SafeReader(checkpoint_id), planner=SafePlanner())
+        except CheckpointException as error:  # no Exception, and all ranks' tracebacks in one
+            raise DamagedError(f"{checkpoint_id} is not loaded: {_first(error)}") from error
         self.states[MODEL].load_state_dict(state_dict)
 
     @torch.no_grad()
@@ -70,7 +76,9 @@ class StageCheckpoints(CheckpointManager):
             return
         prints = fingerprints(self._weights())
         self._refuse_nonfinite(curr_step)
-        super().save(curr_step, last_step)
+        self._require_space(curr_step)
+        with self._writing(curr_step):
+            super().save(curr_step, last_step)
         facts = {
             "step": curr_step,
             "position": self.job.stage.place(curr_step)["position"],
@@ -88,8 +96,36 @@ class StageCheckpoints(CheckpointManager):
         self._async_wait()
 
     def _async_wait(self) -> None:
-        super()._async_wait()
+        with self._writing(self._unsealed[0] if self._unsealed else 0):
+            super()._async_wait()
         self._seal()
+
+    def _require_space(self, step: int) -> None:
+        """All ranks stop before a checkpoint is begun that does not fit on the disk."""
+        folder = Path(self.folder)
+        lack = [seal.lack_of_space(folder.parent, self.job.stage.checkpoint_bytes)]
+        dist.broadcast_object_list(lack)
+        if lack[0]:
+            raise DiskError(
+                f"{self.job.stage.name}: disk full, the checkpoint of step {step} {lack[0]}; the one before it is "
+                f"intact. Make room ({folder.parent / 'quarantine'} may go), then give the same command again"
+            )
+
+    @contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        """DCP makes all ranks fail together; what one of them wrote by then is of no use and takes room."""
+        try:
+            yield
+        except CheckpointException as error:
+            folder = Path(self._create_checkpoint_id(step))
+            lack = seal.lack_of_space(folder.parent, self.job.stage.checkpoint_bytes)
+            if dist.get_rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise DiskError(
+                f"{self.job.stage.name}: {'disk full, ' if lack else ''}{folder} could not be written "
+                f"({lack or _first(error)}) and is removed; the checkpoint before it is intact. Make room or restore "
+                "access, then give the same command again"
+            ) from error
 
     def _seal(self) -> None:
         """Every rank hashes its share of the files; rank 0 writes the seal, then drops what is not kept."""
@@ -117,8 +153,10 @@ class StageCheckpoints(CheckpointManager):
             manifest = seal.read_seal(path)
             assert manifest is not None
             faults: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(faults, seal.damage(path, manifest, dist.get_rank(), dist.get_world_size()))
-            found = sorted({fault for part in faults for fault in part})
+            hashes = 1 if self.job.recipe.checkpoint.verify == "sampled" else None
+            part = seal.damage(path, manifest, dist.get_rank(), dist.get_world_size(), hashes=hashes)
+            dist.all_gather_object(faults, part)
+            found = sorted({fault for parts in faults for fault in parts})
             if not found:
                 return path
             if dist.get_rank() == 0:
@@ -145,7 +183,13 @@ class StageCheckpoints(CheckpointManager):
         finite = finite.to(torch.int32)
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite.item():
-            raise NonFiniteError(f"{self.job.stage.name}: weights are not finite at step {step}")
+            raise DivergedError(f"{self.job.stage.name}: weights are not finite at step {step}")
+
+
+def _first(error: CheckpointException) -> str:
+    """The first rank's failure, in a line."""
+    failure = next(iter(error.failures.values()))[0]
+    return f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
 
 
 def check_same_tensors(source: Path, weights: dict[str, torch.Tensor]) -> None:

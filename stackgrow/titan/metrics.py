@@ -11,7 +11,6 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed import ParallelDims
 
 from stackgrow import provenance
-from stackgrow.errors import NonFiniteError
 from stackgrow.progress import Progress
 from stackgrow.records import METRICS, VALIDATION, RecordWriter
 
@@ -60,29 +59,23 @@ class StageMetrics(MetricsProcessor):
         seconds = time.perf_counter() - self.time_last_log
         parallel = self.parallel_dims
         tps = self.ntokens_since_last_log * parallel.dp_replicate * parallel.dp_shard / seconds
-        record = {
+        record: dict[str, Any] = {
             **self.job.stage.place(step),
             "loss": global_avg_loss,
             "max_loss": global_max_loss,
             "grad_norm": grad_norm,
-            "lr": (extra_metrics or {})["lr"],
             "tps": tps,
             "memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
         }
         record["data"] = self.job.data.order.seen(record["position"])
+        record |= extra_metrics or {}
         if self.job.stage.mask:
             record["mask"] = self.job.stage.mask_value(step)
-            extra_metrics = {**(extra_metrics or {}), "mask": record["mask"]}
-        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
+        shown = {name: record[name] for name in ("tokens", "lr", "mask") if name in record}
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, shown)
         if self._metrics:
             self._metrics.write(record)
-        if not (math.isfinite(global_avg_loss) and math.isfinite(grad_norm)):
-            raise NonFiniteError(
-                f"{self.job.stage.name}: loss {global_avg_loss} with gradient norm {grad_norm} at step {step}; the "
-                "newest checkpoint is from before it. Lower the learning rate or look at the data at position "
-                f"{record['position']}, then run again"
-            )
-        if self._looks_at(step):
+        if self._looks_at(step) and math.isfinite(global_avg_loss):
             self.losses[step] = global_avg_loss
         self.progress.update(record)
 

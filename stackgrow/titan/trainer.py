@@ -14,13 +14,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.train import Trainer
 
-from stackgrow.data.loader import open_validation, validation_batches
+from stackgrow import signals
+from stackgrow.data.loader import Batch, open_validation, validation_batches
 from stackgrow.found import write_found
+from stackgrow.titan import session
 from stackgrow.titan.checkpoint import StageCheckpoints
+from stackgrow.titan.guard import StepGuard, Verdict
 from stackgrow.titan.job import StageJob, job_config
 
 
@@ -28,13 +32,15 @@ class StageTrainer(Trainer):
     """Trains one stage from its verified input to its last sealed checkpoint.
 
     Differs from torchtitan's Trainer in the checkpoint manager, in the loop's order (validate, then save, so that a
-    resumed run has every record) and in validating before the first step, i.e. right after growth.
+    resumed run has every record), in validating before the first step, i.e. right after growth, and in the guard
+    between a step's gradient and its update.
     """
 
     @record
     def __init__(self, job: StageJob):
         self.stage_job = job
         super().__init__(job_config(job))
+        self.guard = StepGuard(job.stage.name, job.stage.train, job.stage.parallel.tensor)
         self.checkpointer = StageCheckpoints(
             job,
             self.metrics_processor.sealed,
@@ -51,7 +57,9 @@ class StageTrainer(Trainer):
         comm = self.job_config.comm
         # A stage before this one may have left the shorter timeout behind; the first step can compile for minutes.
         self._set_timeout(comm.init_timeout_seconds)
+        session.at(f"{self.stage_job.stage.name}, loading")
         self.checkpointer.load()
+        session.stop_if_asked()
         first = self.step + 1
         self.metrics_processor.resume(self.step)
         self._set_mask()
@@ -61,16 +69,19 @@ class StageTrainer(Trainer):
         batches = self.batch_generator(self.dataloader)
         while self.should_continue_training():
             self.step += 1
+            session.at(f"{self.stage_job.stage.name}, step {self.step}")
             self._set_mask()
             self.gradient_accumulation_steps = self.stage_job.micro_batches(self.step)
             self.gc_handler.run(self.step)
-            self.train_step(batches)
+            stopping = self.train_step(batches).asked_to_stop
             last = self._is_last()
             if last or self.step % self.stage_job.stage.every(self.stage_job.recipe.validation.interval) == 0:
                 self.validate()
-            self.checkpointer.save(self.step, last_step=last)
+            self.checkpointer.save(self.step, last_step=last or stopping)
             if last:
                 break
+            if stopping:
+                raise signals.stopped(session.place)
             if self.step == first:
                 self._set_timeout(comm.train_timeout_seconds)
         self.checkpointer.finish()
@@ -81,6 +92,41 @@ class StageTrainer(Trainer):
         """What the model is called with: a head that computes the loss needs the labels; masks are the model's own."""
         extra = {"labels": labels} if self.stage_job.stage.train.loss_chunk else {}
         return input_dict["input"], labels, extra, {}
+
+    def train_step(self, batches: Iterator[Batch]) -> Verdict:
+        """torchtitan's, for micro batches of equally many tokens, none of them padding, on every rank."""
+        self.optimizers.zero_grad()
+        lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+        loss = self._backward(batches)
+        parameters = [p for m in self.model_parts for p in m.parameters()]
+        norm = dist_utils.clip_grad_norm_(parameters, self.job_config.training.max_norm, foreach=True)
+        verdict = self.guard.check(self.step, loss, norm)
+        if verdict.update:
+            self.checkpointer.maybe_wait_for_staging()
+            self.optimizers.step()
+        self.lr_schedulers.step()
+        if verdict.event or self.metrics_processor.should_log(self.step):
+            dims = self.parallel_dims
+            worst = dist_utils.dist_max(loss * dims.dp_replicate * dims.dp_shard, dims.get_optional_mesh("loss"))
+            extra = {"lr": lr, **verdict.event}
+            self.metrics_processor.log(self.step, verdict.loss, worst, norm.item(), extra)
+        if verdict.error:
+            raise verdict.error
+        return verdict
+
+    def _backward(self, batches: Iterator[Batch]) -> torch.Tensor:
+        """Accumulates the gradient of the mean loss per token of a step; returns this rank's share of that loss."""
+        tokens = torch.tensor(float(self.stage_job.stage.batches.at(self.step)), device=self.device)
+        losses = []
+        for _ in range(self.gradient_accumulation_steps):
+            inputs, labels = next(batches)
+            loss = self.forward_backward_step(
+                input_dict={name: tensor.to(self.device) for name, tensor in inputs.items()},
+                labels=labels.to(self.device),
+                global_valid_tokens=tokens,
+            ).detach()
+            losses.append(loss.full_tensor() if isinstance(loss, DTensor) else loss)
+        return torch.stack(losses).sum()
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -143,7 +189,11 @@ class StageTrainer(Trainer):
         # The step alone: the position in the data is the loader's, and tokens follow from the plan. torchtitan's
         # ntokens_seen is one rank's count and wrong as soon as the number of ranks changes.
         stage = self.stage_job.stage
-        state = {"step": self.step, **({"mask": stage.mask_value(self.step)} if stage.mask else {})}
+        state = {
+            "step": self.step,
+            "recent_losses": self.guard.recent,
+            **({"mask": stage.mask_value(self.step)} if stage.mask else {}),
+        }
         if stage.until:
             first = self.step - stage.until.window
             losses = self.metrics_processor.losses
@@ -151,7 +201,7 @@ class StageTrainer(Trainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step = state_dict["step"]
+        self.step, self.guard.recent = state_dict["step"], state_dict["recent_losses"]
         losses = json.loads(state_dict.get("losses", "{}"))
         self.metrics_processor.losses = {int(step): loss for step, loss in losses.items()}
 

@@ -8,6 +8,7 @@ from launch import RECIPE, RUN_RECIPE, Workplace, environment, steps_logged
 from warm import Warm
 
 from stackgrow import seal
+from stackgrow.records import read_records
 
 BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
 
@@ -55,14 +56,16 @@ def test_two_runs_on_one_folder(workplace: Workplace, tmp_path: Path) -> None:
 
 def test_nan_stops_the_run_and_is_never_saved(workplace: Workplace, tmp_path: Path) -> None:
     output = workplace.run(f"run.folder={tmp_path}/run", "train.learning_rate=1e30", code=76)
-    assert "stage-0-train-2L: loss" in output
+    assert "stage-0-train-2L: loss or gradient is not finite at step" in output
+    last = read_records(tmp_path / "run" / BASE / "metrics.jsonl")[-1]
+    assert (last["event"], last["action"]) == ("nonfinite", "stop")
     assert not list(tmp_path.glob("run/**/MANIFEST.json"))
 
 
 def test_nan_between_logged_steps_is_never_saved(workplace: Workplace, tmp_path: Path) -> None:
     place = f"run.folder={tmp_path}/run"
     output = workplace.run(place, "train.learning_rate=1e30", "log.interval=1000 steps", code=76)
-    assert "weights are not finite at step 4" in output
+    assert "loss or gradient is not finite at step" in output
     assert not list(tmp_path.glob("run/**/MANIFEST.json"))
 
 

@@ -1,0 +1,71 @@
+"""What may not change between two sessions of one run: the recipe's identity, the data, the engine's versions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stackgrow import provenance, seal
+from stackgrow.errors import ChangedError, DamagedError
+from stackgrow.plan import Plan, identity
+
+STAGE_FILE, DONE = "stage.json", "DONE"
+ENGINE = ("torch", "torchtitan")  # whose minor versions change numerics and formats
+
+
+def refuse_changed(plan: Plan, folder: Path, hashes: dict[str, str]) -> None:
+    """An edited recipe must not go on in the folder of the old one.
+
+    Raises:
+        ChangedError: naming the stage and the values that differ.
+    """
+    known = {stage.name: stage for stage in plan.stages}
+    for path in sorted(folder.glob("stage-*")):
+        stored, done = seal.read_json(path / STAGE_FILE), seal.read_json(path / DONE)
+        if done is not None and (stored is None or stored["stage_hash"] != done["stage_hash"]):
+            raise DamagedError(f"{path / DONE} and {path / STAGE_FILE} disagree; restore them or move {path} away")
+        if stored is None or stored["stage_hash"] == hashes.get(path.name):
+            continue
+        changes = ["the recipe has no such stage"]
+        if path.name in known:
+            new = {"seed": plan.recipe.seed, **identity(known[path.name])}
+            changes = list(differences({"seed": stored["seed"], **stored["stage"]}, new))
+        what = "; ".join(changes[:6]) or "the data or a stage before it"
+        raise ChangedError(
+            f"{path} was made by another recipe: {what}. Undo the change, or use another folder "
+            f"(--set run.folder={plan.recipe.folder}-2), or move {path.name} and the stages after it away"
+        )
+
+
+def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    """``train.learning_rate: 0.001 -> 0.002`` for every leaf that differs between two trees."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(name), new.get(name), f"{where}.{name}" if where else name)
+    elif old != new:
+        yield f"{where}: {old} -> {new}"
+
+
+def changed_versions(folder: Path, accept: bool) -> list[str]:
+    """``torch 2.13.0 -> 2.13.1`` for every package that is not as in the run's last session.
+
+    Raises:
+        ChangedError: another minor version of the engine, unless that is accepted.
+    """
+    sessions = (seal.read_json(folder / "provenance.json") or {}).get("sessions") or [{}]
+    old, new = sessions[-1].get("packages", {}), provenance.versions()
+    changes = {name: f"{name} {old[name]} -> {new.get(name, 'none')}" for name in old if old[name] != new.get(name)}
+    minor = [
+        line for name, line in changes.items() if name in ENGINE and _minor(old[name]) != _minor(new.get(name, ""))
+    ]
+    if minor and not accept:
+        raise ChangedError(
+            f"{folder} was run with other versions: {'; '.join(minor)}. The rest would not be what it would have been, "
+            "bit for bit, and may not load; install the old ones, or accept it with --set run.accept_versions=true"
+        )
+    return list(changes.values())
+
+
+def _minor(version: str) -> list[str]:
+    return version.split("+")[0].split(".")[:2]

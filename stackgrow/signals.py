@@ -1,0 +1,70 @@
+"""SIGTERM, SIGUSR1 (Slurm's --signal) and SIGINT ask a run to stop at the next good place; a second one ends it.
+
+A thread listens, since Python's own handlers wait as long as the main thread is inside a collective.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+from stackgrow.errors import StoppedError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# torchrun and Slurm each pass one request on to every process: what comes so soon is not a second one.
+SAME_REQUEST_SECONDS = 2.0
+
+_received: list[str] = []
+
+
+def watch() -> None:
+    """From now on signals are requests. Call in the main thread."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=_listen, args=(reading,), daemon=True).start()
+    os.register_at_fork(after_in_child=_in_child)
+
+
+def _listen(reading: int) -> None:
+    first = 0.0
+    while received := os.read(reading, 1):
+        if received[0] not in SIGNALS:
+            continue
+        if not _received:
+            first = time.monotonic()
+            _received.append(signal.Signals(received[0]).name)
+        elif time.monotonic() - first > SAME_REQUEST_SECONDS:
+            os._exit(128 + received[0])
+
+
+def _in_child() -> None:
+    """A fork, e.g. a loader process, must not report to its parent's listener; the trainer ends it with SIGTERM."""
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+
+
+def leave_group(*_: object) -> None:
+    """For loader processes: torchrun signals a whole process group, and the trainer needs them until it has saved."""
+    os.setsid()
+
+
+def asked() -> str | None:
+    """The name of the signal that asked this process to stop."""
+    return _received[0] if _received else None
+
+
+def stop_if_asked(place: str) -> None:
+    """Raises StoppedError where nothing needs to be saved."""
+    if asked():
+        raise stopped(place)
+
+
+def stopped(place: str) -> StoppedError:
+    by = asked() or "a signal to another rank"
+    return StoppedError(f"{place}: stopped by {by}; what was done is saved, and the same command goes on from here")

@@ -1,0 +1,91 @@
+"""A look at every step before its update: is it finite, is it a spike, was the run asked to stop?
+
+One small all-reduce gives every rank the same numbers, so that all decide alike. It takes the place of the one in
+which torchtitan counts tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stackgrow import signals
+from stackgrow.errors import DivergedError
+from stackgrow.recipe import Train
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 128  # losses that a spike is measured against, as in OLMo-core's SkipStepOptimizer
+LEAST = 32  # of them, before a spike can be told from noise
+MAX_SKIPS = 10  # in a row: then it is not the data
+
+
+@dataclass
+class Verdict:
+    """What all ranks know of a step. ``event`` is for metrics.jsonl; ``error`` ends the run once that is written."""
+
+    loss: float
+    update: bool = True
+    asked_to_stop: bool = False
+    event: dict[str, Any] = field(default_factory=dict)
+    error: DivergedError | None = None
+
+
+class StepGuard:
+    """Applies ``train.on_nonfinite`` and ``train.on_spike``.
+
+    ``recent`` [WINDOW] float64 holds the newest losses, newest last, NaN for a step without an update. It is saved
+    with the checkpoint: a resumed run decides as an undisturbed one.
+    """
+
+    def __init__(self, stage: str, train: Train, copies: int):
+        """``copies``: how many ranks hold the same loss (tensor parallel)."""
+        self.stage, self.train, self.copies = stage, train, copies
+        self.recent = torch.full((WINDOW,), math.nan, dtype=torch.float64)
+
+    def check(self, step: int, loss: Tensor, grad_norm: Tensor) -> Verdict:
+        """Collective. ``loss`` is this rank's share of the mean loss, ``grad_norm`` the whole gradient's norm."""
+        asked = torch.tensor(float(signals.asked() is not None), device=loss.device)
+        numbers = torch.stack([loss.double(), grad_norm.isfinite().logical_not().double(), asked.double()])
+        dist.all_reduce(numbers)
+        total, bad_gradients, asked_to_stop = numbers.tolist()
+        verdict = Verdict(total / self.copies, asked_to_stop=asked_to_stop > 0)
+        sigmas = self._sigmas(verdict.loss)
+        if bad_gradients or not math.isfinite(verdict.loss):
+            self._judge(verdict, step, "nonfinite", self.train.on_nonfinite)
+        elif sigmas > self.train.spike_sigmas:
+            self._judge(verdict, step, "spike", self.train.on_spike, sigmas=round(sigmas, 2))
+        self.recent = self.recent.roll(-1)
+        self.recent[-1] = verdict.loss if verdict.update else math.nan
+        return verdict
+
+    def _sigmas(self, loss: float) -> float:
+        """How many standard deviations ``loss`` lies above the mean; 0 while there are too few."""
+        past = self.recent[~self.recent.isnan()]
+        if len(past) < LEAST:
+            return 0.0
+        return (loss - past.mean().item()) / max(past.std().item(), 1e-12)
+
+    def _judge(self, verdict: Verdict, step: int, event: str, action: str, **facts: float) -> None:
+        verdict.event = {"event": event, "action": action, **facts}
+        verdict.update = action == "record"
+        what = {"nonfinite": "loss or gradient is not finite", "spike": "the loss jumped"}[event]
+        height = "".join(f", {sigmas} sigmas" for sigmas in facts.values())
+        line = f"{self.stage}: {what} at step {step} (loss {verdict.loss:g}{height})"
+        skipped = min(step - 1, int(self.recent.isnan().flip(0).cumprod(0).sum()))
+        if action == "skip" and skipped >= MAX_SKIPS:
+            verdict.event["action"] = action = "stop"
+            line += f", after {skipped} skipped steps in a row"
+        if action == "stop":
+            verdict.error = DivergedError(
+                f"{line}; it was not applied, and the newest checkpoint is from before it. metrics.jsonl names the "
+                f"batch; to go on without its update, --set train.on_{event}=skip; or start anew with a lower rate"
+            )
+        elif dist.get_rank() == 0:
+            logger.warning("%s: %s", line, {"skip": "its update is left out", "record": "recorded"}[action])

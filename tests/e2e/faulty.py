@@ -1,0 +1,147 @@
+"""tools/run_recipe.py with a fault at a chosen point of its work, and a word on what it is doing.
+
+``FAULT="kill seal.hashed 2"``: at the second passing of that point in rank ``FAULT_RANK`` (0), the process gets
+SIGKILL; "term" is SIGTERM, "stop" SIGSTOP, "full" an OSError "no space left", "nan" a loss that is NaN.
+``PHASE_FILE``: rank 0 keeps the phase it is in there, at most 16 bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import mmap
+import os
+import runpy
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint import filesystem
+
+from stackgrow import run, seal
+from stackgrow.growth import convert, stage
+from stackgrow.titan.checkpoint import StageCheckpoints
+from stackgrow.titan.metrics import RecordWriter
+from stackgrow.titan.trainer import StageTrainer
+
+REPOSITORY = Path(__file__).parents[2]
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
+
+# point -> what it comes before ("<") or after (">")
+POINTS: dict[str, tuple[Any, str, str]] = {
+    "train.step": (StageTrainer, "train_step", "<"),
+    "train.backward": (StageTrainer, "_backward", ">"),
+    "validate": (StageTrainer, "validate", "<"),
+    "log": (RecordWriter, "write", "<"),
+    "load": (StageCheckpoints, "dcp_load", "<"),
+    "save.data": (filesystem.FileSystemWriter, "write_data", "<"),
+    "save.metadata": (filesystem.FileSystemWriter, "finish", "<"),
+    "save.rename": (filesystem.FileSystem, "rename", "<"),
+    "save.committed": (filesystem.FileSystemWriter, "finish", ">"),
+    "seal.hash": (seal, "file_records", "<"),
+    "seal.hashed": (seal, "seal", "<"),
+    "seal.write": (seal.json, "dump", "<"),
+    "seal.sealed": (seal, "seal", ">"),
+    "purge.unsealed": (shutil, "rmtree", "<"),
+    "grow.begin": (convert, "begin", ">"),
+    "grow.read": (convert, "read_tensor", "<"),
+    "grow.computed": (convert, "_compute", ">"),
+    "grow.written": (convert, "write_part", ">"),
+    "grow.link": (convert, "_link", "<"),
+    "grow.committed": (convert, "commit", ">"),
+    "grow.sealed": (stage, "seal_grown", ">"),
+    "done": (run, "_done_record", ">"),
+}
+PHASES = {
+    "load": (StageCheckpoints, "load"),
+    "validate": (StageTrainer, "validate"),
+    "save": (StageCheckpoints, "save"),
+    "seal": (StageCheckpoints, "_seal"),
+    "purge": (seal, "purge"),
+    "grow": (stage, "grow"),
+    "done": (run, "_done_record"),
+    "final": (run, "ledger"),
+}
+
+
+def wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(owner, name)
+    setattr(owner, name, functools.wraps(original)(around(original)))
+
+
+def install_fault(action: str, point: str, count: int) -> None:
+    owner, name, place = POINTS[point]
+    passed = 0
+
+    def reached(result: Any) -> Any:
+        nonlocal passed
+        passed += 1
+        if passed != count:
+            return result
+        if action == "nan":
+            return result * float("nan")
+        if action == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), point)
+        os.kill(os.getpid(), SIGNALS[action])
+        return result
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            if place == "<":
+                reached(None)
+                return original(*args, **kwargs)
+            return reached(original(*args, **kwargs))
+
+        return inner
+
+    wrap(owner, name, around)
+
+
+def install_phases(file: str) -> None:
+    with open(file, "r+b") as stream:  # noqa: PTH123
+        board = mmap.mmap(stream.fileno(), 16)
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        before, board[:] = board[:], name.encode().ljust(16)
+        try:
+            yield
+        finally:
+            board[:] = before
+
+    def around(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
+            def inner(*args: Any, **kwargs: Any) -> Any:
+                with phase(name):
+                    return original(*args, **kwargs)
+
+            return inner
+
+        return wrapper
+
+    def train(original: Callable[..., Any]) -> Callable[..., Any]:
+        def inner(trainer: StageTrainer) -> Any:
+            with phase("base train" if trainer.stage_job.stage.index == 0 else "target train"):
+                return original(trainer)
+
+        return inner
+
+    board[:] = b"start".ljust(16)
+    for name, (owner, attribute) in PHASES.items():
+        wrap(owner, attribute, around(name))
+    wrap(StageTrainer, "train", train)
+
+
+if __name__ == "__main__":
+    rank = os.environ.get("RANK", "0")
+    if "FAULT" in os.environ and rank == os.environ.get("FAULT_RANK", "0"):
+        action, point, count = os.environ["FAULT"].split()
+        install_fault(action, point, int(count))
+    if "PHASE_FILE" in os.environ and rank == "0":
+        install_phases(os.environ["PHASE_FILE"])
+    sys.argv[0] = str(REPOSITORY / "tools" / "run_recipe.py")
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,67 @@
+"""One request stops a run at the next good place, also while its main thread is in C; a second one ends it."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def start(program: str) -> subprocess.Popen:
+    text = "import os, signal, time\nfrom stackgrow import signals\n" + textwrap.dedent(program)
+    process = subprocess.Popen([sys.executable, "-u", "-c", text], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_one_request_is_noted_and_interrupts_nothing(number: signal.Signals) -> None:
+    process = start("signals.watch(); print('ready'); time.sleep(0.7); print(signals.asked())")
+    process.send_signal(number)
+    process.send_signal(number)  # passed on twice, as torchrun and Slurm do
+    assert process.communicate(timeout=20)[0] == f"{number.name}\n"
+    assert process.returncode == 0
+
+
+def test_a_second_request_ends_a_process_that_sits_in_c() -> None:
+    """As in a collective: Python's own handlers would wait for the main thread."""
+    process = start(
+        """
+        signals.watch()
+        signals.SAME_REQUEST_SECONDS = 0.1
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)  # the listener's thread takes them
+        reading, _ = os.pipe()
+        print('ready')
+        os.read(reading, 1)
+        """
+    )
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+
+
+def test_a_forked_helper_does_not_report_to_its_parent() -> None:
+    process = start(
+        """
+        signals.watch()
+        child = os.fork()
+        if not child:
+            time.sleep(20)
+            os._exit(0)
+        time.sleep(0.3)
+        os.kill(child, signal.SIGUSR1)  # ignored
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)
+        print('ready')
+        print(os.waitpid(child, 0)[1], signals.asked())
+        """
+    )
+    assert process.communicate(timeout=20)[0] == f"{int(signal.SIGTERM)} None\n"
