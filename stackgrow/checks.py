@@ -15,6 +15,7 @@ from stackgrow.load import Problem
 from stackgrow.parts import Hop, Part, factor_of
 from stackgrow.plan import Plan, TrainStage
 from stackgrow.recipe import Growth, Model, Recipe
+from stackgrow.resolve_growth import carry_problems, learn_problems
 
 MAX_LAYERS = 4096
 MIN_WINDOW = 2  # steps that a slope can be fitted over
@@ -98,7 +99,8 @@ def operator_problems(hop: Hop, final: Model, last: bool) -> Iterator[Problem]:
         missing = 'is missing; "random" needs one, such as "1000 steps"'
         extra = f'has no meaning for "{hop.growth.operator}"; remove it'
         yield f"{hop.where}.ramp", missing if hop.growth.ramp is None else extra
-    yield from _learn_keys_problems(hop)
+    yield from learn_problems(hop.growth, hop.where)
+    yield from carry_problems(hop)
     try:
         if hop.growth.operator == "learn":
             learned_shapes.check_learned(hop.source, hop.target)
@@ -106,20 +108,6 @@ def operator_problems(hop: Hop, final: Model, last: bool) -> Iterator[Problem]:
             growth_rules(hop.growth.operator, hop.source, hop.target, hop.layer_map)
     except GrowthError as error:
         yield hop.where, str(error)
-
-
-def _learn_keys_problems(hop: Hop) -> Iterator[Problem]:
-    growth = hop.growth
-    if growth.operator == "learn":
-        if growth.learn_steps is None:
-            yield f"{hop.where}.learn_steps", 'is missing; "learn" needs it, such as "100 steps"'
-        for name, given in {"layer_map": growth.layer_map is not None, "order": growth.order != "stack"}.items():
-            if given:
-                yield f"{hop.where}.{name}", 'has no meaning for "learn", which learns how layers mix; remove it'
-        return
-    for name, given in {"learn_steps": growth.learn_steps is not None, "learn": bool(growth.learn)}.items():
-        if given:
-            yield f"{hop.where}.{name}", f'has no meaning for "{growth.operator}"; remove it'
 
 
 def growth_problems(recipe: Recipe, growth: Growth, n_source: int, where: str) -> Iterator[Problem]:
@@ -201,14 +189,18 @@ def schedule_problems(stage: TrainStage, part: Part) -> Iterator[Problem]:
     inside = {part.where("warmup"): stage.warmup_steps, part.where("batch_warmup"): rises}
     if stage.mask:
         inside[part.table.replace(".train", ".ramp")] = stage.reached(stage.mask.ramp)
+    if stage.freeze:
+        inside[part.table.replace(".train", ".freeze")] = stage.frozen_steps
+    if stage.schedule:
+        del inside[part.where("warmup")]  # in a stage before
     for where, steps in inside.items():
         if steps > least:
             yield where, f"{steps} steps are more than the {least} steps of {stage.name}; shorten it"
-    if stage.horizon_steps < most:
-        yield (
-            part.where("horizon"),
-            f'{stage.horizon_steps} steps are fewer than the {most} steps of {stage.name}; make it longer, or "stage"',
-        )
+    before = stage.schedule.steps if stage.schedule else 0
+    if stage.horizon_steps < before + most and stage.train.horizon != "stage":
+        rule = f"{stage.horizon_steps} steps are fewer than the {most} steps of {stage.name}"
+        remedy = f" after the {before} before it; make it longer" if before else '; make it longer, or "stage"'
+        yield part.where("horizon"), rule + remedy
     if until and not MIN_WINDOW <= until.window < until.max_steps // 2:
         timing = part.table.replace(".train", "") if part.hop is None else part.hop.where
         yield (

@@ -21,6 +21,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def fingerprint(tensor: Tensor) -> str:
     """The fingerprint of a whole tensor."""
+    tensor = tensor.reshape(tensor.shape or (1,))  # a step counter has no dimension
     return hexadecimal(int(weighted_sum(tensor, tuple(tensor.shape), (0,) * tensor.dim()).item()))
 
 

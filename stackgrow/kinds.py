@@ -86,6 +86,14 @@ class Phase:
         return f"{self.batch} tokens for {self.length}"
 
 
+@dataclass(frozen=True)
+class Rewarm:
+    """The learning rate rises from ``ratio`` times what it would be to that in ``rewarm_steps``."""
+
+    rewarm_steps: int
+    ratio: float
+
+
 def nearest(amount: int, unit: int) -> int:
     """``amount / unit`` to the nearest whole number, halves up; exact where floats are not."""
     return (2 * amount + unit) // (2 * unit)
@@ -263,6 +271,24 @@ def phases() -> Kind:
 
     pattern = f"^({_TOKENS}) for ({_TOKENS}|{_STEPS})$"
     return Kind(rule, parse, {"type": "array", "items": {"type": "string", "pattern": pattern}})
+
+
+def rewarm(*words: str) -> Kind:
+    """One of ``words``, or a table ``{ rewarm_steps = 100, ratio = 0.1 }``."""
+    parts = {"rewarm_steps": integer(), "ratio": number(0, 1, above=True)}
+    rule = "one of " + ", ".join(f'"{w}"' for w in words) + ", or { rewarm_steps = 100, ratio = 0.1 }: "
+    rule += ", ".join(f"{name} {part.rule}" for name, part in parts.items())
+
+    def parse(value: Any) -> str | Rewarm:
+        if isinstance(value, str):
+            _require(value in words, rule)
+            return value
+        _require(isinstance(value, dict) and value.keys() == parts.keys(), rule)
+        return Rewarm(**{name: part.parse(value[name]) for name, part in parts.items()})
+
+    properties = {name: part.schema for name, part in parts.items()}
+    table = {"type": "object", "properties": properties, "required": list(parts), "additionalProperties": False}
+    return Kind(rule, parse, {"anyOf": [{"enum": list(words)}, table]})
 
 
 def layer_list() -> Kind:

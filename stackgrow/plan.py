@@ -12,7 +12,7 @@ from typing import Any
 from stackgrow import guidelines
 from stackgrow.batches import Batches
 from stackgrow.growth import learned_shapes
-from stackgrow.kinds import Duration
+from stackgrow.kinds import Duration, Rewarm
 from stackgrow.load import canonical_hash, to_dict
 from stackgrow.recipe import Model, Parallel, Recipe, Train
 
@@ -47,6 +47,29 @@ class Until:
 
 
 @dataclass(frozen=True)
+class Continued:
+    """The schedule goes on where the stages before it, of ``steps`` steps, left it; the rate rises from
+    ``rewarm.ratio`` times what it would be to that."""
+
+    steps: int
+    rewarm: Rewarm | None = None
+
+    def factor(self, step: int) -> float:
+        """What the schedule's rate is multiplied by in step ``step`` of the stage, 1 being the first."""
+        if self.rewarm is None:
+            return 1.0
+        return self.rewarm.ratio + (1 - self.rewarm.ratio) * min(1.0, (step - 1) / self.rewarm.rewarm_steps)
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """The embedding and the lowest ``layers`` are not trained for the first ``length`` of a stage (MSLT)."""
+
+    layers: int
+    length: Duration
+
+
+@dataclass(frozen=True)
 class TrainStage:
     """Trains one model for ``steps`` optimizer steps from data position ``start_sequences`` on; where ``until`` is
     given, ``steps`` are the most until the stage has found its end itself."""
@@ -63,6 +86,8 @@ class TrainStage:
     kind: str = "train"
     until: Until | None = None
     parallel: Parallel = field(default_factory=Parallel)
+    schedule: Continued | None = None  # None: the learning rate's schedule begins with the stage
+    freeze: Freeze | None = None
 
     @property
     def name(self) -> str:
@@ -100,11 +125,28 @@ class TrainStage:
 
     @property
     def flops(self) -> float:
-        return self.flops_per_token * self.tokens
+        return self.flops_after(self.steps)
+
+    def flops_after(self, steps: int) -> float:
+        """Of the first ``steps`` steps. A frozen step costs 6 N a token like any other, less the backward pass of the
+        frozen layers, 4 N of theirs: no gradient goes below the lowest trained layer."""
+        model, frozen = self.model, self.batches.tokens(min(steps, self.frozen_steps))
+        layers = (model.non_embedding_parameters() - model.dim) // model.n_layers * self.frozen_layers
+        return self.flops_per_token * self.batches.tokens(steps) - 4 * layers * frozen
+
+    @property
+    def frozen_steps(self) -> int:
+        return self.reached(self.freeze.length) if self.freeze else 0
+
+    @property
+    def frozen_layers(self) -> int:
+        return self.freeze.layers if self.freeze else 0
 
     @property
     def attention_flops(self) -> float:
-        return guidelines.attention_flops(self.model.n_layers, self.model.dim, self.seq_len, self.tokens)
+        width, frozen = (self.model.dim, self.seq_len), self.batches.tokens(self.frozen_steps)
+        spared = guidelines.attention_flops(self.frozen_layers, *width, frozen) * 2 / 3
+        return guidelines.attention_flops(self.model.n_layers, *width, self.tokens) - spared
 
     @property
     def warmup_steps(self) -> int:
@@ -134,7 +176,7 @@ class TrainStage:
             "step": step,
             "position": self.position(step),
             "tokens": self.start_tokens + tokens,
-            "flops": self.start_flops + tokens * self.flops_per_token,
+            "flops": self.start_flops + self.flops_after(step),
         }
 
     def mask_value(self, step: int) -> float:
@@ -154,6 +196,11 @@ class TrainStage:
         """The rate of optimizer step ``step`` (1 to ``steps``), as torchtitan 0.2.2's scheduler has it."""
         if not 1 <= step <= self.steps:
             raise ValueError(f"step {step} is not in {self.name}, which has steps 1 to {self.steps}")
+        if self.schedule:
+            return self._scheduled(step + self.schedule.steps) * self.schedule.factor(step)
+        return self._scheduled(step)
+
+    def _scheduled(self, step: int) -> float:
         peak, floor = self.train.learning_rate, self.train.min_learning_rate / self.train.learning_rate
         if step <= self.warmup_steps:
             return peak * (step / self.warmup_steps)
@@ -204,6 +251,7 @@ class GrowStage:
     noise: float
     seed: int  # the recipe's, made different for every growth
     ramp: Duration | None = None
+    optimizer: str | None = None  # "copy" or "asymmetric"; None: its state is left behind
     kind: str = "grow"
 
     @property

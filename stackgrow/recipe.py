@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stackgrow import kinds
-from stackgrow.kinds import Duration, Kind, Phase, Share
+from stackgrow.kinds import Duration, Kind, Phase, Rewarm, Share
 
 OPERATORS = ("stack", "split", "zero", "random", "learn")
 
@@ -285,6 +285,20 @@ class Growth:
     )
     ramp: Duration | None = key(kinds.duration(1), 'with "random": how long the mask takes from 0 to 1', None)
     learn_steps: Duration | None = key(kinds.duration(1), 'with "learn": how long its maps are trained', None)
+    optimizer: str = key(
+        kinds.choice("reset", "copy", "asymmetric"),
+        "AdamW's moments: start afresh; grow by the same map as the weights; or only the first copy of each weight "
+        "keeps its own",
+        "reset",
+    )
+    lr: str | Rewarm = key(
+        kinds.rewarm("restart", "continue"),
+        "the schedule: begins anew; goes on where the stage before left it; or goes on so, from ratio times its rate",
+        "restart",
+    )
+    freeze: Duration | None = key(
+        kinds.duration(1), "how long only the new layers, the last norm and the head are trained (MSLT)", None
+    )
     learn: dict[str, Any] = overrides(Train, 'with "learn": keys of [train] that differ while its maps are trained')
     model: dict[str, Any] = overrides(Widths, "widths after this growth; the last growth leads to [model]")
     train: dict[str, Any] = overrides(Train, "keys of [train] that differ in the stage after this growth")

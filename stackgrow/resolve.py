@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from stackgrow.growth.depth import interleave_map, stack_map
 from stackgrow.kinds import Duration, Share, human
 from stackgrow.load import Problem, RecipeError
 from stackgrow.parts import Hop, Part, factor_of, parts_of, resized
-from stackgrow.plan import GrowStage, ImportStage, LearnStage, Plan, Stage, TrainStage, Until
+from stackgrow.plan import Freeze, GrowStage, ImportStage, LearnStage, Plan, Stage, TrainStage, Until
 from stackgrow.recipe import Growth, LossSlope, Recipe
+from stackgrow.resolve_growth import continued, lr_problems
 from stackgrow.timing import bounds_note, due, factor_note, shown, timing_note
 
 Ends = Callable[[str, Until], int]  # the steps of a stage, by its name, whose end the loss decides
@@ -98,6 +100,7 @@ def _resolve_stages(recipe: Recipe, parts: Sequence[Part], problems: list[Proble
         stages = [
             ImportStage(0, model, model, "import", None, 0.0, recipe.seed, folder=folder, position=recipe.base.position)
         ]
+    grown: Hop | None = None  # the growth before this part
     for part in parts:
         hop = part.hop
         if not (hop and hop.growth.timing == "start") or part.learns:
@@ -105,13 +108,27 @@ def _resolve_stages(recipe: Recipe, parts: Sequence[Part], problems: list[Proble
             if stage.steps < 1:
                 problems.append(_order_problem(recipe, part, stage.start_tokens))
                 break
+            if grown and not part.learns:
+                stage, wrong = _carried(stage, grown, stages)
+                problems += wrong
             problems += schedule_problems(stage, part)
             stages.append(stage)
         if hop and (part.learns or hop.growth.operator != "learn"):
             index, growth = len(stages), hop.growth
-            how = (growth.operator, hop.layer_map, growth.noise, recipe.seed + index, growth.ramp)
+            optimizer = None if growth.optimizer == "reset" else growth.optimizer
+            how = (growth.operator, hop.layer_map, growth.noise, recipe.seed + index, growth.ramp, optimizer)
             stages.append(GrowStage(index, hop.source, hop.target, *how))
+            grown = hop
     return stages
+
+
+def _carried(stage: TrainStage, grown: Hop, stages: Sequence[Stage]) -> tuple[TrainStage, list[Problem]]:
+    """The stage after a growth, with what the growth says of its schedule and its layers."""
+    before = [s for s in stages if isinstance(s, TrainStage) and not isinstance(s, LearnStage)]
+    freeze = Freeze(grown.source.n_layers, grown.growth.freeze) if grown.growth.freeze else None
+    schedule = continued(grown.growth, before[-1]) if before else None
+    stage = dataclasses.replace(stage, schedule=schedule, freeze=freeze)
+    return stage, list(lr_problems(stage, before[-1], grown.where)) if schedule else []
 
 
 def _train_stage(recipe: Recipe, part: Part, stages: Sequence[Stage], ends: Ends) -> TrainStage:

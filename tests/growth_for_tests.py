@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from stackgrow.growth.convert import begin, commit, grow_checkpoint, write_part
-from stackgrow.growth.rules import Alias, Rules
+from stackgrow.growth.rules import Compute, Rules, Zeros
 from stackgrow.recipe import Model
 
 Tensors = Mapping[str, Tensor]
@@ -31,10 +31,15 @@ def weights(model: Model, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
 
 def apply(rules: Rules, source: Tensors) -> dict[str, Tensor]:
     """The grown tensors, without a checkpoint. A Compute may overwrite what it gets."""
-    return {
-        name: source[rule.source] if isinstance(rule, Alias) else rule.fn(*(source[s].clone() for s in rule.sources))
-        for name, rule in rules.targets.items()
-    }
+    grown = {}
+    for name, rule in rules.targets.items():
+        if isinstance(rule, Compute):
+            grown[name] = rule.fn(*(source[s].clone() for s in rule.sources))
+        elif isinstance(rule, Zeros):
+            grown[name] = source[rule.like].new_zeros(rules.target_shapes[name])
+        else:
+            grown[name] = source[rule.source]
+    return grown
 
 
 def through_checkpoints(rules: Rules, source: Tensors, folder: Path, parts: int) -> dict[str, Tensor]:

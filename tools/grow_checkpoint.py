@@ -70,6 +70,7 @@ def parse() -> argparse.Namespace:
     depth.add_argument("--layer-map", type=layers, metavar="0,1,0,1", help="the source layer of each grown layer")
     parser.add_argument("--order", choices=["stack", "interleave"], help="with --factor: 0 1 0 1 (default), or 0 0 1 1")
     parser.add_argument("--noise", type=float, default=0.0, metavar="A", help="share of random weights blended in")
+    parser.add_argument("--optimizer", choices=["copy", "asymmetric"], help="grow AdamW's moments too (default: none)")
     parser.add_argument("--seed", type=int, default=0, help="of new weights, uneven shares and noise (default: 0)")
     grown = parser.add_argument_group("widths of the grown model; those that are not given stay")
     known = parser.add_argument_group("source geometry, for a DCP folder that lies in no run and was not written here")
@@ -117,7 +118,8 @@ def stage_of(source: Model, arguments: argparse.Namespace) -> GrowStage:
     if factor:
         layer_map = tuple((interleave_map if arguments.order == "interleave" else stack_map)(n, n * factor))
     target = widened(source, len(layer_map) if layer_map else n, widths)
-    return GrowStage(0, source, target, arguments.operator, layer_map, arguments.noise, arguments.seed)
+    drawn = arguments.noise, arguments.seed
+    return GrowStage(0, source, target, arguments.operator, layer_map, *drawn, optimizer=arguments.optimizer)
 
 
 def described(stage: GrowStage) -> str:

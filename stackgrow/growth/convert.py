@@ -1,8 +1,9 @@
-"""Apply a growth to a checkpoint on disk: DCP in, DCP out, the model's tensors only.
+"""Apply a growth to a checkpoint on disk: DCP in, DCP out, the tensors that the rules name.
 
 An Alias moves no bytes: the grown metadata points at the source's byte ranges, in data files that are hard
-links. A Compute is streamed tensor by tensor, and ranks share the tensors. All happens in ``<target>.tmp``,
-which one rename makes the target; whatever stops it before, there is no target and the source is as it was.
+links. A Compute is streamed tensor by tensor, and ranks share the tensors. Zeros are written once for each shape.
+All happens in ``<target>.tmp``, which one rename makes the target; whatever stops it before, there is no target and
+the source is as it was.
 
 A hard link is the same file: saving over a grown checkpoint in place would truncate the source's data too.
 """
@@ -17,6 +18,7 @@ import os
 import pickle
 import shutil
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +29,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from stackgrow.fingerprint import fingerprint
 from stackgrow.growth.dcp import METADATA, CheckpointError, is_model_key, places, read_metadata, read_tensor
-from stackgrow.growth.rules import Alias, Compute, Rules
+from stackgrow.growth.rules import Alias, Compute, Rule, Rules, Zeros
 from stackgrow.signals import stop_if_asked
 
 # What file systems answer that cannot link, or not this file, or not once more.
@@ -61,22 +63,31 @@ def begin(source: Path, target: Path, rules: Rules) -> None:
     work.mkdir(parents=True)
 
 
-def write_part(source: Path, target: Path, rules: Rules, rank: int = 0, world_size: int = 1) -> None:
-    """Compute and write this rank's share of the Compute tensors, holding those of one rule and one result at a time.
+def write_part(
+    source: Path,
+    target: Path,
+    rules: Rules,
+    rank: int = 0,
+    world_size: int = 1,
+    marks: Mapping[str, str] | None = None,
+) -> None:
+    """Compute and write this rank's share of the tensors, holding those of one rule and one result at a time.
 
-    Raises CheckpointError when a result has not the shape of the target or the dtype of its sources.
+    Raises CheckpointError when a result has not the shape of the target or the dtype of its sources, and when a
+    tensor that is read has not its fingerprint in ``marks``, where they are known.
     """
-    names = _share(rules, rank, world_size)
+    metadata = _read_source(source, rules)
+    names = _share(metadata, rules, rank, world_size)
     if not names:
         return
-    metadata = _read_source(source, rules)
+    read = Reader(source, metadata, marks)
     jobs: dict[str, tuple[Future[Any], Future[str]]] = {}
     with (_work(target) / _part(metadata, rank)).open("wb") as stream, ThreadPoolExecutor(2) as threads:
         last: tuple[Future[Any], ...] = ()
         for name in names:
             stop_if_asked(f"growing {target.parent.name}")
             # One tensor is written while the next is computed: the cores and the disk let each other work.
-            tensor = _compute(source, metadata, rules, name)
+            tensor = _compute(read, rules, name)
             for job in last:
                 job.result()
             last = jobs[name] = threads.submit(_append, tensor, stream), threads.submit(fingerprint, tensor)
@@ -100,6 +111,7 @@ def commit(source: Path, target: Path, rules: Rules, world_size: int = 1) -> dic
     for rank in range(world_size):
         marks |= _add_part(old, new, target, rules, rank, world_size)
     files = _add_aliases(old, new, rules)
+    marks |= _add_zeros(old, new, rules, marks)
     linked = [name for name in files if _link(source / name, work / name)]
     with (work / METADATA).open("wb") as stream:
         pickle.dump(new, stream)
@@ -108,11 +120,9 @@ def commit(source: Path, target: Path, rules: Rules, world_size: int = 1) -> dic
     _sync_folder(work)
     work.rename(target)
     _sync_folder(target.parent)
-    computed = {name: rule for name, rule in rules.targets.items() if isinstance(rule, Compute)}
-    notes = {name: f"{rule.note}({', '.join(rule.sources)})" for name, rule in computed.items()}
     return {
-        "map": {name: rule.source if isinstance(rule, Alias) else notes[name] for name, rule in rules.targets.items()},
-        "dropped": sorted(rules.dropped),
+        "map": {name: _told(rule) for name, rule in rules.targets.items() if is_model_key(name)},
+        "dropped": sorted(filter(is_model_key, rules.dropped)),
         "fingerprints": marks,
         "linked_files": linked,
         "copied_files": [name for name in files if name not in linked],
@@ -121,12 +131,19 @@ def commit(source: Path, target: Path, rules: Rules, world_size: int = 1) -> dic
     }
 
 
+def _told(rule: Rule) -> str:
+    if isinstance(rule, Compute):
+        return f"{rule.note}({', '.join(rule.sources)})"
+    return rule.source if isinstance(rule, Alias) else "zeros"
+
+
 def _read_source(source: Path, rules: Rules) -> meta.Metadata:
-    """The source's metadata, whose model tensors are exactly those that the rules take, all of one dtype."""
-    metadata = read_metadata(source)
-    model = {fqn: entry for fqn, entry in metadata.state_dict_metadata.items() if is_model_key(fqn)}
-    have = {fqn: tuple(getattr(entry, "size", ("bytes",))) for fqn, entry in model.items()}
-    want = rules.source_shapes
+    """The source's metadata, whose model tensors are exactly those that the rules take, all of one dtype; and whose
+    optimizer has the state that they take."""
+    metadata, want = read_metadata(source), rules.source_shapes
+    entries = {fqn: e for fqn, e in metadata.state_dict_metadata.items() if is_model_key(fqn) or fqn in want}
+    have = {fqn: tuple(getattr(entry, "size", ("bytes",))) for fqn, entry in entries.items()}
+    model = {fqn: entry for fqn, entry in entries.items() if is_model_key(fqn)}
     problems = [
         f"{fqn} is {have.get(fqn, 'missing')}, the source model has {want.get(fqn, 'no such tensor')}"
         for fqn in sorted({*have, *want})
@@ -138,7 +155,7 @@ def _read_source(source: Path, rules: Rules) -> meta.Metadata:
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"{source} is not the source model: {'; '.join(problems[:8])}{more}")
-    for fqn in model:
+    for fqn in entries:
         places(metadata, fqn)
     return metadata
 
@@ -157,11 +174,22 @@ def _add_aliases(old: meta.Metadata, new: meta.Metadata, rules: Rules) -> list[s
     return sorted(files)
 
 
+def _add_zeros(old: meta.Metadata, new: meta.Metadata, rules: Rules, marks: Mapping[str, str]) -> dict[str, str]:
+    """Enter the Zeros that are not written but as others of their shape; returns their fingerprints."""
+    written = _written(old, rules)
+    again = {name: written[name] for name, rule in rules.targets.items() if isinstance(rule, Zeros)}
+    for name, other in again.items():
+        entry = new.state_dict_metadata[name] = new.state_dict_metadata[other]
+        offsets = entry.chunks[0].offsets
+        new.storage_data[meta.MetadataIndex(name, offsets)] = new.storage_data[meta.MetadataIndex(other, offsets)]
+    return {name: marks[other] for name, other in again.items()}
+
+
 def _add_part(
     old: meta.Metadata, new: meta.Metadata, target: Path, rules: Rules, rank: int, world_size: int
 ) -> dict[str, str]:
     """Enter what one rank computed into the new metadata; returns the fingerprints."""
-    file, names = _index(target, rank), _share(rules, rank, world_size)
+    file, names = _index(target, rank), _share(old, rules, rank, world_size)
     index = json.loads(file.read_text()) if file.exists() else {}
     if set(index) != set(names):
         raise CheckpointError(f"rank {rank} of {world_size} has not written its part of {target}")
@@ -175,10 +203,27 @@ def _add_part(
     return {name: mark for name, (*_, mark) in index.items()}
 
 
-def _compute(source: Path, metadata: meta.Metadata, rules: Rules, name: str) -> torch.Tensor:
+class Reader:
+    """Reads the source's tensors, each of which must have its fingerprint in ``marks``, if they are known."""
+
+    def __init__(self, source: Path, metadata: meta.Metadata, marks: Mapping[str, str] | None):
+        self.source, self.metadata, self.marks = source, metadata, marks
+        self.checked: set[str] = set()
+
+    def __call__(self, fqn: str) -> torch.Tensor:
+        tensor = read_tensor(self.source, self.metadata, fqn)
+        if self.marks is not None and fqn not in self.checked and self.marks.get(fqn) != fingerprint(tensor):
+            raise CheckpointError(f"{self.source}: {fqn} is not what was sealed; restore the checkpoint")
+        self.checked.add(fqn)
+        return tensor
+
+
+def _compute(read: Reader, rules: Rules, name: str) -> torch.Tensor:
     rule, shape = rules.targets[name], rules.target_shapes[name]
+    if isinstance(rule, Zeros):
+        return torch.zeros(shape, dtype=_dtype(read.metadata, rule))
     assert isinstance(rule, Compute)
-    sources = [read_tensor(source, metadata, fqn) for fqn in rule.sources]
+    sources = [read(fqn) for fqn in rule.sources]
     dtypes = {tensor.dtype for tensor in sources}
     tensor = rule.fn(*sources).detach().contiguous()
     if tuple(tensor.shape) != shape or not dtypes <= {tensor.dtype}:
@@ -208,9 +253,28 @@ def _append(tensor: torch.Tensor, stream: IO[bytes]) -> tuple[str, int, int]:
     return str(tensor.dtype).removeprefix("torch."), offset, stream.tell() - offset
 
 
-def _share(rules: Rules, rank: int, world_size: int) -> list[str]:
-    """One rank's Compute tensors: from the largest down, each goes to the rank with the least so far."""
-    computed = {name: rule for name, rule in rules.targets.items() if isinstance(rule, Compute)}
+def _dtype(metadata: meta.Metadata, rule: Zeros) -> torch.dtype:
+    dtype = metadata.state_dict_metadata[rule.like].properties.dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _written(source: meta.Metadata, rules: Rules) -> dict[str, str]:
+    """{name: the name under which it is written} for every tensor that is no Alias: its own, or, for Zeros, that of
+    the first of their shape and dtype."""
+    first: dict[tuple[Any, ...], str] = {}
+    written = {}
+    for name, rule in rules.targets.items():
+        if isinstance(rule, Compute):
+            written[name] = name
+        elif isinstance(rule, Zeros):
+            written[name] = first.setdefault((rules.target_shapes[name], _dtype(source, rule)), name)
+    return written
+
+
+def _share(source: meta.Metadata, rules: Rules, rank: int, world_size: int) -> list[str]:
+    """One rank's tensors to write: from the largest down, each goes to the rank with the least so far."""
+    computed = {name: rules.targets[name] for name in dict.fromkeys(_written(source, rules).values())}
     costs = {name: math.prod(rules.target_shapes[name]) for name in computed}
     for name, rule in computed.items():
         costs[name] += sum(math.prod(rules.source_shapes[fqn]) for fqn in rule.sources)

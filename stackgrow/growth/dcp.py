@@ -24,6 +24,7 @@ from stackgrow.errors import DamagedError
 METADATA = ".metadata"
 # What torchtitan saves beside the model: nested states, which DCP flattens. Model tensors have no prefix.
 STATE_PREFIXES = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
+OPTIMIZER_STATE = "optimizer.state."  # AdamW's moments and step counters
 
 
 class CheckpointError(DamagedError):

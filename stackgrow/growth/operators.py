@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from stackgrow.growth.depth import GEOMETRY
-from stackgrow.growth.rules import Alias, Compute, GrowthError, Rule, Rules
+from stackgrow.growth.rules import Alias, Compute, GrowthError, Moment, Rule, Rules, Zeros
 from stackgrow.recipe import Model
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ PAPER = "https://arxiv.org/abs/2405.15319"
 class Operator:
     """``preserves``: when the grown model computes what its source did; "" where that is not claimed.
 
-    ``width``, ``depth`` and ``whole`` name functions of this package, "module:function", and what they take.
+    ``width``, ``depth`` and ``whole`` name functions of this package, "module:function", and what they take;
+    those that make anything but copies take a Moment too.
     """
 
     name: str
@@ -29,8 +30,8 @@ class Operator:
     equations: str  # of PAPER, appendix A
     directions: tuple[str, ...]
     preserves: str = ""
-    width: str = ""  # (source, target, seed)
-    depth: str = ""  # (layer_map, source, target), and seed if ``seeded``
+    width: str = ""  # (source, target, seed, moment)
+    depth: str = ""  # (layer_map, source, target), and (seed, moment) if ``seeded``
     whole: str = ""  # (source, target, network): width and depth in one, from matrices trained first
     seeded: bool = False
 
@@ -52,12 +53,18 @@ OPERATORS: Mapping[str, Operator] = {operator.name: operator for operator in _TA
 
 
 def growth_rules(
-    name: str, source: Model, target: Model, layer_map: Sequence[int] | None = None, seed: int = 0, network: Any = None
+    name: str,
+    source: Model,
+    target: Model,
+    layer_map: Sequence[int] | None = None,
+    seed: int = 0,
+    network: Any = None,
+    moment: Moment | None = None,
 ) -> Rules:
     """The rules of one growth: in width where the geometry differs, then in depth by ``layer_map``, if given.
 
-    ``seed`` should differ between the growths of a run. "learn" takes its trained HyperNetwork instead of a map.
-    Raises GrowthError for an unknown operator, and where the operator does not define the growth.
+    ``seed`` should differ between the growths of a run. "learn" takes its trained HyperNetwork instead of a map, and
+    has no rules for a ``moment``. Raises GrowthError for an unknown operator, and where it does not define the growth.
     """
     if name not in OPERATORS:
         raise GrowthError(f"no growth operator {name!r}: the operators are {', '.join(OPERATORS)}")
@@ -72,9 +79,18 @@ def growth_rules(
         able = [other.name for other in _TABLE if direction in other.directions]
         raise GrowthError(f"{name!r} does not grow in {direction}: use {', '.join(able)}")
     if layer_map is None:
-        return _call(operator.width, source, target, seed)
-    deeper = _call(operator.depth, layer_map, wide if wider else source, target, *[seed] * operator.seeded)
-    return compose(_call(operator.width, source, wide, seed), deeper) if wider else deeper
+        return _call(operator.width, source, target, seed, moment)
+    deeper = _call(operator.depth, layer_map, wide if wider else source, target, *[seed, moment][: 2 * operator.seeded])
+    if moment and moment.asymmetric:
+        deeper = first_copies(layer_map, deeper)
+    return compose(_call(operator.width, source, wide, seed, moment), deeper) if wider else deeper
+
+
+def first_copies(layer_map: Sequence[int], rules: Rules) -> Rules:
+    """The rules of a growth in depth, with zeros in every layer whose source layer an earlier one copies too."""
+    again = tuple(f"layers.{i}." for i, layer in enumerate(layer_map) if layer in layer_map[:i])
+    zeros = {name: Zeros(rule.sources[0]) for name, rule in rules.targets.items() if name.startswith(again)}
+    return replace(rules, targets={**rules.targets, **zeros})
 
 
 def compose(first: Rules, second: Rules) -> Rules:
@@ -87,13 +103,16 @@ def compose(first: Rules, second: Rules) -> Rules:
 def _through(first: Mapping[str, Rule], rule: Rule) -> Rule:
     if isinstance(rule, Alias):
         return first[rule.source]
+    if isinstance(rule, Zeros):
+        return Zeros(first[rule.like].sources[0])
     outer, inner = rule, [first[name] for name in rule.sources]
+    assert not any(isinstance(step, Zeros) for step in inner), "no growth in width makes a tensor of zeros"
 
     def fn(*tensors: torch.Tensor) -> torch.Tensor:
         made, left = [], list(tensors)
         for step in inner:
             mine, left = left[: len(step.sources)], left[len(step.sources) :]
-            made.append(mine[0] if isinstance(step, Alias) else step.fn(*mine))
+            made.append(step.fn(*mine) if isinstance(step, Compute) else mine[0])
         return outer.fn(*made)
 
     notes = [outer.note, *(step.note for step in inner if isinstance(step, Compute))]

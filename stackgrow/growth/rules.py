@@ -40,7 +40,28 @@ class Compute:
     note: str
 
 
-Rule: TypeAlias = Alias | Compute
+@dataclass(frozen=True)
+class Zeros:
+    """The target tensor is zero, in the dtype of the source tensor ``like``; on disk, all of one shape are one."""
+
+    like: str
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.like,)
+
+
+Rule: TypeAlias = Alias | Compute | Zeros
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Asks an operator for the rules of an AdamW moment instead of the weights': the same map, each of whose
+    coefficients is raised to ``power``, without what does not depend on the source. ``asymmetric``: zero for every
+    entry that copies what an entry before it copies too. See moments.py."""
+
+    power: int  # 1: exp_avg; 2: exp_avg_sq
+    asymmetric: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from typing import Any
 
 from stackgrow import seal
 from stackgrow.growth import convert
+from stackgrow.growth.dcp import is_model_key
+from stackgrow.growth.moments import with_moments
 from stackgrow.growth.noise import noisy_rules
 from stackgrow.growth.operators import growth_rules
-from stackgrow.growth.rules import Alias, Rules
+from stackgrow.growth.rules import Alias, Moment, Rules
 from stackgrow.plan import GrowStage
 
 GROWTH = "growth.json"
@@ -37,13 +39,15 @@ def grow(
     barrier()  # before rank 0 changes what the others look at
     if done:
         return f"{stage.name}  grown before"
-    rules = rules_of(stage, network)
+    rules, marks = rules_of(stage, network), marks_of(seal.read_seal(source))
+    if unknown := {fqn for rule in rules.targets.values() for fqn in rule.sources} - marks.keys():
+        raise convert.CheckpointError(f"{source}: its seal has no fingerprint of {min(unknown)}; train its stage again")
     if rank == 0:
         if target.exists():
             seal.move_to_quarantine(target)
         convert.begin(source, target, rules)
     barrier()
-    convert.write_part(source, target, rules, rank, world_size)
+    convert.write_part(source, target, rules, rank, world_size, marks)
     barrier()
     line = ""
     if rank == 0:
@@ -61,8 +65,19 @@ def rules_of(stage: GrowStage, network: Path | None = None) -> Rules:
         from stackgrow.growth.learned import read_network
 
         learned = read_network(network, stage.source, stage.target)
-    rules = growth_rules(stage.operator, stage.source, stage.target, stage.layer_map, stage.seed, learned)
-    return noisy_rules(rules, stage.target.n_layers, stage.noise, stage.seed) if stage.noise else rules
+
+    def rules(moment: Moment | None = None) -> Rules:
+        models = stage.source, stage.target
+        made = growth_rules(stage.operator, *models, stage.layer_map, stage.seed, learned, moment)
+        return noisy_rules(made, stage.target.n_layers, stage.noise, stage.seed, moment) if stage.noise else made
+
+    return with_moments(rules, stage.optimizer == "asymmetric") if stage.optimizer else rules()
+
+
+def marks_of(manifest: Mapping[str, Any] | None) -> dict[str, str]:
+    """The fingerprint of every tensor in a sealed checkpoint, the optimizer's included."""
+    assert manifest is not None, "run.py hands over sealed checkpoints only"
+    return {**manifest["tensors"], **manifest.get("moments", {})}
 
 
 def _seal_grown(
@@ -76,7 +91,7 @@ def _seal_grown(
     session: str,
 ) -> None:
     before = seal.read_seal(source)
-    assert before is not None, "run.py hands over sealed checkpoints only"
+    assert before is not None
     growth, facts = growth_record(stage, source, before, rules, record), {}
     if network is not None and (learned := seal.read_seal(network)):
         # The maps were trained on data that the source has not seen: the data go on from there.
@@ -94,12 +109,15 @@ def growth_record(
 
     An aliased tensor has its source's fingerprint. The next stage must find every fingerprint again in what it loads.
     """
-    aliased = {name: before["tensors"][r.source] for name, r in rules.targets.items() if isinstance(r, Alias)}
-    tensors = aliased | record.pop("fingerprints")
+    marks = marks_of(before)
+    aliased = {name: marks[r.source] for name, r in rules.targets.items() if isinstance(r, Alias)}
+    marks = aliased | record.pop("fingerprints")
+    moments = {name: mark for name, mark in marks.items() if not is_model_key(name)}
     return {
         "operator": stage.operator,
         "layer_map": list(stage.layer_map) if stage.layer_map else None,
         "noise": stage.noise,
+        "optimizer": stage.optimizer or "reset",
         "seed": stage.seed,
         "source": {
             "checkpoint": str(source),
@@ -108,7 +126,8 @@ def growth_record(
             **({"files": before["source"]["files"]} if "source" in before else {}),  # of an import
         },
         **record,
-        "tensors": tensors,
+        "tensors": {name: mark for name, mark in marks.items() if is_model_key(name)},
+        **({"moments": moments} if moments else {}),
     }
 
 
@@ -118,11 +137,6 @@ def seal_grown(
     """Seals a grown checkpoint. A linked file is the source's own: where that is sealed, its SHA-256 is known."""
     linked = {name: before["files"][name] for name in growth["linked_files"] if name in before["files"]}
     fresh = [name for name in seal.contents(target) if name not in linked]
-    facts = {
-        "step": 0,
-        "position": before["position"],
-        "stage_hash": stage_hash,
-        "tensors": growth["tensors"],
-        **facts,
-    }
+    marks = {name: growth[name] for name in ("tensors", "moments") if name in growth}
+    facts = {"step": 0, "position": before["position"], "stage_hash": stage_hash, **marks, **facts}
     seal.seal(target, linked | seal.file_records(target, fresh), facts)

@@ -22,9 +22,9 @@ from stackgrow.evaluate.hf_format import config_of, model_from_config
 from stackgrow.fingerprint import fingerprint
 from stackgrow.found import plan_of_run
 from stackgrow.growth import convert
-from stackgrow.growth.dcp import CheckpointError, read_metadata, read_tensor, tensor_shapes
-from stackgrow.growth.rules import Compute, GrowthError, Rules
-from stackgrow.growth.stage import GROWTH, growth_record, rules_of, seal_grown
+from stackgrow.growth.dcp import CheckpointError, is_model_key, read_metadata, read_tensor, tensor_shapes
+from stackgrow.growth.rules import GrowthError, Rules
+from stackgrow.growth.stage import GROWTH, growth_record, marks_of, rules_of, seal_grown
 from stackgrow.load import RecipeError, canonical_hash
 from stackgrow.plan import GrowStage, identity
 from stackgrow.recipe import Model
@@ -92,7 +92,8 @@ def grow_folder(
         ranks.step(lambda: _begin(source, work, rules), alone=True)
         checkpoint = work / "imported" if _is_hf(source) else source
         before = _facts(checkpoint, stage.source, rules, ranks)
-        ranks.step(lambda: convert.write_part(checkpoint, work / "grown", rules, ranks.rank, ranks.size))
+        marks = marks_of(before) if before["files"] else None  # of what has no seal they were read from it just now
+        ranks.step(lambda: convert.write_part(checkpoint, work / "grown", rules, ranks.rank, ranks.size, marks))
         facts = {} if position is None else {"position": position}
         finish = partial(_finish, stage, source, checkpoint, target, rules, before, ranks.size, facts)
         return ranks.step(finish, alone=True)
@@ -167,6 +168,8 @@ def _prepare(
     if target.resolve().is_relative_to(source.resolve()):
         raise CheckpointError(f"{target} lies in {source}, which would change it: grow into another folder")
     stage = describe(source_model(source, given))
+    if stage.optimizer and _is_hf(source):
+        raise GrowthError(f"{source} has weights alone, and no optimizer state to grow: leave out --optimizer")
     for which, model in (("source", stage.source), ("grown", stage.target)):
         if model.dim % (2 * model.n_heads) or model.n_heads % model.kv_heads:
             raise GrowthError(
@@ -189,18 +192,12 @@ def _facts(source: Path, model: Model, rules: Rules, ranks: Ranks) -> Mapping[st
     """The manifest of the source; of one without a seal, what can be known. The ranks share the reading."""
     before = seal.read_seal(source)
     if before is not None:
-        if any(isinstance(rule, Compute) for rule in rules.targets.values()):  # what is aliased keeps its SHA-256
-            ranks.step(lambda: _check_undamaged(source, before, ranks))
         return before
-    mine = ranks.step(lambda: _fingerprints(source, sorted(model.tensors())[ranks.rank :: ranks.size]))
-    tensors = {name: mark for part in ranks.gather(mine) for name, mark in part.items()}
+    mine = ranks.step(lambda: _fingerprints(source, sorted(rules.source_shapes)[ranks.rank :: ranks.size]))
+    marks = {name: mark for part in ranks.gather(mine) for name, mark in part.items()}
+    tensors = {name: mark for name, mark in marks.items() if is_model_key(name)}
     stage_hash = canonical_hash({"config": config_of(model), "tensors": tensors})
-    return {"stage_hash": stage_hash, "position": 0, "tensors": tensors, "files": {}}
-
-
-def _check_undamaged(source: Path, before: Mapping[str, Any], ranks: Ranks) -> None:
-    if faults := seal.damage(source, before, ranks.rank, ranks.size):
-        raise CheckpointError(f"{source} is not what was sealed: {'; '.join(faults)}")
+    return {"stage_hash": stage_hash, "position": 0, "tensors": tensors, "moments": marks, "files": {}}
 
 
 def _fingerprints(source: Path, names: list[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from stackgrow.growth.draw import generator
-from stackgrow.growth.rules import Alias, Compute, GrowthError, Rule, Rules
+from stackgrow.growth.rules import Alias, Compute, GrowthError, Moment, Rule, Rules
 from stackgrow.recipe import Model
 
 if TYPE_CHECKING:  # a plan checks a growth by its rules, and needs no torch for that
@@ -44,7 +44,7 @@ def kind(name: str) -> str:
     return ".".join(parts[2:] if parts[0] == "layers" else parts)
 
 
-def split_rules(source: Model, target: Model, seed: int) -> Rules:
+def split_rules(source: Model, target: Model, seed: int, moment: Moment | None = None) -> Rules:
     """G_direct widthwise (eqs. 4-11): E' = E R, W' = L W R, mu' = sqrt(d)/sqrt(D) [mu, mu_copied].
 
     Channel j copies channel j mod d, so that D need not be a multiple of d. R splits: the columns that copy one
@@ -60,7 +60,8 @@ def split_rules(source: Model, target: Model, seed: int) -> Rules:
         raise GrowthError(f"a split keeps norm_eps: {source.norm_eps:g}, not {target.norm_eps:g}")
     channels, have, want = copied_channels(source, target), source.tensors(), target.tensors()
     targets = {
-        name: _split(name, shape, [channels[axis] for axis in AXES[kind(name)]], seed) for name, shape in have.items()
+        name: _split(name, shape, [channels[axis] for axis in AXES[kind(name)]], seed, moment)
+        for name, shape in have.items()
     }
     return Rules(targets, have, want)
 
@@ -132,24 +133,36 @@ def head_channels(heads: Sequence[int], inside: Sequence[int], width: int) -> li
     return [head * width + channel for head in heads for channel in inside]
 
 
-def _split(name: str, have: tuple[int, ...], axes: list[list[int]], seed: int) -> Rule:
+def _split(name: str, have: tuple[int, ...], axes: list[list[int]], seed: int, moment: Moment | None) -> Rule:
     """``have`` is the source's shape; ``axes`` the source index of each target index, per dimension."""
     if all(axis == list(range(n)) for axis, n in zip(axes, have, strict=True)):
         return Alias(name)
-    if len(axes) == 1:
-        factor = math.sqrt(have[0]) / math.sqrt(len(axes[0]))
-        return Compute((name,), lambda mu: times(mu[axes[0]], factor), "split norm")
+    power, asymmetric = (moment.power, moment.asymmetric) if moment else (1, False)
+    again = [[j for j, first in enumerate(first_of(axis)) if j != first] for axis in axes] if asymmetric else []
+    factor = (math.sqrt(have[0]) / math.sqrt(len(axes[0]))) ** power
 
-    def fn(weight: Tensor) -> Tensor:
-        from torch import tensor
+    def fn(tensor: Tensor) -> Tensor:
+        import torch
 
-        rows, columns = map(tensor, axes)
-        wide = weight.index_select(1, columns)
-        if kind(name) != "tok_embeddings":
-            wide *= _shares(columns, have[1], generator(seed, "split", name))
-        return wide if axes[0] == list(range(have[0])) else wide.index_select(0, rows)
+        rows, *columns = map(torch.tensor, axes)
+        if not columns:
+            wide = times(tensor[rows], factor)
+        else:
+            wide = tensor.index_select(1, columns[0])
+            if kind(name) != "tok_embeddings":
+                wide *= _shares(columns[0], have[1], generator(seed, "split", name)) ** power
+            wide = wide if axes[0] == list(range(have[0])) else wide.index_select(0, rows)
+        for dimension, copies in enumerate(again):
+            wide.index_fill_(dimension, torch.tensor(copies, dtype=torch.long), 0)
+        return wide
 
-    return Compute((name,), fn, "split")
+    return Compute((name,), fn, "split" if len(axes) > 1 else "split norm")
+
+
+def first_of(axis: Sequence[int]) -> list[int]:
+    """For every target index the first one that copies the same source index."""
+    first: dict[int, int] = {}
+    return [first.setdefault(source, j) for j, source in enumerate(axis)]
 
 
 def _shares(columns: Tensor, n_source: int, rng: torch.Generator) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from stackgrow.growth.depth import depth_rules
 from stackgrow.growth.draw import draw, generator
-from stackgrow.growth.rules import Alias, Compute, GrowthError, Rule, Rules
+from stackgrow.growth.rules import Alias, Compute, GrowthError, Moment, Rule, Rules, Zeros
 from stackgrow.growth.width import AXES, check_widths, head_channels, kept_channels, kind, repeats, times
 from stackgrow.recipe import Model
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:  # a plan checks a growth by its rules, and needs no torch for
 BLOCK_OUTPUTS = ("attention.wo.weight", "feed_forward.w2.weight")
 
 
-def zero_width_rules(source: Model, target: Model, seed: int) -> Rules:
+def zero_width_rules(source: Model, target: Model, seed: int, moment: Moment | None = None) -> Rules:
     """G_zero (eqs. 12-19): E' = [E, 0], W' = [[W, A], [0, C]], mu' = [alpha mu, 1]; see ``_padded``."""
-    return _padded(source, target, seed, zero=True)
+    return _padded(source, target, seed, True, moment)
 
 
-def random_width_rules(source: Model, target: Model, seed: int) -> Rules:
+def random_width_rules(source: Model, target: Model, seed: int, moment: Moment | None = None) -> Rules:
     """G_random (eqs. 20-33): E' = [E, random], W' = [[W, A], [B, C]], mu' = [alpha mu, 1]; see ``_padded``."""
-    return _padded(source, target, seed, zero=False)
+    return _padded(source, target, seed, False, moment)
 
 
 def new_outputs(source: Model, target: Model) -> dict[str, Tensor]:
@@ -50,18 +50,23 @@ def new_outputs(source: Model, target: Model) -> dict[str, Tensor]:
 def zero_depth_rules(layer_map: Sequence[int], source: Model, target: Model) -> Rules:
     """G_zero depthwise (A.4): target layer i copies source layer ``layer_map[i]``, and a layer of ``new_layers``
     adds nothing to the residual stream, its attention.wo and feed_forward.w2 being zero."""
-    return _with_new(layer_map, source, target, BLOCK_OUTPUTS, lambda name: lambda like: like.zero_(), "zeros like")
+    return _with_new(layer_map, source, target, BLOCK_OUTPUTS, lambda name, like: Zeros(like))
 
 
-def random_depth_rules(layer_map: Sequence[int], source: Model, target: Model, seed: int) -> Rules:
+def random_depth_rules(
+    layer_map: Sequence[int], source: Model, target: Model, seed: int, moment: Moment | None = None
+) -> Rules:
     """G_random depthwise (eqs. 34-36): the layers of ``new_layers`` are drawn like the initialization, and training
     masks what their attention and SwiGLU add to the residual stream; the others are copies."""
-    tensors = tuple(source.layer_tensors())
 
-    def drawn(name: str) -> Callable[[Tensor], Tensor]:  # in the dtype of the layer that it replaces
-        return lambda like: draw(name, tuple(like.shape), target, generator(seed, "new", name)).to(like.dtype)
+    def drawn(name: str, like: str) -> Rule:
+        def fn(replaced: Tensor) -> Tensor:  # in the dtype of the layer that it replaces
+            shape = tuple(replaced.shape)
+            return draw(name, shape, target, generator(seed, "new", name)).to(replaced.dtype)
 
-    return _with_new(layer_map, source, target, tensors, drawn, "random instead of")
+        return Zeros(like) if moment else Compute((like,), fn, "random instead of")
+
+    return _with_new(layer_map, source, target, tuple(source.layer_tensors()), drawn)
 
 
 def new_layers(layer_map: Sequence[int], n_source: int) -> list[int]:
@@ -82,16 +87,15 @@ def _with_new(
     source: Model,
     target: Model,
     tensors: Sequence[str],
-    make: Callable[[str], Callable[[Tensor], Tensor]],
-    note: str,
+    make: Callable[[str, str], Rule],
 ) -> Rules:
     rules = depth_rules(layer_map, source, target)
     new = [f"layers.{i}.{tensor}" for i in new_layers(layer_map, source.n_layers) for tensor in tensors]
-    made: dict[str, Rule] = {name: Compute(rules.targets[name].sources, make(name), note) for name in new}
+    made = {name: make(name, rules.targets[name].sources[0]) for name in new}
     return replace(rules, targets={**rules.targets, **made})
 
 
-def _padded(source: Model, target: Model, seed: int, zero: bool) -> Rules:
+def _padded(source: Model, target: Model, seed: int, zero: bool, moment: Moment | None) -> Rules:
     """A, B, C are drawn like the initialization, alpha = sqrt(d)/sqrt(D), and a norm's new entries are 1, as initially.
 
     head_dim may grow by a whole factor n: pair p becomes pair n p, whose frequency in the wider head is the same,
@@ -112,23 +116,28 @@ def _padded(source: Model, target: Model, seed: int, zero: bool) -> Rules:
     targets: dict[str, Rule] = {}
     for name, shape in want.items():
         places = [kept[axis] for axis in AXES[kind(name)]]
-        pad = Compute((name,), _pad(name, places, source, target, seed, zero), f"pad, {'zero' if zero else 'random'}")
+        fn = _pad(name, places, source, target, seed, zero, moment)
+        pad = Compute((name,), fn, f"pad, {'zero' if zero or moment else 'random'}")
         targets[name] = Alias(name) if have[name] == shape else pad
     return Rules(targets, have, want)
 
 
 def _pad(
-    name: str, places: list[list[int]], source: Model, target: Model, seed: int, zero: bool
+    name: str, places: list[list[int]], source: Model, target: Model, seed: int, zero: bool, moment: Moment | None
 ) -> Callable[[Tensor], Tensor]:
     """``places`` are those of the source's rows, and columns, in the target."""
-    tensor = kind(name)
-    alpha = math.sqrt(source.dim) / math.sqrt(target.dim)
+    tensor, power = kind(name), moment.power if moment else 1
+    alpha = (math.sqrt(source.dim) / math.sqrt(target.dim)) ** power
     n = target.head_dim // source.head_dim
 
     def fn(weight: Tensor) -> Tensor:
         import torch
 
-        whole = draw(name, target.tensors()[name], target, generator(seed, "new", name)).to(weight.dtype)
+        shape = target.tensors()[name]
+        if moment:
+            whole = weight.new_zeros(shape)
+        else:
+            whole = draw(name, shape, target, generator(seed, "new", name)).to(weight.dtype)
         if whole.dim() == 1:
             whole[places[0]] = times(weight, alpha)
             return whole
@@ -138,7 +147,7 @@ def _pad(
         if tensor == "attention.wo":
             whole[:, _sharing_channels(source, target)] = 0
         if tensor == "attention.wq" and n > 1:
-            weight = times(weight, math.sqrt(n))
+            weight = times(weight, math.sqrt(n) ** power)
         whole[rows[:, None], columns] = weight
         return whole
 

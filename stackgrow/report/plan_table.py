@@ -117,7 +117,8 @@ def _aligned(rows: Table) -> list[str]:
 
 def _growth(stage: GrowStage) -> Iterator[str]:
     noise = f", noise {stage.noise:g}" if stage.noise else ""
-    head = f"{stage.name}   {stage.operator}, {stage.change}{noise}"
+    moments = f", optimizer {stage.optimizer}" if stage.optimizer else ""
+    head = f"{stage.name}   {stage.operator}, {stage.change}{noise}{moments}"
     if stage.layer_map is None:
         yield from _wrapped(head)
         return
@@ -150,6 +151,14 @@ def _remarks(plan: Plan) -> Iterator[str]:
         "not in share or total",
         *plan.notes,
     ]
+    for stage in plan.train_stages:
+        if stage.schedule:
+            warm = stage.schedule.rewarm
+            rise = f", rising from {warm.ratio:g} of its rate in {warm.rewarm_steps:,} steps" if warm else ""
+            remarks.append(f"{stage.name}: learning rate as from step {stage.schedule.steps + 1:,} on{rise}")
+        if stage.freeze:
+            frozen = f"the embedding and layers 0 to {stage.frozen_layers - 1} are frozen, and no backward pass counted"
+            remarks.append(f"{stage.name}: for {stage.frozen_steps:,} steps {frozen} for them")
     if any(isinstance(stage, LearnStage) for stage in plan.stages):
         remarks.insert(1, "a learn stage's FLOPs hold those of making the target's weights, once per step")
     if len(plan.train_stages) > 1:
@@ -184,7 +193,7 @@ def _stage_dict(stage: TrainStage | GrowStage) -> dict[str, Any]:
         layers = {"source_layers": stage.source.n_layers, "target_layers": stage.target.n_layers}
         widths = {"source_dim": stage.source.dim, "target_dim": stage.target.dim}
         layer_map = list(stage.layer_map) if stage.layer_map else None
-        map_ = {"operator": stage.operator, "layer_map": layer_map, "noise": stage.noise}
+        map_ = {"operator": stage.operator, "layer_map": layer_map, "noise": stage.noise, "optimizer": stage.optimizer}
         return {"name": stage.name, "kind": stage.kind, **layers, **widths, **map_}
     rates = (stage.learning_rate(1), stage.train.learning_rate, stage.learning_rate(stage.steps))
     return {
@@ -199,6 +208,7 @@ def _stage_dict(stage: TrainStage | GrowStage) -> dict[str, Any]:
         "tokens": stage.tokens,
         "steps": stage.steps,
         "sequences_per_step": stage.batch_sequences,
+        "frozen_steps": stage.frozen_steps,
         "flops": stage.flops,
         "attention_flops": stage.attention_flops,
         "learning_rate": dict(zip(("first", "peak", "last"), rates, strict=True)),

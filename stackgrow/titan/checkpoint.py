@@ -19,11 +19,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
+from torchtitan.components.checkpoint import MODEL, OPTIMIZER, AsyncMode, CheckpointManager
 
 from stackgrow import seal
 from stackgrow.errors import ChangedError, DamagedError, DiskError, DivergedError
-from stackgrow.growth.dcp import SafePlanner, SafeReader, is_model_key, read_metadata, tensor_shapes
+from stackgrow.growth.dcp import (
+    OPTIMIZER_STATE,
+    SafePlanner,
+    SafeReader,
+    is_model_key,
+    read_metadata,
+    tensor_shapes,
+)
+from stackgrow.growth.stage import marks_of
 from stackgrow.titan.job import StageJob, checkpoint_config
 from stackgrow.titan.shards import fingerprints, shard_of
 
@@ -56,9 +64,16 @@ class StageCheckpoints(CheckpointManager):
         if folder is not None and manifest["stage_hash"] != self.job.stage_hash:
             raise ChangedError(f"{source} was made by another recipe; move it away or undo the change")
         states = self._states_to_load(model_only=folder is None)
-        check_same_tensors(source, self.states[MODEL].state_dict())
+        check_same_tensors(source, self._sealed(manifest))
+        if grown_moments := folder is None and "moments" in manifest:
+            optimizer = self.states[OPTIMIZER].state_dict()  # whose rates, betas and so on are this stage's
+            states[OPTIMIZER] = {name: state for name, state in optimizer.items() if name.startswith("state.")}
         self.dcp_load(states, str(source), from_hf=False, from_quantized=False)
+        if grown_moments:
+            self.states[OPTIMIZER].load_state_dict({**optimizer, **states[OPTIMIZER]})
         self._check_loaded(source, manifest)
+        if self.job.stage.freeze and folder is None and not grown_moments:
+            self._begin_moments()
         logger.info("Loaded and verified %s", source)
         return True
 
@@ -74,7 +89,7 @@ class StageCheckpoints(CheckpointManager):
     def save(self, curr_step: int, last_step: bool = False) -> None:
         if not self._should_save(curr_step, last_step):
             return
-        prints = fingerprints(self._weights())
+        prints = fingerprints({**self._weights(), **self._moments()})
         self._refuse_nonfinite(curr_step)
         self._require_space(curr_step)
         with self._writing(curr_step):
@@ -85,7 +100,8 @@ class StageCheckpoints(CheckpointManager):
             "stage_hash": self.job.stage_hash,
             "session": self.job.session,
             "records": self.records(),
-            "tensors": prints,
+            "tensors": {name: mark for name, mark in prints.items() if is_model_key(name)},
+            "moments": {name: mark for name, mark in prints.items() if not is_model_key(name)},
         }
         self._unsealed = (curr_step, facts)
         if last_step or self.async_mode == AsyncMode.DISABLED:
@@ -168,9 +184,25 @@ class StageCheckpoints(CheckpointManager):
     def _weights(self) -> dict[str, torch.Tensor]:
         return self.states[MODEL].state_dict()
 
+    def _moments(self) -> dict[str, torch.Tensor]:
+        """AdamW's state by its names in a checkpoint; made, as after a step without gradients, where there is none."""
+        state = self.states[OPTIMIZER].state_dict()
+        return {f"{OPTIMIZER}.{name}": value for name, value in state.items() if name.startswith("state.")}
+
+    def _begin_moments(self) -> None:
+        """Gives every parameter the state that AdamW would make in its first step: a checkpoint then holds those of
+        the frozen ones too."""
+        for name, state in self._moments().items():
+            if name.endswith(".step"):
+                state.zero_()
+
+    def _sealed(self, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """All that a seal has fingerprints of, as it is in memory."""
+        return {**self._weights(), **(self._moments() if "moments" in manifest else {})}
+
     def _check_loaded(self, source: Path, manifest: dict[str, Any]) -> None:
-        loaded = fingerprints(self._weights())
-        wrong = sorted(name for name in loaded if manifest["tensors"].get(name) != loaded[name])
+        loaded, marks = fingerprints(self._sealed(manifest)), marks_of(manifest)
+        wrong = sorted(name for name in loaded if marks.get(name) != loaded[name])
         if wrong:
             raise DamagedError(
                 f"{source}: {len(wrong)} of {len(loaded)} tensors are not what was saved after loading, "
@@ -192,15 +224,16 @@ def _first(error: CheckpointException) -> str:
     return f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
 
 
-def check_same_tensors(source: Path, weights: dict[str, torch.Tensor]) -> None:
-    """The model tensors in a checkpoint and in the model must be equal in names, shapes and dtypes: DCP itself
-    passes over what a smaller model does not ask for.
+def check_same_tensors(source: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The model's tensors in a checkpoint and in memory must be equal in names, shapes and dtypes, and AdamW's too
+    where ``tensors`` hold them: DCP itself passes over what a smaller model does not ask for.
 
     Raises:
         DamagedError: naming the first differences.
     """
-    stored = {n: s for n, s in tensor_shapes(read_metadata(source)).items() if is_model_key(n)}
-    wanted = {name: (tuple(w.shape), w.dtype) for name, w in weights.items()}
+    wanted = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    more = () if all(map(is_model_key, wanted)) else (OPTIMIZER_STATE,)
+    stored = {n: s for n, s in tensor_shapes(read_metadata(source)).items() if is_model_key(n) or n.startswith(more)}
     faults = [f"{n} is missing" for n in wanted if n not in stored]
     faults += [
         f"{n} is {stored[n]}, the model has {wanted[n]}" for n in wanted if n in stored and stored[n] != wanted[n]

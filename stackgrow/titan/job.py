@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.optimizer import build_optimizers
+from torchtitan.components.lr_scheduler import LRSchedulersContainer, build_lr_schedulers
+from torchtitan.components.optimizer import OptimizersContainer, build_optimizers
 from torchtitan.config import job_config as titan
 from torchtitan.protocols import BaseModelArgs, train_spec
 from torchtitan.protocols.train_spec import TrainSpec
 
 from stackgrow.data.loader import TokenLoader, WindowDataset
-from stackgrow.plan import LearnStage, TrainStage
+from stackgrow.plan import Continued, LearnStage, TrainStage
 from stackgrow.recipe import Parallel, Recipe
 from stackgrow.titan import ligo, metrics, model
 from stackgrow.titan.loss import build_loss
@@ -59,6 +59,13 @@ class StageJobConfig(titan.JobConfig):
         return {name: value for name, value in vars(self).items() if name != "stage_job"}
 
 
+@dataclass
+class StageSchedule(titan.LRScheduler):
+    """torchtitan's schedule, and where in it the stage begins."""
+
+    continued: Continued | None = None
+
+
 def job_config(job: StageJob) -> StageJobConfig:
     """Everything torchtitan needs to run the stage."""
     recipe, stage, train = job.recipe, job.stage, job.stage.train
@@ -84,13 +91,7 @@ def job_config(job: StageJob) -> StageJobConfig:
             weight_decay=train.weight_decay,
             implementation=train.optimizer,
         ),
-        lr_scheduler=titan.LRScheduler(
-            warmup_steps=stage.warmup_steps,
-            total_steps=stage.horizon_steps,
-            decay_ratio=train.decay_fraction if train.schedule == "wsd" else None,
-            decay_type="cosine" if train.schedule == "cosine" else "linear",
-            min_lr_factor=train.min_learning_rate / train.learning_rate,
-        ),
+        lr_scheduler=schedule_config(stage),
         training=titan.Training(
             local_batch_size=job.micro_batch,
             global_batch_size=stage.batch_sequences,
@@ -110,6 +111,18 @@ def job_config(job: StageJob) -> StageJobConfig:
         compile=titan.Compile(enable=train.compile),
         comm=comm(recipe),
         debug=titan.Debug(seed=recipe.seed, deterministic=train.deterministic),
+    )
+
+
+def schedule_config(stage: TrainStage) -> StageSchedule:
+    train = stage.train
+    return StageSchedule(
+        continued=stage.schedule,
+        warmup_steps=stage.warmup_steps,
+        total_steps=stage.horizon_steps,
+        decay_ratio=train.decay_fraction if train.schedule == "wsd" else None,
+        decay_type="cosine" if train.schedule == "cosine" else "linear",
+        min_lr_factor=train.min_learning_rate / train.learning_rate,
     )
 
 
@@ -173,12 +186,24 @@ def _train_spec() -> TrainSpec:
         parallelize_fn=model.parallelize,
         pipelining_fn=None,
         build_optimizers_fn=build_optimizers,
-        build_lr_schedulers_fn=build_lr_schedulers,
+        build_lr_schedulers_fn=build_schedulers,
         build_dataloader_fn=_build_loader,
         build_tokenizer_fn=None,
         build_loss_fn=build_loss,
         build_metrics_processor_fn=metrics.StageMetrics,
     )
+
+
+def build_schedulers(
+    optimizers: OptimizersContainer, config: StageSchedule, training_steps: int
+) -> LRSchedulersContainer:
+    """torchtitan's schedule, from where the stage before left it if the stage goes on with it."""
+    schedulers, continued = build_lr_schedulers(optimizers, config, training_steps), config.continued
+    if continued is None:
+        return schedulers
+    factor = schedulers.schedulers[0].lr_lambdas[0]
+    # The first set of schedulers has set the rates; each group still knows the one that it began with.
+    return LRSchedulersContainer(optimizers, lambda done: factor(done + continued.steps) * continued.factor(done + 1))
 
 
 def _build_loader(*, dp_world_size: int, dp_rank: int, job_config: StageJobConfig, **_: Any) -> TokenLoader:

@@ -47,6 +47,7 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     for i, name in enumerate(names):
         shard = shard_of(tensors[name].detach())
         if shard.owned and shard.local.numel():
-            sums[i] = weighted_sum(shard.local, shard.shape, shard.offset)
+            local = shard.local.reshape(shard.local.shape or (1,))  # a step counter has no dimension
+            sums[i] = weighted_sum(local, shard.shape or (1,), shard.offset or (0,))
     torch.distributed.all_reduce(sums)
     return {name: hexadecimal(total) for name, total in zip(names, sums.tolist(), strict=True)}

@@ -24,6 +24,7 @@ from stackgrow.data.loader import Batch, open_validation, validation_batches
 from stackgrow.found import write_found
 from stackgrow.titan import session
 from stackgrow.titan.checkpoint import StageCheckpoints
+from stackgrow.titan.freeze import begin_frozen, freeze
 from stackgrow.titan.guard import StepGuard, Verdict
 from stackgrow.titan.job import StageJob, job_config
 
@@ -63,6 +64,8 @@ class StageTrainer(Trainer):
         first = self.step + 1
         self.metrics_processor.resume(self.step)
         self._set_mask()
+        if self.stage_job.stage.freeze:
+            begin_frozen(self.model_parts[0])
         if self.step == 0:
             self.validate()
         assert self.dataloader is not None
@@ -71,6 +74,8 @@ class StageTrainer(Trainer):
             self.step += 1
             session.at(f"{self.stage_job.stage.name}, step {self.step}")
             self._set_mask()
+            if self.stage_job.stage.freeze:
+                freeze(self.model_parts[0], self.stage_job.stage, self.step)
             self.gradient_accumulation_steps = self.stage_job.micro_batches(self.step)
             self.gc_handler.run(self.step)
             stopping = self.train_step(batches).asked_to_stop
