@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from stackgrow.fingerprint import fingerprint
 from stackgrow.growth.dcp import METADATA, CheckpointError, is_model_key, places, read_metadata, read_tensor
+from stackgrow.growth.direct import DirectFile
 from stackgrow.growth.rules import Alias, Compute, Rule, Rules, Zeros
 from stackgrow.signals import stop_if_asked
 
@@ -82,7 +83,7 @@ def write_part(
         return
     read = Reader(source, metadata, marks)
     jobs: dict[str, tuple[Future[Any], Future[str]]] = {}
-    with (_work(target) / _part(metadata, rank)).open("wb") as stream, ThreadPoolExecutor(2) as threads:
+    with DirectFile(_work(target) / _part(metadata, rank)) as stream, ThreadPoolExecutor(2) as threads:
         last: tuple[Future[Any], ...] = ()
         for name in names:
             stop_if_asked(f"growing {target.parent.name}")
@@ -92,7 +93,7 @@ def write_part(
                 job.result()
             last = jobs[name] = threads.submit(_append, tensor, stream), threads.submit(fingerprint, tensor)
         index = {name: (*place.result(), mark.result()) for name, (place, mark) in jobs.items()}
-        _sync(stream)
+        stream.finish()
     _index(target, rank).write_text(json.dumps(index))  # last: it vouches for the part
 
 
@@ -235,9 +236,9 @@ def _compute(read: Reader, rules: Rules, name: str) -> torch.Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _append(tensor: torch.Tensor, stream: IO[bytes]) -> tuple[str, int, int]:
+def _append(tensor: torch.Tensor, stream: DirectFile) -> tuple[str, int, int]:
     """The dtype's name, and the place in the part."""
-    offset, checked = stream.tell(), torch.serialization.get_crc32_options()
+    offset, checked = stream.position, torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)  # torch never compares it, and the seal has a SHA-256
     try:
         torch.save(tensor, stream)
@@ -245,12 +246,7 @@ def _append(tensor: torch.Tensor, stream: IO[bytes]) -> tuple[str, int, int]:
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     finally:
         torch.serialization.set_crc32_options(checked)
-    stream.flush()
-    if hasattr(os, "posix_fadvise"):
-        # The disk begins to write, so that little is left to sync at the end, and what is on it leaves the memory:
-        # filling all memory with the file costs more time than writing it.
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return str(tensor.dtype).removeprefix("torch."), offset, stream.tell() - offset
+    return str(tensor.dtype).removeprefix("torch."), offset, stream.position - offset
 
 
 def _dtype(metadata: meta.Metadata, rule: Zeros) -> torch.dtype:

@@ -35,6 +35,7 @@ AXES = {
     "norm": ("stream",),
     "output": ("vocab", "stream"),
 }
+ROWS = 256  # made at a time: new memory is slow, and what is made in the cache is not
 GRID = 4096  # fan-in shares are multiples of 1/GRID: they add up to 1 exactly, in any floating-point type
 
 
@@ -148,10 +149,12 @@ def _split(name: str, have: tuple[int, ...], axes: list[list[int]], seed: int, m
         if not columns:
             wide = times(tensor[rows], factor)
         else:
-            wide = tensor.index_select(1, columns[0])
-            if kind(name) != "tok_embeddings":
-                wide *= _shares(columns[0], have[1], generator(seed, "split", name)) ** power
-            wide = wide if axes[0] == list(range(have[0])) else wide.index_select(0, rows)
+            wide = tensor.new_empty(len(rows), len(columns[0]))
+            shares = _shares(columns[0], have[1], generator(seed, "split", name)) ** power
+            for some, part in zip(rows.split(ROWS), wide.split(ROWS), strict=True):
+                torch.index_select(tensor.index_select(0, some), 1, columns[0], out=part)
+                if kind(name) != "tok_embeddings":
+                    part *= shares
         for dimension, copies in enumerate(again):
             wide.index_fill_(dimension, torch.tensor(copies, dtype=torch.long), 0)
         return wide
