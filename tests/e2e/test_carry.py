@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from launch import Workplace, losses, records, steps_logged, weights
+from launch import Workplace, environment, losses, records, steps_logged, weights
 
 from stackgrow import seal
 from stackgrow.load import load_recipe
 from stackgrow.resolve import make_plan
 
-TARGET = "stage-2-train-4L"
+RUN_ALL = "import json, sys; from stackgrow.run import run; [run(*job) for job in json.load(sys.stdin)]"
+# 1 -> 2 layers under FSDP, then 2 -> 4 under tensor parallel; each freezes what it grew from for a while.
 SETS = [
-    "budget.tokens=32Ki", "train.horizon=40 steps", "checkpoint.keep=9", "growth[0].optimizer=asymmetric",
-    "growth[0].lr={rewarm_steps=4, ratio=0.1}", "growth[0].freeze=6 steps",
+    "budget.tokens=28Ki", "base.n_layers=1", "train.horizon=40 steps", "checkpoint.keep=9",
+    "growth=[{operator='stack', factor=2, timing='8 steps', optimizer='asymmetric', freeze='6 steps',"
+    " lr={rewarm_steps=4, ratio=0.1}}, {operator='stack', factor=2, timing='18 steps', optimizer='copy',"
+    " freeze='4Ki', lr='continue', parallel={tensor=2}}]",
 ]  # fmt: skip
+FSDP, TENSOR = "stage-2-train-2L", "stage-4-train-4L"
 
 
 def moments(checkpoint: Path) -> dict[str, str]:
@@ -27,18 +34,21 @@ def moments(checkpoint: Path) -> dict[str, str]:
 
 def test_a_growth_that_changes_nothing_is_not_felt(workplace: Workplace, tmp_path: Path) -> None:
     """Each layer copied to its place: weights, moments, step counters, rates and data go on, bit for bit."""
-    common = ["budget.tokens=28Ki", "train.horizon=40 steps"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    workplace.run(*common, "base.n_layers=4", "growth[0].layer_map=[0,1,2,3]", "growth[0].optimizer=copy",
-                  "growth[0].lr=continue", f"run.folder={two}")  # fmt: skip
     text = (workplace.folder / "tiny.toml").read_text()
     (workplace.folder / "whole.toml").write_text(text[: text.index("[base]")] + text[text.index("[train]") :])
-    workplace.run(*common, f"run.folder={one}", recipe="whole.toml")
-    whole = {step: loss for (_, step), loss in losses(one).items()}
-    grown = losses(two)
-    assert [grown["stage-0-train-4L", step] for step in range(1, 21)] == [whole[step] for step in range(1, 21)]
-    assert [grown[TARGET, step] for step in range(1, 9)] == [whole[step] for step in range(21, 29)]
-    ends = one / "stage-0-train-4L" / "checkpoint" / "step-28", two / TARGET / "checkpoint" / "step-8"
+    common = ["budget.tokens=28Ki", "train.horizon=40 steps"]
+    grows = ["base.n_layers=4", "growth[0].layer_map=[0,1,2,3]", "growth[0].optimizer=copy", "growth[0].lr=continue"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    jobs = [("whole.toml", [*common, f"run.folder={one}"]), ("tiny.toml", [*common, *grows, f"run.folder={two}"])]
+    subprocess.run(
+        [sys.executable, "-c", RUN_ALL], input=json.dumps(jobs), cwd=workplace.folder, env=environment(),
+        check=True, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    whole, grown = losses(one), losses(two)
+    assert len(grown) == 28
+    for (stage, step), loss in grown.items():
+        assert loss == whole["stage-0-train-4L", step + 20 * (stage == "stage-2-train-4L")]
+    ends = one / "stage-0-train-4L" / "checkpoint" / "step-28", two / "stage-2-train-4L" / "checkpoint" / "step-8"
     assert weights(ends[0]) == weights(ends[1])
     assert moments(ends[0]) == moments(ends[1])
 
@@ -49,44 +59,33 @@ def undisturbed(workplace: Workplace) -> Path:
     return workplace.folder / "carry"
 
 
-def up_to_the_growth(run: Path, copy: Path) -> Path:
-    """A run folder in which the target stage has not begun."""
-    shutil.copytree(run, copy, ignore=shutil.ignore_patterns(TARGET))
-    return copy
+@pytest.mark.parametrize(("stage", "grow", "layers"), [(FSDP, "stage-1-grow", 1), (TENSOR, "stage-3-grow", 2)])
+def test_frozen_layers_keep_every_bit(undisturbed: Path, stage: str, grow: str, layers: int) -> None:
+    """With weight decay at 0.1, and moments that growth let them keep."""
+    grown, at = undisturbed / grow / "checkpoint", undisturbed / stage / "checkpoint"
+    below = ("tok_embeddings.", *(f"layers.{i}." for i in range(layers)))
+    frozen = {name for name in weights(grown) if name.startswith(below)}
+    assert {n for n, mark in weights(at / "step-4").items() if mark == weights(grown)[n]} == frozen
+    assert not {n for n, mark in weights(at / "step-8").items() if mark == weights(at / "step-4")[n]}
+    same = {n for n, mark in moments(at / "step-4").items() if mark == moments(grown)[n]}
+    assert same == {n for n in moments(grown) if n.removeprefix("optimizer.state.").startswith(below)}
 
 
-def test_frozen_layers_keep_every_bit(undisturbed: Path) -> None:
-    """With weight decay at 0.1, and moments that asymmetric growth let them keep."""
-    grown = undisturbed / "stage-1-grow" / "checkpoint"
-    frozen = {n for n in weights(grown) if n.startswith(("tok_embeddings.", "layers.0.", "layers.1."))}
-    at = undisturbed / TARGET / "checkpoint"
-    before, after = at / "step-4", at / "step-12"
-    assert {n for n, mark in weights(before).items() if mark == weights(grown)[n]} == frozen
-    assert not {n for n, mark in weights(after).items() if mark == weights(before)[n]}
-    same = {n for n, mark in moments(before).items() if mark == moments(grown)[n]}
-    assert same == {n for n in moments(grown) if n.removeprefix("optimizer.state.").startswith(tuple(frozen))}
-    target = make_plan(load_recipe(undisturbed / "recipe.toml", trusted=True)).train_stages[1]
-    rates = [r["lr"] for (stage, _), r in records(undisturbed).items() if stage == TARGET]
-    assert rates == pytest.approx([target.learning_rate(step) for step in range(1, 13)], rel=1e-12)
+def test_rates_and_flops_are_the_plans(undisturbed: Path) -> None:
+    for stage in make_plan(load_recipe(undisturbed / "recipe.toml", trusted=True)).train_stages:
+        for step in range(1, stage.steps + 1):
+            record = records(undisturbed)[stage.name, step]
+            assert record["lr"] == pytest.approx(stage.learning_rate(step), rel=1e-12)
+            assert record["flops"] == stage.start_flops + stage.flops_after(step)
 
 
-def test_frozen_stage_resumes_after_kills(workplace: Workplace, undisturbed: Path, tmp_path: Path) -> None:
-    """Killed while layers are frozen; resumed at step 4 it goes through the switch after step 6."""
-    run = up_to_the_growth(undisturbed, tmp_path / "run")
-    workplace.kill_when(lambda: steps_logged(run, TARGET) >= 5, *SETS, f"run.folder={run}", ranks=2)
+def test_frozen_stages_resume_after_kills(workplace: Workplace, undisturbed: Path, tmp_path: Path) -> None:
+    """Killed while layers are frozen, resumed at step 4, through the switch after step 6 and the growth after it."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run, ignore=shutil.ignore_patterns("stage-[234]*"))
+    workplace.kill_when(lambda: steps_logged(run, FSDP) >= 5, *SETS, f"run.folder={run}", ranks=2)
     workplace.run(*SETS, f"run.folder={run}", "validation.sequences=0", ranks=2)
     assert losses(run) == losses(undisturbed)
-    last = Path(TARGET) / "checkpoint" / "step-12"
-    assert weights(run / last) == weights(undisturbed / last)
-    assert moments(run / last) == moments(undisturbed / last)
-
-
-def test_frozen_stage_under_tensor_parallel(workplace: Workplace, undisturbed: Path, tmp_path: Path) -> None:
-    run = up_to_the_growth(undisturbed, tmp_path / "run")
-    workplace.run(*SETS, f"run.folder={run}", "parallel.tensor=2", "validation.sequences=0", ranks=2)
-    expected, found = losses(undisturbed), losses(run)
-    assert max(abs(found[k] / expected[k] - 1) for k in expected) < 2e-6  # as in test_parallel.py
-    grown, before = weights(run / "stage-1-grow" / "checkpoint"), weights(run / TARGET / "checkpoint" / "step-4")
-    assert {n for n in grown if grown[n] == before[n]} == {
-        n for n in grown if n.startswith(("tok_embeddings.", "layers.0.", "layers.1."))
-    }
+    for last in (Path(FSDP) / "checkpoint" / "step-10", Path(TENSOR) / "checkpoint" / "step-10"):
+        assert weights(run / last) == weights(undisturbed / last)
+        assert moments(run / last) == moments(undisturbed / last)
