@@ -130,7 +130,7 @@ OPERATORS = {
     "direct_depth": "stack", "zero_depth": "zero", "random_depth": "random", "learn_depth": "learn",
     "direct_width": "split", "zero_width": "zero", "random_width": "random", "learn_width": "learn",
 }  # fmt: skip
-ABLATIONS = ("gradual", "interleave", "noise")
+ABLATIONS = ("gradual", "interleave", "noise", "last_layers", "mslt")
 PARTIAL = {  # Table 5: the share of retained connections, in percent
     "123456x4": 87.0, "12-3456x5-56": 78.3, "12-345x7-6": 74.0, "123-456x7": 74.0,
     "1234-56x10": 60.7, "12-34x10-56": 60.7, "1-234x7-56": 74.0, "123x7-456": 74.0,
@@ -182,12 +182,17 @@ def test_standard_setting_of_the_operators() -> None:
 
 
 def test_ablations() -> None:
-    gradual, interleave, noise = (plan(f"operators/small_{name}.toml") for name in ABLATIONS)
+    gradual, interleave, noise, last_layers, mslt = (plan(f"operators/small_{name}.toml") for name in ABLATIONS)
     assert maps(gradual) == [(0, 1, 0, 1), (0, 1, 2, 3, 0, 1, 2, 3)]
     assert maps(interleave) == [(0, 0, 0, 0, 1, 1, 1, 1)]
     assert maps(plan("operators/1.1b_gradual.toml")) == [tuple(range(6)) * 2, tuple(range(12)) * 2]
     assert maps(noise) == [(0, 1) * 4]
     assert [stage.noise for stage in noise.stages if isinstance(stage, GrowStage)] == [0.2]
+    assert maps(last_layers) == maps(mslt) == [(0, 1, 0, 1), (0, 1, 2, 3, 2, 3), (0, 1, 2, 3, 4, 5, 4, 5)]
+    assert [(stage.steps, stage.frozen_steps, stage.frozen_layers) for stage in mslt.train_stages[:3]] == [
+        (195, 0, 0), (98, 98, 2), (98, 98, 4),
+    ]  # fmt: skip
+    assert mslt.train_stages[3].frozen_steps == 98 < mslt.train_stages[3].steps
 
 
 def spelled(method: str) -> tuple[int, ...]:

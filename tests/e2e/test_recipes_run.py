@@ -30,6 +30,7 @@ def reduced(file: Path) -> list[str]:
     sets = [*REDUCED, f"budget.tokens={BATCH * (STEPS * (len(recipe.growth) + 1) + len(learns))}"]
     sets += [f"growth[{i}].{key}=1 steps" for i in learns for key in ("learn_steps", "learn.warmup")]
     sets += [f"growth[{i}].ramp=1 steps" for i, growth in enumerate(recipe.growth) if growth.ramp]
+    sets += [f"growth[{i}].freeze=1 steps" for i, growth in enumerate(recipe.growth) if growth.freeze]
     sets += [f"growth[{i}].timing={STEPS * (i + 1)} steps" for i in range(len(recipe.growth))]
     if recipe.base and recipe.base.model:
         sets += NARROW
