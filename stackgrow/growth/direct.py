@@ -6,6 +6,7 @@ Where the file system has no O_DIRECT, it is written through the cache, which is
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 from pathlib import Path
@@ -19,12 +20,13 @@ class DirectFile:
 
     def __init__(self, path: Path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        self.direct = True
         try:
             self.handle = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            self.handle = os.open(path, flags, 0o666)
+            self.direct, self.handle = False, os.open(path, flags, 0o666)
         self.block, self.filled, self.position = mmap.mmap(-1, BLOCK), 0, 0
 
     def write(self, data: bytes | memoryview) -> int:
@@ -48,7 +50,14 @@ class DirectFile:
     def _send(self, size: int) -> None:
         sent = 0
         while sent < size:
-            sent += os.write(self.handle, memoryview(self.block)[sent:size])
+            try:
+                sent += os.write(self.handle, memoryview(self.block)[sent:size])
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self.direct:
+                    raise
+                # Where the disk or a limit ends, what fits is not aligned: a write through the cache tells which it is.
+                self.direct = False
+                fcntl.fcntl(self.handle, fcntl.F_SETFL, 0)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.handle, 0, 0, os.POSIX_FADV_DONTNEED)
         self.filled = 0

@@ -1,0 +1,40 @@
+"""Files written past the page cache hold what was written, in whatever portions, and where there is no O_DIRECT."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from stackgrow.growth import direct
+from stackgrow.growth.direct import DirectFile
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("sizes", [[], [1], [4096], [8192, 8192], [5, 70000, 0, 3], [20000] * 7])
+def test_any_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], cached: bool) -> None:
+    monkeypatch.setattr(direct, "BLOCK", 16384)
+    if cached:
+        monkeypatch.setattr(os, "O_DIRECT", 0)
+    portions = [os.urandom(size) for size in sizes]
+    (tmp_path / "file").write_bytes(bytes(100_000))  # of an earlier attempt
+    with DirectFile(tmp_path / "file") as stream:
+        for portion in portions:
+            assert stream.write(portion) == len(portion)
+        stream.finish()
+        assert stream.position == sum(sizes)
+    assert (tmp_path / "file").read_bytes() == b"".join(portions)
+
+
+def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def refusing(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with DirectFile(tmp_path / "file") as stream:
+        stream.write(b"content")
+        stream.finish()
+    assert (tmp_path / "file").read_bytes() == b"content"
