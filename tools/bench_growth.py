@@ -4,13 +4,16 @@ python tools/bench_growth.py                 needs about 40 GB of free disk
 python tools/bench_growth.py --small         a few seconds
 
 Sources are float32 DCP checkpoints, generated tensor by tensor. Each growth runs in a fresh process, one after the
-other with `cp` of the files that it wrote, on the same disk; both end when the bytes are on the disk (fsync). Medians.
+other with `cp` of the tensors that it made, on the same disk; both end when the bytes are on the disk (fsync), and cp
+finds its source in memory where that is large enough. Zeros of one shape are written once, whatever the number of
+tensors that hold them: cp then copies the files as often as the tensors are more than what was written. Medians.
 The peak is the process's largest resident set, Python and torch included. A stack writes metadata alone: nothing to cp.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import resource
 import shutil
@@ -26,7 +29,7 @@ from typing import Any
 # Not torch: what this process held when it starts another counts as the other's peak.
 from stackgrow.growth.depth import stack_map
 from stackgrow.growth.operators import growth_rules
-from stackgrow.growth.rules import Rules
+from stackgrow.growth.rules import Alias, Rules
 from stackgrow.recipe import Model
 
 WIDE = Model(family="llama2", dim=4096, n_layers=8, n_heads=32, ffn_dim=11008, vocab_size=32000)  # 1.88B
@@ -71,13 +74,12 @@ def growth_of(case: str, small: bool) -> tuple[Model, Model, Rules]:
 
 def disk_bytes(case: str, small: bool) -> int:
     """The source, what is written, and its copy, with a tenth to spare."""
-    source, target, _ = growth_of(case, small)
-    new = target.parameters() - source.parameters() if case == "zero-depth" else target.parameters()
-    return int(1.1 * 4 * (source.parameters() + (0 if case == "stack" else 2 * new)))
+    source, _, rules = growth_of(case, small)
+    return int(1.1 * (4 * source.parameters() + 2 * made_bytes(rules)))
 
 
 def measure(case: str, small: bool, folder: Path, runs: int) -> dict[str, Any]:
-    source, target, _ = growth_of(case, small)
+    source, target, rules = growth_of(case, small)
     made = folder / f"source-{source.n_layers}x{source.dim}"
     if not made.exists():
         for other in folder.iterdir():
@@ -88,15 +90,16 @@ def measure(case: str, small: bool, folder: Path, runs: int) -> dict[str, Any]:
         shutil.rmtree(folder / "grown", ignore_errors=True)
         records.append(json.loads(start("grow", case, small, made)))
         files = [file for file in (folder / "grown").iterdir() if file.name not in records[-1]["linked_files"]]
-        copies.append(copy(files, folder / "copy"))
+        weights = records[-1]["bytes_written"] - records[-1]["metadata_bytes"]
+        copies.append(copy(files, folder / "copy", round(made_bytes(rules) / weights) if weights else 0))
     seconds, cp = statistics.median(r["seconds"] for r in records), statistics.median(copies)
-    weights = records[0]["bytes_written"] - records[0]["metadata_bytes"]
     return {
         "case": case,
         "source_parameters": source.parameters(),
         "target_parameters": target.parameters(),
         "seconds": seconds,
         "all_seconds": [r["seconds"] for r in records],
+        "weight_bytes_made": made_bytes(rules),
         "weight_bytes_written": weights,
         "metadata_bytes_written": records[0]["metadata_bytes"],
         "peak_bytes": max(r["peak_bytes"] for r in records),
@@ -111,12 +114,25 @@ def start(what: str, case: str, small: bool, folder: Path) -> str:
     return subprocess.run([sys.executable, __file__, "--work", what, *options], check=True, stdout=-1, text=True).stdout
 
 
-def copy(files: list[Path], target: Path) -> float:
+def made_bytes(rules: Rules) -> int:
+    """Of the float32 tensors that are no Alias."""
+    made = [name for name, rule in rules.targets.items() if not isinstance(rule, Alias)]
+    return sum(4 * math.prod(rules.target_shapes[name]) for name in made)
+
+
+def copy(files: list[Path], target: Path, times: int) -> float:
     """Seconds for cp of the files, and for the disk to have them."""
+    for file in files:
+        with file.open("rb") as stream:
+            while stream.read(1 << 22):
+                pass
     target.mkdir()
+    folders = [target / str(i) for i in range(times)]
     started = time.perf_counter()
-    subprocess.run(["cp", *map(str, files), str(target)], check=True)
-    for path in [*target.iterdir(), target]:
+    for folder in folders:
+        folder.mkdir()
+        subprocess.run(["cp", *map(str, files), str(folder)], check=True)
+    for path in [*(path for folder in folders for path in folder.iterdir()), *folders]:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
@@ -156,12 +172,17 @@ def generate(model: Model, folder: Path) -> None:
 
 
 def render(report: list[dict[str, Any]]) -> str:
-    lines = [f"{'':<12}{'parameters':>20}{'seconds':>10}{'GB written':>12}{'peak GB':>9}{'cp s':>8}{'ratio':>7}"]
+    lines = [
+        f"{'':<12}{'parameters':>20}{'seconds':>10}{'GB made':>9}{'written':>9}{'peak GB':>9}{'cp s':>8}{'ratio':>7}"
+    ]
     for r in report:
         sizes = f"{r['source_parameters'] / 1e9:.2f}B -> {r['target_parameters'] / 1e9:.2f}B"
         written = (r["weight_bytes_written"] + r["metadata_bytes_written"]) / 1e9
+        made = r["weight_bytes_made"] / 1e9
         cp = f"{r['cp_seconds']:8.2f}{r['ratio']:7.2f}" if r["ratio"] else f"{'-':>8}{'-':>7}"
-        lines.append(f"{r['case']:<12}{sizes:>20}{r['seconds']:10.3f}{written:12.5f}{r['peak_bytes'] / 1e9:9.2f}{cp}")
+        lines.append(
+            f"{r['case']:<12}{sizes:>20}{r['seconds']:10.3f}{made:9.3f}{written:9.5f}{r['peak_bytes'] / 1e9:9.2f}{cp}"
+        )
     return "\n".join(lines)
 
 
