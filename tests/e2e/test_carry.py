@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launch import Workplace, environment, losses, records, steps_logged, weights
+from launch import Workplace, losses, records, steps_logged, weights
 
 from stackgrow import seal
 from stackgrow.load import load_recipe
 from stackgrow.resolve import make_plan
 
-RUN_ALL = "import json, sys; from stackgrow.run import run; [run(*job) for job in json.load(sys.stdin)]"
 # 1 -> 2 layers under FSDP, then 2 -> 4 under tensor parallel; each freezes what it grew from for a while.
 SETS = [
     "budget.tokens=28Ki", "base.n_layers=1", "train.horizon=40 steps", "checkpoint.keep=9",
@@ -39,11 +35,8 @@ def test_a_growth_that_changes_nothing_is_not_felt(workplace: Workplace, tmp_pat
     common = ["budget.tokens=28Ki", "train.horizon=40 steps"]
     grows = ["base.n_layers=4", "growth[0].layer_map=[0,1,2,3]", "growth[0].optimizer=copy", "growth[0].lr=continue"]
     one, two = tmp_path / "one", tmp_path / "two"
-    jobs = [("whole.toml", [*common, f"run.folder={one}"]), ("tiny.toml", [*common, *grows, f"run.folder={two}"])]
-    subprocess.run(
-        [sys.executable, "-c", RUN_ALL], input=json.dumps(jobs), cwd=workplace.folder, env=environment(),
-        check=True, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    workplace.run(*common, f"run.folder={one}", recipe="whole.toml")
+    workplace.run(*common, *grows, f"run.folder={two}")
     whole, grown = losses(one), losses(two)
     assert len(grown) == 28
     for (stage, step), loss in grown.items():
@@ -55,7 +48,7 @@ def test_a_growth_that_changes_nothing_is_not_felt(workplace: Workplace, tmp_pat
 
 @pytest.fixture(scope="module")
 def undisturbed(workplace: Workplace) -> Path:
-    workplace.run(*SETS, "run.folder=carry", ranks=2)
+    workplace.run(*SETS, "run.folder=carry", warm_ranks=2)
     return workplace.folder / "carry"
 
 
@@ -83,8 +76,8 @@ def test_frozen_stages_resume_after_kills(workplace: Workplace, undisturbed: Pat
     """Killed while layers are frozen, resumed at step 4, through the switch after step 6 and the growth after it."""
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run, ignore=shutil.ignore_patterns("stage-[234]*"))
-    workplace.kill_when(lambda: steps_logged(run, FSDP) >= 5, *SETS, f"run.folder={run}", ranks=2)
-    workplace.run(*SETS, f"run.folder={run}", "validation.sequences=0", ranks=2)
+    workplace.kill_when(lambda: steps_logged(run, FSDP) >= 5, *SETS, f"run.folder={run}", warm_ranks=2)
+    workplace.run(*SETS, f"run.folder={run}", "validation.sequences=0", warm_ranks=2)
     assert losses(run) == losses(undisturbed)
     for last in (Path(FSDP) / "checkpoint" / "step-10", Path(TENSOR) / "checkpoint" / "step-10"):
         assert weights(run / last) == weights(undisturbed / last)
