@@ -16,7 +16,8 @@ import os
 import sys
 from pathlib import Path
 
-from stackgrow.data.prepare import PRESETS, prepare, summary
+from stackgrow.data.inspect import summary
+from stackgrow.data.prepare import PRESETS, prepare
 from stackgrow.data.read import Source, stdlib_source
 
 
@@ -81,7 +82,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("prepare_data: interrupted; the same command goes on", file=sys.stderr)
         return 130
-    print(summary(manifest, written) if manifest else f"Slurm is at work; {args.out} appears when all is done")
+    what = "prepared" if written else "already prepared"
+    print(summary(manifest, what) if manifest else f"Slurm is at work; {args.out} appears when all is done")
     return 0
 
 

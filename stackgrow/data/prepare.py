@@ -118,19 +118,6 @@ def prepare(
     return read_manifest(out), True
 
 
-def summary(manifest: Manifest, written: bool) -> str:
-    """What a store holds, for the person who prepared it."""
-    lines = [f"{manifest.folder}: {'prepared' if written else 'already prepared'}"]
-    for name, split in manifest.splits.items():
-        counts = f"{split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards):,} shards"
-        lines.append(f"  {name}: {counts}")
-    lines.append(f"  vocabulary: {manifest.vocab_size:,}, tokenizer {manifest.tokenizer_sha256}")
-    for corpus in manifest.raw.get("corpora", []):
-        for why, entry in corpus["skipped"].items():
-            lines.append(f"  left out, {why}: {entry['count']:,}, such as {', '.join(entry['names'][:3])}")
-    return "\n".join(lines)
-
-
 def _known_tokenizer(tokenizer: int | str | Path | None, before: Manifest | None) -> int | Tokenizer:
     if before is None:
         assert tokenizer is not None

@@ -199,6 +199,12 @@ class TokenStore:
         parts = [self._map(i)[a:b] for i, a, b in self._pieces(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.manifest.dtype), *parts])
 
+    def document(self, token: int) -> int:
+        """The number, from 0, of the document that this token of the split belongs to."""
+        index, first, _ = next(self._pieces(token, token + 1))
+        begun = int((self._map(index)[: first + 1] == self.manifest.bos_id).sum())
+        return sum(shard.documents for shard in self.shards[:index]) + begun - 1
+
     def verify(self) -> None:
         """Reads every byte; raises StoreError at the first file whose content the manifest does not state."""
         stated = {shard.file: shard.sha256 for shard in self.shards}
