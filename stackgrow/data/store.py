@@ -17,7 +17,9 @@ import bisect
 import hashlib
 import itertools
 import json
+import os
 import re
+import resource
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "manifest.json"
 DTYPES = {"uint16": 2**16, "uint32": 2**32}  # name -> how many ids fit
-OPEN_SHARDS = 256  # an open map holds a file descriptor, and a 750B-token store has thousands of shards
+OPEN_SHARDS = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # a 750B-token store has thousands
 AGAIN = "prepare the store again with tools/prepare_data.py, or copy it again"
 
 
@@ -152,9 +154,9 @@ def _count(value: Any) -> int:
 
 
 class TokenStore:
-    """One split of a token store, read through memory maps that are opened when first needed.
+    """One split of a token store, whose files are opened when first needed.
 
-    It pickles without its maps, so that loader workers open their own.
+    It pickles without them, so that loader workers open their own.
     """
 
     def __init__(self, manifest: Manifest, split: str):
@@ -164,7 +166,7 @@ class TokenStore:
         self.n_tokens = manifest.splits[split].tokens
         self.manifest_hash = manifest.hash(split)
         self._starts = list(itertools.accumulate((shard.tokens for shard in self.shards), initial=0))
-        self._maps: dict[int, np.ndarray] = {}
+        self._files: dict[int, int] = {}
 
     @classmethod
     def open(cls, path: str | Path, split: str = "train") -> TokenStore:
@@ -196,13 +198,14 @@ class TokenStore:
 
         if not 0 <= start <= stop <= self.n_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of a split of {self.n_tokens}")
-        parts = [self._map(i)[a:b] for i, a, b in self._pieces(start, stop)]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.manifest.dtype), *parts])
+        parts = [self._read(i, a, b) for i, a, b in self._pieces(start, stop)]
+        return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), self.manifest.dtype)
 
     def document(self, token: int) -> int:
         """The number, from 0, of the document that this token of the split belongs to."""
         index, first, _ = next(self._pieces(token, token + 1))
-        begun = int((self._map(index)[: first + 1] == self.manifest.bos_id).sum())
+        before = self.tokens(token - first, token + 1)  # in this shard
+        begun = int((before == self.manifest.bos_id).sum())
         return sum(shard.documents for shard in self.shards[:index]) + begun - 1
 
     def verify(self) -> None:
@@ -214,12 +217,24 @@ class TokenStore:
             for (name, sha256), found in zip(stated.items(), hashes, strict=True):
                 if found != sha256:
                     raise StoreError(f"{self.manifest.folder / name} is damaged (SHA-256 differs); {AGAIN}")
-        for index, shard in enumerate(self.shards):
-            tokens = self._map(index)
+        for start, shard in zip(self._starts, self.shards, strict=False):
+            tokens = self.tokens(start, start + shard.tokens)
             if int(tokens.max()) >= self.manifest.vocab_size:
                 raise StoreError(f"{shard.file} holds token ids beyond the vocabulary; {AGAIN}")
             if int((tokens == self.manifest.bos_id).sum()) != shard.documents:
                 raise StoreError(f"{shard.file} does not hold the {shard.documents} documents it states; {AGAIN}")
+
+    def _read(self, index: int, first: int, last: int) -> bytes:
+        """The bytes of tokens [first, last) of a shard; a positioned read takes no memory beyond them."""
+        shard, size = self.shards[index], int(self.manifest.dtype[4:]) // 8
+        descriptor, left = self._file(index), (last - first) * size
+        parts = []
+        while left:
+            parts.append(os.pread(descriptor, left, shard.bytes - (shard.tokens - last) * size - left))
+            if not parts[-1]:
+                raise StoreError(f"{self.manifest.folder / shard.file} ends early; {AGAIN}")
+            left -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(shard, first, last + 1) of each stretch of [start, stop), counted within its shard."""
@@ -229,23 +244,21 @@ class TokenStore:
             yield index, start - base, end - base
             start, index = end, index + 1
 
-    def _map(self, index: int) -> np.ndarray:
-        import numpy as np
-
-        if index not in self._maps:
+    def _file(self, index: int) -> int:
+        """A file descriptor of the shard, whose header is what numpy writes before such an array."""
+        if index not in self._files:
             shard = self.shards[index]
             path = self.manifest.folder / shard.file
             self._check_size(shard)
-            try:
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise StoreError(f"{path} cannot be read ({error}); {AGAIN}") from error
-            if array.dtype != self.manifest.dtype or array.shape != (shard.tokens,):
+            if len(self._files) >= OPEN_SHARDS:
+                os.close(self._files.pop(next(iter(self._files))))
+            descriptor = self._files[index] = os.open(path, os.O_RDONLY)
+            descr = {"uint16": "<u2", "uint32": "<u4"}[self.manifest.dtype]
+            header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({shard.tokens},), }}"
+            if not os.pread(descriptor, 256, 0)[10:].startswith(header.encode()):
                 raise StoreError(f"{path} does not hold {shard.tokens} tokens of {self.manifest.dtype}; {AGAIN}")
-            if len(self._maps) >= OPEN_SHARDS:
-                del self._maps[next(iter(self._maps))]
-            self._maps[index] = array
-        return self._maps[index]
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead: the next window is elsewhere
+        return self._files[index]
 
     def _check_size(self, shard: Shard) -> None:
         path = self.manifest.folder / shard.file
@@ -255,4 +268,8 @@ class TokenStore:
             raise StoreError(f"{path} has {path.stat().st_size} bytes, the manifest states {shard.bytes}; {AGAIN}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_files": {}}
+
+    def __del__(self) -> None:
+        for descriptor in self.__dict__.get("_files", {}).values():
+            os.close(descriptor)

@@ -71,7 +71,7 @@ def test_any_range_across_shards(prepared: Path, monkeypatch: pytest.MonkeyPatch
     ranges = [(0, 0), (0, len(whole)), (999, 1001), (1000, 2000), (len(whole), len(whole))]
     for start, stop in [*ranges, *np.sort(rng.integers(0, len(whole) + 1, (200, 2))).tolist()]:
         assert np.array_equal(store.tokens(start, stop), whole[start:stop])
-        assert len(store._maps) <= 2
+        assert len(store._files) <= 2
     for start, stop in [(-1, 3), (5, 4), (0, len(whole) + 1)]:
         with pytest.raises(IndexError):
             store.tokens(start, stop)
@@ -83,7 +83,7 @@ def test_windows(prepared: Path) -> None:
     assert [store.windows(s) for s in (n, n - 1, n // 2, 1)] == [0, 1, 2 if n % 2 else 1, n - 1]
 
 
-def test_pickles_without_maps(prepared: Path) -> None:
+def test_pickles_without_open_files(prepared: Path) -> None:
     store = TokenStore.open(prepared)
     before = store.tokens(0, store.n_tokens)
     content = pickle.dumps(store)
