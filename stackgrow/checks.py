@@ -155,7 +155,7 @@ def batch_problems(part: Part, seq_len: int) -> Iterator[Problem]:
         yield part.where("batch_warmup"), f"batches {phases} do not rise to global_batch_tokens = {full}; order them"
 
 
-def train_problems(part: Part) -> Iterator[Problem]:
+def train_problems(part: Part, recipe: Recipe) -> Iterator[Problem]:
     peak, floor = part.train.learning_rate, part.train.min_learning_rate
     if floor > peak:
         yield part.where("min_learning_rate"), f"{floor:g} is above learning_rate = {peak:g}; lower it"
@@ -165,6 +165,9 @@ def train_problems(part: Part) -> Iterator[Problem]:
             yield part.where(name), f"{json.dumps(given)} {rule} = {json.dumps(off)}"
     if part.train.precision == "float8" and (part.learns or part.masked):
         yield part.where("precision"), '"float8" replaces the layers that "random" masks and "learn" makes; use "bf16"'
+    if recipe.data.document_mask and part.train.attention != "flex":
+        rule = f'"{part.train.attention}" cannot keep documents apart, as data.document_mask = true asks for'
+        yield part.where("attention"), f'{rule}; use "flex", or set data.document_mask = false'
     yield from _kernel_problems(part)
 
 

@@ -88,6 +88,7 @@ class TrainStage:
     parallel: Parallel = field(default_factory=Parallel)
     schedule: Continued | None = None  # None: the learning rate's schedule begins with the stage
     freeze: Freeze | None = None
+    document_mask: bool = False
 
     @property
     def name(self) -> str:
@@ -353,6 +354,8 @@ def identity(stage: Stage) -> dict[str, Any]:
         plain["train"] = {k: v for k, v in plain["train"].items() if k not in free}
         plain.pop("start_flops")
         plain.pop("parallel")  # all of it is free
+        if not stage.document_mask:  # as before there was one
+            plain.pop("document_mask")
         if stage.until:
             plain["steps"] = stage.until.max_steps
     return plain

@@ -57,6 +57,9 @@ class Data:
         kinds.sha256(), "SHA-256 of the tokenizer file that the stores must be made with", "", free=True
     )
     seq_len: int = key(kinds.integer(2, 2**20), "tokens in one training sequence")
+    document_mask: bool = key(
+        kinds.boolean(), 'no attention from one document to another; needs train.attention = "flex"', False
+    )
     workers: int = key(kinds.integer(0, 256), "loader processes per rank; 0 loads in the trainer", 0, free=True)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from stackgrow.batches import Batches
 from stackgrow.checks import (
@@ -42,7 +43,7 @@ def make_plan(recipe: Recipe, file: str | Path = "recipe", found: Mapping[str, i
     parts = parts_of(recipe, hops)
     blocking += [problem for part in parts for problem in batch_problems(part, recipe.data.seq_len)]
     problems = [*data_problems(recipe), *geometry_problems(recipe), *base_problems(recipe), *blocking]
-    problems += [p for part in parts for p in (*parallel_problems(part, recipe), *train_problems(part))]
+    problems += [p for part in parts for p in (*parallel_problems(part, recipe), *train_problems(part, recipe))]
     stages: list[Stage] = []
     earliest = stages
     if not blocking:
@@ -138,10 +139,11 @@ def _train_stage(recipe: Recipe, part: Part, stages: Sequence[Stage], ends: Ends
     tokens, steps, flops = (sum(getattr(s, name) for s in before) for name in ("tokens", "steps", "flops"))
     position = before[-1].position(before[-1].steps) if before else recipe.base.position if recipe.base else 0
     mask = stages[-1].mask if stages and isinstance(stages[-1], GrowStage) else None
+    common: dict[str, Any] = {"parallel": part.parallel, "document_mask": recipe.data.document_mask}
     own, batches, hop = (len(stages), part.model, part.train, recipe.data.seq_len), Batches.of(part.train), part.hop
 
     def stage(count: int, until: Until | None = None) -> TrainStage:
-        return TrainStage(*own, count, tokens, position, flops, mask, until=until, parallel=part.parallel)
+        return TrainStage(*own, count, tokens, position, flops, mask, until=until, **common)
 
     def up_to(timing: Duration | Share | str, hop: Hop) -> int:
         length = due(recipe, hop, timing)
@@ -151,7 +153,7 @@ def _train_stage(recipe: Recipe, part: Part, stages: Sequence[Stage], ends: Ends
         return stage(batches.within(recipe.budget.tokens - tokens))
     if part.learns and hop.growth.learn_steps:
         count, seed = hop.growth.learn_steps.steps(batches.full), recipe.seed + len(stages)
-        return LearnStage(*own, count, tokens, position, flops, parallel=part.parallel, source=hop.source, seed=seed)
+        return LearnStage(*own, count, tokens, position, flops, source=hop.source, seed=seed, **common)
     if isinstance(timing := hop.growth.timing, LossSlope):
         until = Until(timing.loss_slope, up_to(timing.min, hop), up_to(timing.max, hop))
         return stage(ends(stage(0).name, until), until)

@@ -149,6 +149,7 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (("train.loss_chunk=64", "parallel.tensor=2"), "train.loss_chunk", ("64 is not supported", "set it to 0")),
     (("data.mix=[{path='a',weight=1}]",), "data.path", ('"data/tiny" stands beside [[data.mix]]',)),
     (("data={seq_len=64,mix=[{path='a',weight=1},{path='a',weight=2}]}",), "data.mix[1].path", ("twice",)),
+    (("data.document_mask=true",), "train.attention", ('"sdpa" cannot keep documents apart', 'use "flex"')),
     (("data={seq_len=64}",), "data.path", ("is missing; name a token store",)),
     (("parallel.pipeline=2",), "parallel.pipeline", ("2 is not supported",)),
     (("parallel.context=2",), "parallel.context", ("2 is not supported",)),
@@ -294,6 +295,7 @@ DEFINING = {
     "model.rope_theta": "5000",
     "model.init": "torchtitan",
     "data.seq_len": "32",
+    "data.document_mask": "true",  # with train.attention = "flex"
     "base.n_layers": "1",  # with model.n_layers = 4
     "base.from": "elsewhere",
     "base.position": "5",  # with base.from
@@ -349,6 +351,7 @@ def test_free_keys_leave_the_stage_hashes(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize("key", DEFINING)
 def test_defining_keys_change_every_stage_hash(tmp_path: Path, key: str) -> None:
     extra = {"base.n_layers": ("model.n_layers=4",), "base.position": ("base.from=elsewhere",)}.get(key, ())
+    extra = ("train.attention=flex",) if key == "data.document_mask" else extra
     assert set(hashes(tmp_path, f"{key}={DEFINING[key]}", *extra).values()).isdisjoint(hashes(tmp_path).values())
 
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torchtitan.models.attention import create_attention_mask
 from torchtitan.models.llama3.infra import parallelize
 
 
@@ -32,6 +33,14 @@ def use_flash_attention(model: nn.Module) -> None:
     for layer in model.layers.values():
         layer.attention.inner_attention = FlashAttention()
     parallelize._op_sac_save_list.add(torch.ops.flash_attn._flash_attn_forward.default)
+
+
+def document_mask(tokens: Tensor, bos_id: int) -> BlockMask:
+    """What "flex" attends to where documents, each of which begins with BOS, are kept apart; ``tokens`` [B, T]."""
+    document = (tokens == bos_id).cumsum(1)
+    B, T = tokens.shape
+    create = create_attention_mask if tokens.is_cuda else create_block_mask  # compiled, it holds no [B, T, T]
+    return create(lambda b, h, q, kv: (q >= kv) & (document[b, q] == document[b, kv]), B, None, T, T, tokens.device)
 
 
 @lru_cache(maxsize=4)

@@ -166,12 +166,15 @@ def register(job: StageJob) -> str:
         train_spec.register_train_spec(SPEC_NAME, spec)
         learned = replace(spec, model_cls=ligo.LigoLlama, parallelize_fn=ligo.parallelize_ligo)
         train_spec.register_train_spec(LEARN_SPEC_NAME, learned)
+    bos_id = job.data.bos_id if stage.document_mask else None
     if isinstance(stage, LearnStage):
         assert job.source is not None
         FLAVORS[stage.name] = ligo.ligo_args(stage, job.source)
+        FLAVORS[stage.name].llama.bos_id = bos_id
         return LEARN_SPEC_NAME
     kernels = stage.train.attention, stage.train.loss_chunk
-    FLAVORS[stage.name] = model.model_args(stage.model, job.recipe.seed, stage.mask, *kernels)
+    args = FLAVORS[stage.name] = model.model_args(stage.model, job.recipe.seed, stage.mask, *kernels)
+    args.bos_id = bos_id
     return SPEC_NAME
 
 

@@ -20,7 +20,7 @@ from stackgrow.growth.draw import draw, generator
 from stackgrow.growth.mask import kept_outputs
 from stackgrow.plan import GrowthMask
 from stackgrow.recipe import Model
-from stackgrow.titan.attention import causal_mask, use_flash_attention
+from stackgrow.titan.attention import causal_mask, document_mask, use_flash_attention
 from stackgrow.titan.loss import ChunkedHead, chunk_head
 from stackgrow.titan.shards import shard_of
 
@@ -29,13 +29,14 @@ WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # put into names by to
 
 @dataclass
 class LlamaArgs(TransformerModelArgs):
-    """torchtitan's arguments, how the weights are drawn, the growth (source, target, layer map) to be masked, and
-    the recipe's ``train.attention`` and ``train.loss_chunk``."""
+    """torchtitan's arguments, how the weights are drawn, the growth (source, target, layer map) to be masked, the
+    recipe's ``train.attention`` and ``train.loss_chunk``, and the token that begins documents that are kept apart."""
 
     init: str = "paper"
     seed: int = 0
     attention: str = "sdpa"
     loss_chunk: int = 0
+    bos_id: int | None = None
     masked: tuple[Model, Model, tuple[int, ...] | None] | None = None
 
 
@@ -136,7 +137,10 @@ class Llama(Transformer):
     ) -> Tensor:
         """``tokens`` [B, T] -> logits [B, T, V]; with ``labels`` [B, T], which need ``loss_chunk``, the summed loss."""
         if self.model_args.attn_type == "flex" and attention_masks is None:
-            attention_masks = causal_mask(tokens.shape[1], tokens.device)
+            if (bos_id := self.model_args.bos_id) is None:
+                attention_masks = causal_mask(tokens.shape[1], tokens.device)
+            else:
+                attention_masks = document_mask(tokens, bos_id)
         hidden = self.tok_embeddings(tokens)
         for layer in self.layers.values():
             hidden = layer(hidden, self.freqs_cis, attention_masks, positions)

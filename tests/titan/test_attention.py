@@ -2,6 +2,7 @@
 that its documentation states, so that what is handed to it and taken from it is checked; tests/gpu has the real one."""
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from recipes_for_tests import plan_of
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 from torchtitan.models.attention import FlexAttentionWrapper
 
 from stackgrow.recipe import Model
@@ -67,6 +68,30 @@ def test_flex_equals_sdpa_forward(small: Model, kv_heads: int, monkeypatch: pyte
     """torch has no backward pass of it on CPUs."""
     monkeypatch.setattr(FlexAttentionWrapper, "_compiled_flex_attn", flex_attention)  # compiling takes a minute
     check_equals_sdpa(dataclasses.replace(small, n_kv_heads=kv_heads), "flex", "cpu", 1e-5, train=False)
+
+
+def test_documents_are_kept_apart(small: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each document's logits are what it would have alone, wherever it stands; and the mask is the stated one."""
+    monkeypatch.setattr(FlexAttentionWrapper, "_compiled_flex_attn", flex_attention)
+    bos, cuts = 1, [0, 5, 6, 20, T]  # a window may begin inside a document
+    tokens = torch.randint(2, small.vocab_size, (2, T), generator=torch.Generator().manual_seed(1))
+    tokens[0, cuts[1:-1]] = bos
+    args = model_args(small, 0, attention="flex")
+    args.max_seq_len, args.bos_id = T, bos
+    llama = Llama(args)
+    with torch.no_grad():
+        llama.init_weights()
+        together = llama(tokens)
+        llama.model_args.bos_id = None
+        assert (together[0] - llama(tokens)[0]).abs().max() > 1e-2
+        torch.testing.assert_close(together[1], llama(tokens)[1], msg="one document")
+        for start, stop in itertools.pairwise(cuts):
+            alone = llama(tokens[:1, start:stop])[0]
+            torch.testing.assert_close(together[0, start:stop], alone, rtol=0, atol=2e-5)
+    mask = attention.document_mask(tokens, bos)
+    dense = create_mask(mask.mask_mod, 2, None, T, T, device="cpu")[0, 0]
+    number = torch.tensor([sum(cut <= i for cut in cuts) for i in range(T)])
+    assert torch.equal(dense, (number[:, None] == number[None, :]).tril())
 
 
 def problems(folder: Path, kernel: str) -> dict[str, str]:
