@@ -3,7 +3,9 @@
      0  the budget is reached, and the last checkpoint is sealed
      1  a fault in the program, with a traceback
      2  the recipe, the data or the ranks do not fit; nothing was started
-    65  something on disk is damaged, or was made by another recipe, other data or other versions
+    65  something on disk is damaged, or was made by another recipe, other data or other versions; or a benchmark
+        asks for what the model cannot answer
+    69  a package is not installed that a page or a picture needs
     70  another rank died or hangs
     73  another process works in the run folder
     74  the disk is full, or reading or writing failed
@@ -47,6 +49,18 @@ class LockedError(RunError):
     """Another process works in the run folder."""
 
     exit_code = 73
+
+
+class EvaluationError(RunError):
+    """A benchmark asks for what the model cannot answer; the trained weights are saved."""
+
+    exit_code = 65
+
+
+class MissingExtraError(RunError):
+    """A package is not installed; the message names the extra that brings it."""
+
+    exit_code = 69
 
 
 class DiskError(RunError):

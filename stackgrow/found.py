@@ -4,6 +4,7 @@ the loss called for growth. It is written once, atomically, and never found out 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ def with_found(plan: Plan, folder: Path, data_hash: str, file: str | Path = "rec
         plan = make_plan(plan.recipe, file, found)  # which changes the hashes of later stages
 
 
-def plan_of_run(folder: Path) -> Plan:
-    """The plan of a run, from what it wrote."""
+def plan_of_run(folder: Path, sets: Sequence[str] = ()) -> Plan:
+    """The plan of a run, from what it wrote; ``sets`` change free keys."""
     file = folder / "recipe.toml"
-    plan = make_plan(load_recipe(file, trusted=True), file)
+    plan = make_plan(load_recipe(file, sets, trusted=True), file)
     data = (seal.read_json(folder / "provenance.json") or {}).get("data", {})
     return with_found(plan, folder, data.get("manifest_hash", ""), file)

@@ -191,6 +191,18 @@ def sha256() -> Kind:
     return Kind(rule, parse, {"type": "string", "pattern": "^[0-9a-fA-F]{64}$"})
 
 
+def names() -> Kind:
+    """Names of things that another program knows, such as lm-eval's tasks."""
+    rule = "a list of at least one name without blanks"
+
+    def parse(value: Any) -> tuple[str, ...]:
+        _require(isinstance(value, list) and len(value) > 0, rule)
+        _require(all(isinstance(v, str) and v.isprintable() and len(v.split()) == 1 for v in value), rule)
+        return tuple(value)
+
+    return Kind(rule, parse, {"type": "array", "minItems": 1, "items": {"type": "string", "pattern": r"^\S+$"}})
+
+
 def path() -> Kind:
     """A path that can be printed; load.py keeps those of a recipe file below the working directory."""
     return text("a path without control or invisible characters")

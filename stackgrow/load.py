@@ -94,8 +94,10 @@ def _path_problems(raw: Mapping[str, Any], typed: Sequence[str]) -> Iterator[Pro
 
 
 def _paths(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    data, base, run = (raw[name] if isinstance(raw.get(name), dict) else {} for name in ("data", "base", "run"))
+    names = ("data", "base", "run", "eval")
+    data, base, run, evaluate = (raw[name] if isinstance(raw.get(name), dict) else {} for name in names)
     yield from (("data.path", data.get("path")), ("base.from", base.get("from")), ("run.folder", run.get("folder")))
+    yield "eval.include", evaluate.get("include")
     for i, row in enumerate(data["mix"] if isinstance(data.get("mix"), list) else []):
         yield f"data.mix[{i}].path", row.get("path") if isinstance(row, dict) else None
 

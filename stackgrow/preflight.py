@@ -9,6 +9,7 @@ from pathlib import Path
 from stackgrow.checks import world_problems
 from stackgrow.data.order import Order
 from stackgrow.data.store import Manifest, StoreError, TokenStore
+from stackgrow.evaluate import tasks
 from stackgrow.found import with_found
 from stackgrow.load import Problem, RecipeError, load_recipe
 from stackgrow.plan import ImportStage, Plan
@@ -33,7 +34,8 @@ def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
 
     folder = Path(recipe.folder).absolute()
     plan = with_found(plan, folder, order.data_hash, file)
-    if problems := [*device.problems(plan), *_import_problems(plan, folder)]:
+    found = [*device.problems(plan), *_import_problems(plan, folder)]
+    if problems := [*found, *(tasks.problems(recipe.eval) if recipe.eval else [])]:
         raise RecipeError(file, problems)
     return plan, order
 

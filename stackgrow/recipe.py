@@ -332,6 +332,18 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class Eval:
+    """Benchmarks of the trained models, by lm-eval on the run's own ranks (the extra ``eval``)."""
+
+    tasks: tuple[str, ...] = key(kinds.names(), 'lm-eval\'s tasks; "paper": the eight of the paper', free=True)
+    after: str = key(kinds.choice("last", "each"), "at the end of the last train stage, or of each", "last", free=True)
+    interval: Duration | None = key(kinds.duration(1), "and between evaluations within a stage", None, free=True)
+    batch: int = key(kinds.integer(), "sequences in one forward pass on one rank", 8, free=True)
+    limit: int = key(kinds.integer(0), "examples of each task, for a try; 0: all", 0, free=True)
+    include: str = key(kinds.path(), "folder with task files of your own; what they contain is run", "", free=True)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     interval: Duration = key(kinds.duration(1), "between checkpoints", Duration(500, "steps"), free=True)
     keep: int = key(kinds.integer(1), "newest checkpoints kept; a stage's last is always kept", 2, free=True)
@@ -384,6 +396,7 @@ class Recipe:
     train: Train = table(Train, "every stage", required=True)
     parallel: Parallel = table(Parallel, "how the ranks share the work")
     validation: Validation = table(Validation, "loss on held-out documents")
+    eval: Eval | None = table(Eval, "benchmarks", optional=True)
     checkpoint: Checkpoint = table(Checkpoint, "what is kept on disk")
     log: Log = table(Log, "what is written down")
     run: Run = table(Run, "where and how it runs")

@@ -16,7 +16,6 @@ import platform
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,9 +27,11 @@ from stackgrow.data.order import Order
 from stackgrow.errors import DamagedError, LockedError, disk_error
 from stackgrow.found import with_found, write_found
 from stackgrow.load import to_toml
+from stackgrow.logs import log_to
 from stackgrow.plan import ImportStage, LearnStage, Plan, Stage, TrainStage, identity
 from stackgrow.preflight import check
 from stackgrow.recipe import Recipe
+from stackgrow.report.html import finish_report
 from stackgrow.report.summary import ledger, render_summary
 from stackgrow.resolve import make_plan
 
@@ -98,6 +99,7 @@ def _run_stages(plan: Plan, folder: Path, order: Order, rank: int, session: str)
     if rank == 0:
         seal.write_json(folder / LEDGER, ledger(plan, folder, order))
         print(render_summary(plan, folder, order), flush=True)
+        print(finish_report(folder), flush=True)
 
 
 def _open_stage(plan: Plan, stage: Stage, path: Path, hashes: dict[str, str]) -> None:
@@ -110,6 +112,7 @@ def _run_stage(plan: Plan, stage: Stage, path: Path, data_hash: str, rank: int, 
     """Runs one stage, and returns the plan with what it has found out."""
     from torch.distributed import barrier, broadcast_object_list
 
+    from stackgrow.evaluate.evaluation import Evaluation
     from stackgrow.growth.base import take_over
     from stackgrow.growth.stage import grow
     from stackgrow.titan.trainer import run_stage
@@ -124,6 +127,8 @@ def _run_stage(plan: Plan, stage: Stage, path: Path, data_hash: str, rank: int, 
     if isinstance(stage, TrainStage):
         finds_end = stage.until is not None and stage.name not in plan.found
         job = stage_job(plan.recipe, stage, hashes[stage.name], path, source, session, finds_end)
+        if plan.recipe.eval and not isinstance(stage, LearnStage):
+            job.evaluation = Evaluation(plan.recipe, hashes[stage.name], path.parent)
         run_stage(job)
         output = output_of(job.stage, path)
     elif isinstance(stage, ImportStage):
@@ -163,7 +168,7 @@ def stage_job(
     from stackgrow.titan.job import StageJob
 
     data = WindowDataset.open(recipe.data, recipe.seed)
-    start = {"source": source} if isinstance(stage, LearnStage) else {"parent": source}
+    start: dict[str, Any] = {"source": source} if isinstance(stage, LearnStage) else {"parent": source}
     return StageJob(recipe, stage, stage_hash, path, data, session=session, finds_end=finds_end, **start)
 
 
@@ -236,16 +241,3 @@ def die_with_parent() -> None:
     """A killed torchrun leaves its workers running and writing; the kernel is asked to kill them with it."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def log_to(file: Path) -> None:
-    """torchtitan logs into the run folder; the console is for progress, for stackgrow's own warnings and for errors."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    console = logging.StreamHandler(sys.stderr)
-    console.addFilter(lambda r: r.levelno >= (logging.WARNING if r.name.startswith("stackgrow") else logging.ERROR))
-    logging.basicConfig(level=logging.INFO, handlers=[handler, console], force=True)
-    # A float32 recipe makes torchtitan ask for a float32 autocast, which is none.
-    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
-    warnings.filterwarnings("ignore", message="In .* autocast, but the target dtype is not supported")

@@ -22,6 +22,7 @@ ACCEPTED: list[tuple[Kind, Any, Any]] = [
     (kinds.choice("a", "b"), "b", "b"),
     (kinds.name(), "7b_gstack-2.1", "7b_gstack-2.1"),
     (kinds.path(), "data/a b/ü", "data/a b/ü"),
+    (kinds.names(), ["arc_easy", "mmlu/x"], ("arc_easy", "mmlu/x")),
     (kinds.tokens(), "750B", 750 * 10**9),
     (kinds.tokens(), "2Mi", 2 * 2**20),
     (kinds.tokens(), "1.005K", 1005),  # 1.005 * 1000 is 1004.9999999999999 in floats
@@ -48,6 +49,7 @@ REFUSED: list[tuple[Kind, Any]] = [
     *((kinds.choice("a", "b"), v) for v in ("A", "", 1, ["a"])),
     *((kinds.name(), v) for v in ("", "a/b", "..", ".a", "a b", "a\u202eb", "a\u200bb", "a" * 65, "a\n", "ä", 7)),
     *((kinds.path(), v) for v in ("", "a\0b", "a\nb", "a\u202eb", "a\u200bb", "a" * 4096, 7)),
+    *((kinds.names(), v) for v in ([], "arc_easy", ["a b"], [""], [1], ["a\n"], None)),
     *((kinds.tokens(), v) for v in (0, -1, 1.5, True, "", "B", "1.5", "0.0001K", "1e9", "-1B", "1b", "1 GB")),
     *((kinds.tokens(), v) for v in ("10 steps", "9" * 400 + ".0", "9" * 5000, 2**63, "9999999T", "1\n", " 1B")),
     *((kinds.duration(), v) for v in (3000, "3000.5 steps", "3 epochs", "-1 steps", "_ steps", "", True, [])),

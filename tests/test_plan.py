@@ -280,6 +280,12 @@ FREE = {
     "checkpoint.async_mode": "async",
     "log.interval": "5 steps",
     "log.tensorboard": "false",
+    "eval.tasks": "['paper']",
+    "eval.after": "each",  # these with eval.tasks
+    "eval.interval": "5 steps",
+    "eval.batch": "2",
+    "eval.limit": "10",
+    "eval.include": "tasks",
     "run.folder": "elsewhere",
     "run.init_timeout": "5",
     "run.train_timeout": "5",
@@ -345,6 +351,7 @@ def hashes(tmp_path: Path, *sets: str, data: str = "data hash") -> dict[str, str
 @pytest.mark.parametrize("key", FREE)
 def test_free_keys_leave_the_stage_hashes(tmp_path: Path, key: str) -> None:
     extra = ("train.compile=true", "parallel.tensor=2") if key == "parallel.async_tensor" else ()
+    extra += ("eval.tasks=['paper']",) if key.startswith("eval.") else ()
     assert hashes(tmp_path, f"{key}={FREE[key]}", *extra) == hashes(tmp_path)
 
 

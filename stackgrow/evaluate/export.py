@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from stackgrow import seal
-from stackgrow.data.order import read_order
-from stackgrow.data.store import StoreError
-from stackgrow.errors import ChangedError, DamagedError
+from stackgrow.errors import DamagedError
+from stackgrow.evaluate.checkpoints import Chosen, choose, tokenizer_of
 from stackgrow.evaluate.hf import export_hf
 from stackgrow.evaluate.hf_format import model_from_config
-from stackgrow.found import plan_of_run
 from stackgrow.growth.mask import folding
 from stackgrow.kinds import human
 from stackgrow.load import recipe_hash
-from stackgrow.plan import GrowStage, ImportStage, LearnStage, Plan, Stage
-from stackgrow.recipe import Model, Recipe
+from stackgrow.plan import GrowStage, ImportStage, Stage
+from stackgrow.recipe import Model
 
 
 def export_run(
@@ -40,31 +38,29 @@ def export_run(
         RunError: no such checkpoint, a damaged one, or a ``target`` that exists.
         RecipeError: the run's recipe.toml cannot be read.
     """
-    run = next((f for f in (path, *path.absolute().parents[:3]) if (f / "recipe.toml").is_file()), None)
-    if run is None:
+    chosen = choose(path, stage, step)
+    if chosen is None:
         model = _imported_model(path)
         export_hf(path, target, model, dtype=dtype)
         return _told(path, target, model, dtype, None)
-    plan = plan_of_run(run)
-    if run == path:
-        chosen = _stage(plan, [stage] if stage else _finished(plan, run))
-        path = _checkpoint(run / chosen.name, chosen, step)
-    else:
-        chosen = _stage(plan, path.absolute().parts)
-    model, tokenizer = _model(chosen), _tokenizer(plan.recipe, run)
-    card, seq_len = _card(plan, run, chosen, path), plan.recipe.data.seq_len
-    fold = _fold(chosen, path)
-    export_hf(path, target, model, tokenizer=tokenizer, dtype=dtype, seq_len=seq_len, card=card, fold=fold)
-    return _told(path, target, model, dtype, tokenizer)
+    recipe = chosen.plan.recipe
+    tokenizer = tokenizer_of(recipe, chosen.run)
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "seq_len": recipe.data.seq_len,
+        "card": _card(chosen),
+        "fold": _fold(chosen),
+    }
+    export_hf(chosen.path, target, chosen.model, dtype=dtype, **options)
+    return _told(chosen.path, target, chosen.model, dtype, tokenizer)
 
 
-def _fold(stage: Stage, checkpoint: Path) -> Callable[[str, Tensor], Tensor] | None:
+def _fold(chosen: Chosen) -> Callable[[str, Tensor], Tensor] | None:
     """What writes the mask of a G_random growth, as it stood at the checkpoint's step, into the weights."""
-    if stage.mask is None:
+    mask = chosen.stage.mask
+    if mask is None:
         return None
-    step = (seal.read_seal(checkpoint) or {}).get("step", 0)
-    c = 0.0 if isinstance(stage, GrowStage) else stage.mask_value(step)
-    return folding(stage.mask.source, _model(stage), stage.mask.layer_map, c)
+    return folding(mask.source, chosen.model, mask.layer_map, chosen.train_stage.mask_value(chosen.step))
 
 
 def _imported_model(path: Path) -> Model:
@@ -72,52 +68,6 @@ def _imported_model(path: Path) -> Model:
     if config is None:
         raise DamagedError(f"{path} is neither a run, nor a checkpoint of a run or of an import; name one")
     return model_from_config(config)
-
-
-def _finished(plan: Plan, run: Path) -> list[str]:
-    return [s.name for s in _exportable(plan) if (run / s.name / "DONE").is_file()][-1:]
-
-
-def _exportable(plan: Plan) -> list[Stage]:
-    """A learn stage trains linear maps: what it leaves is no model."""
-    return [stage for stage in plan.stages if not isinstance(stage, LearnStage)]
-
-
-def _stage(plan: Plan, names: Sequence[str]) -> Stage:
-    """The stage that has one of the names."""
-    for stage in _exportable(plan):
-        if stage.name in names:
-            return stage
-    what = f"{names[-1]} is not among" if names else "none is finished of"
-    raise DamagedError(f"{what} the run's models; name one: {', '.join(s.name for s in _exportable(plan))}")
-
-
-def _checkpoint(folder: Path, stage: Stage, step: int | None) -> Path:
-    """The checkpoint of a step, or the newest."""
-    folder = folder / "checkpoint"
-    if isinstance(stage, GrowStage) and step is None:
-        return folder
-    steps = seal.sealed_steps(folder)
-    if not steps or step not in (None, *steps):
-        raise DamagedError(f"{folder} has not the checkpoint asked for; it has those of steps {steps}")
-    return folder / f"step-{steps[-1] if step is None else step}"
-
-
-def _model(stage: Stage) -> Model:
-    return stage.target if isinstance(stage, GrowStage) else stage.model
-
-
-def _tokenizer(recipe: Recipe, run: Path) -> Path | None:
-    """The store's tokenizer; None where there is no store. ChangedError for a store that is not the run's."""
-    try:
-        order = read_order(recipe.data, recipe.seed)
-    except StoreError:
-        return None
-    data = (seal.read_json(run / "provenance.json") or {}).get("data", {})
-    manifest = order.manifests[0]
-    if data.get("manifest_hash") != order.data_hash:
-        raise ChangedError(f"{manifest.folder} is not the token store that {run} was trained on; move it away or back")
-    return manifest.folder / manifest.tokenizer
 
 
 CARD = """\
@@ -145,12 +95,12 @@ tokens. It is a base model, pre-trained on {tokens} tokens in sequences of {seq_
 """
 
 
-def _card(plan: Plan, run: Path, chosen: Stage, checkpoint: Path) -> str:
+def _card(chosen: Chosen) -> str:
     """README.md: the model, the stages that led to it, and what identifies them."""
-    model, facts = _model(chosen), seal.read_seal(checkpoint) or {}
-    provenance = seal.read_json(run / "provenance.json") or {}
-    stages = plan.stages[: plan.stages.index(chosen) + 1]
-    lines = [_history(s, facts.get("step") if s is chosen else None) for s in stages]
+    plan, model, facts = chosen.plan, chosen.model, seal.read_seal(chosen.path) or {}
+    provenance = seal.read_json(chosen.run / "provenance.json") or {}
+    stages = plan.stages[: plan.stages.index(chosen.stage) + 1]
+    lines = [_history(s, facts.get("step") if s is chosen.stage else None) for s in stages]
     commits = dict.fromkeys(s.get("code", {}).get("commit", "unknown") for s in provenance.get("sessions", []))
     return CARD.format(
         name=plan.recipe.name,
@@ -159,7 +109,7 @@ def _card(plan: Plan, run: Path, chosen: Stage, checkpoint: Path) -> str:
         tokens=human(facts.get("position", 0) * plan.recipe.data.seq_len),
         seq_len=plan.recipe.data.seq_len,
         history="\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1)),
-        checkpoint=checkpoint.absolute().relative_to(run.absolute()),
+        checkpoint=chosen.path.absolute().relative_to(chosen.run.absolute()),
         recipe=recipe_hash(plan.recipe),
         seed=plan.recipe.seed,
         data=provenance.get("data", {}).get("manifest_hash", "unknown"),

@@ -78,11 +78,16 @@ class Curve:
     def target(self) -> Part:
         return self.parts[-1]
 
+    def loss_at(self, flops: float) -> float:
+        """The smoothed loss of whichever stage was trained at an amount of FLOPs."""
+        begun = [part for part in self.parts if part.flops[0] <= flops]
+        return (begun or self.parts)[max(len(begun) - 1, 0)].loss_at(flops)
 
-def read_curves(runs: Sequence[Path], loss: str = "train", window: float = WINDOW) -> list[Curve]:
+
+def read_curves(runs: Sequence[Path], loss: str = "train") -> list[Curve]:
     """One curve for each recipe, in the order given: runs of one recipe that differ in the seed alone are pooled.
 
-    ``loss``: "train", or "validation", which is of the same text at every point.
+    ``loss``: "train", or "validation", which is of the same text at every point and is not smoothed.
 
     Raises:
         DamagedError: a folder that is no run or has no records of this loss.
@@ -97,6 +102,7 @@ def read_curves(runs: Sequence[Path], loss: str = "train", window: float = WINDO
         key = canonical_hash(same)
         groups.setdefault(key, []).append(run)
         names.setdefault(key, recipe.name)
+    window = WINDOW if loss == "train" else 0.0  # validation is of the same text every time: it has no such noise
     curves = [_curve(names[key], members, FILES[loss], window) for key, members in groups.items()]
     alike = [curve.name for curve in curves]
     folders = [str(members[0]) for members in groups.values()]
@@ -124,6 +130,8 @@ def make_part(stage: str, rows: np.ndarray, window: float = WINDOW) -> Part:
 
 def smooth(x: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None, window: float = WINDOW) -> np.ndarray:
     """``y`` at each ``x``, rising and positive, on the straight line fitted to the points within ``window`` * x."""
+    if not window:
+        return y.copy()
     weight = np.ones_like(y) if weight is None else weight
     index = np.arange(len(x))
     first = np.minimum(np.searchsorted(x, x * (1 - window)), np.maximum(index - NEIGHBOURS, 0))
@@ -161,14 +169,20 @@ class SpeedUp:
         return self.baseline_tokens / self.tokens - 1
 
 
+def common_span(baseline: Part, run: Part) -> tuple[float, float] | None:
+    """The highest and the lowest loss that both reach."""
+    high, low = (pick(ends) for pick, ends in zip((min, max), zip(baseline.span, run.span, strict=True), strict=True))
+    return (high, low) if low <= high else None
+
+
 def speed_ups(baseline: Part, run: Part, losses: Sequence[float] = (), points: int = 5) -> list[SpeedUp]:
     """The speed-up at each of ``losses`` that both reach, or at ``points`` losses evenly spread, in the baseline's
     FLOPs, over all that both reach; [] where there is none."""
-    low, high = (pick(a, b) for pick, a, b in zip((max, min), baseline.span[::-1], run.span[::-1], strict=True))
-    if low > high:
+    if not (span := common_span(baseline, run)):
         return []
+    high, low = span
     if not losses:
-        ends = [place[0] for level in (high, low) if (place := baseline.at_loss(level))]
+        ends = [place[0] for level in span if (place := baseline.at_loss(level))]
         levels = np.linspace(ends[0], ends[-1], points + 1)[1:]
         losses = [*(min(high, max(low, baseline.loss_at(flops))) for flops in levels[:-1]), low]
     found = [_speed_up(baseline, run, loss) for loss in losses]
@@ -193,7 +207,7 @@ def _resampled(part: Part, rng: np.random.Generator) -> Part:
 
 def _with_interval(speed_up: SpeedUp, again: Sequence[tuple[Part, Part]]) -> SpeedUp:
     values = [s.in_flops for baseline, run in again if (s := _speed_up(baseline, run, speed_up.loss))]
-    if len(values) < BOOTSTRAP // 2:
-        return speed_up  # at the end of a curve most replicates do not reach the loss
-    low, high = np.percentile(values, QUANTILES)
+    low, high = np.percentile(values, QUANTILES) if len(values) > 0.95 * BOOTSTRAP else (0, 0)
+    if low == high:  # nothing varies, or at the end of a curve, where replicates do not reach the loss
+        return speed_up
     return dataclasses.replace(speed_up, interval=(float(low), float(high)))

@@ -53,10 +53,10 @@ def render_summary(plan: Plan, folder: Path, order: Order) -> str:
     seen = order.seen(plan.sequences).items()
     where = [
         *(f"data         {path}: {human(s['tokens'])} tokens, {s['epochs']:.4g} epochs" for path, s in seen),
-        f"weights      {_short(last)}",
-        f"metrics      {_short(folder)}/stage-*/metrics.jsonl, validation.jsonl",
-        f"TensorBoard  tensorboard --logdir {_short(folder)}",
-        f"proof        {_short(folder)}/recipe.toml, provenance.json, ledger.json",
+        f"weights      {short(last)}",
+        f"metrics      {short(folder)}/stage-*/metrics.jsonl, validation.jsonl",
+        f"TensorBoard  tensorboard --logdir {short(folder)}",
+        f"proof        {short(folder)}/recipe.toml, provenance.json, ledger.json",
     ]
     return "\n".join(["", COLUMNS, *rows, total, "", *([share] if len(rows) > 1 else []), *where])
 
@@ -71,7 +71,7 @@ def _row(stage: TrainStage, folder: Path, seconds: float) -> str:
     )
 
 
-def _short(path: Path) -> str:
+def short(path: Path) -> str:
     """Relative to the working directory where the path lies in it."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -77,6 +77,16 @@ class StageCheckpoints(CheckpointManager):
         logger.info("Loaded and verified %s", source)
         return True
 
+    def load_weights(self, source: Path) -> None:
+        """The weights alone of a sealed checkpoint, compared with what was saved."""
+        manifest = seal.read_seal(source)
+        if manifest is None:
+            raise DamagedError(f"{source} is not a sealed checkpoint; name another")
+        weights = {name: value for name, value in manifest.items() if name != "moments"}
+        check_same_tensors(source, self._sealed(weights))
+        self.dcp_load(self._states_to_load(model_only=True), str(source), from_hf=False, from_quantized=False)
+        self._check_loaded(source, weights)
+
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """As in torchtitan, through a reader and a planner that unpickle nothing but DCP's own metadata."""
         try:

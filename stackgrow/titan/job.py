@@ -15,6 +15,7 @@ from torchtitan.protocols import BaseModelArgs, train_spec
 from torchtitan.protocols.train_spec import TrainSpec
 
 from stackgrow.data.loader import TokenLoader, WindowDataset
+from stackgrow.evaluate.evaluation import Evaluation
 from stackgrow.plan import Continued, LearnStage, TrainStage
 from stackgrow.recipe import Parallel, Recipe
 from stackgrow.titan import ligo, metrics, model
@@ -37,6 +38,7 @@ class StageJob:
     source: Path | None = None  # of a LearnStage, whose own weights start at random: what its maps are learned on
     finds_end: bool = False  # the loss has yet to decide at which step the stage ends
     session: str = ""  # the identity of this session in the run's provenance, on rank 0
+    evaluation: Evaluation | None = None
 
     @property
     def micro_batch(self) -> int:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from stackgrow.titan.checkpoint import StageCheckpoints
 from stackgrow.titan.freeze import begin_frozen, freeze
 from stackgrow.titan.guard import StepGuard, Verdict
 from stackgrow.titan.job import StageJob, job_config
+from stackgrow.titan.scorer import score
 
 
 class StageTrainer(Trainer):
@@ -68,6 +72,7 @@ class StageTrainer(Trainer):
             begin_frozen(self.model_parts[0])
         if self.step == 0:
             self.validate()
+        self.evaluate()  # what a session before this one may not have come to
         assert self.dataloader is not None
         batches = self.batch_generator(self.dataloader)
         while self.should_continue_training():
@@ -83,10 +88,11 @@ class StageTrainer(Trainer):
             if last or self.step % self.stage_job.stage.every(self.stage_job.recipe.validation.interval) == 0:
                 self.validate()
             self.checkpointer.save(self.step, last_step=last or stopping)
+            if stopping and not last:
+                raise signals.stopped(session.place)
+            self.evaluate()
             if last:
                 break
-            if stopping:
-                raise signals.stopped(session.place)
             if self.step == first:
                 self._set_timeout(comm.train_timeout_seconds)
         self.checkpointer.finish()
@@ -150,24 +156,39 @@ class StageTrainer(Trainer):
         self.metrics_processor.log_validation(loss=loss, step=self.step)
 
     def _summed_loss(self, batches: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> torch.Tensor:
-        model: nn.Module = self.model_parts[0]
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         amp: AbstractContextManager[Any] = self.maybe_enable_amp
+        with self.evaluating() as model:
+            for input_dict, labels in batches:
+                input_dict = {name: tensor.to(self.device) for name, tensor in input_dict.items()}
+                inputs, labels, extra, masks = self.post_dataloading_process(input_dict, labels.to(self.device))
+                with self.train_context(), amp:
+                    loss = self.loss_fn(model(inputs, **extra, **masks), labels)
+                total += loss.full_tensor() if hasattr(loss, "full_tensor") else loss
+                self.metrics_processor.ntokens_since_last_log += int((labels != IGNORE_INDEX).sum())
+        return total
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The model in forward passes that no backward pass follows."""
+        model: nn.Module = self.model_parts[0]
         model.eval()
-        for input_dict, labels in batches:
-            input_dict = {name: tensor.to(self.device) for name, tensor in input_dict.items()}
-            inputs, labels, extra, masks = self.post_dataloading_process(input_dict, labels.to(self.device))
-            with self.train_context(), amp:
-                loss = self.loss_fn(model(inputs, **extra, **masks), labels)
-            total += loss.full_tensor() if hasattr(loss, "full_tensor") else loss
-            self.metrics_processor.ntokens_since_last_log += int((labels != IGNORE_INDEX).sum())
+        yield model
         model.train()
-        # FSDP keeps the head gathered until a backward pass, which a validation has none of; a checkpoint saved
-        # then would not find the head's optimizer state.
+        # FSDP keeps the head gathered until a backward pass, which there is none of; a checkpoint saved then would
+        # not find the head's optimizer state.
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        return total
+
+    def evaluate(self) -> None:
+        """Runs the benchmarks that [eval] has for this step; their time is not training's."""
+        evaluation, stage = self.stage_job.evaluation, self.stage_job.stage
+        if evaluation and evaluation.due(stage, self.step):
+            session.at(f"{stage.name}, benchmarks after step {self.step}")
+            started = time.perf_counter()
+            evaluation.run(stage, self.step, partial(score, self, batch=evaluation.wanted.batch))
+            self.metrics_processor.time_last_log += time.perf_counter() - started
 
     def _is_last(self) -> bool:
         """Whether the stage ends here. Where the loss decides it, rank 0 does so for all, and writes it down before
@@ -221,3 +242,18 @@ def run_stage(job: StageJob) -> None:
     del trainer
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def evaluate_checkpoint(job: StageJob, checkpoint: Path, step: int, grown: str | None) -> None:
+    """Runs the job's evaluation on ``checkpoint``, which was saved at ``step`` of its stage or is its input, made by
+    grow stage ``grown``."""
+    evaluation = job.evaluation
+    assert evaluation is not None
+    trainer = StageTrainer(job)
+    try:
+        trainer.checkpointer.load_weights(checkpoint)
+        trainer.step = step
+        trainer._set_mask()
+        evaluation.run(job.stage, step, partial(score, trainer, batch=evaluation.wanted.batch), grown)
+    finally:
+        trainer.close()

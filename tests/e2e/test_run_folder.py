@@ -89,9 +89,10 @@ def test_terminal_output_tells_progress_growth_and_where_things_lie(reference: P
     assert "data         store: 41K tokens, 0." in output
     assert "Traceback" not in output
     assert "Warning" not in output
-    for name in ("recipe.toml", "provenance.json", "ledger.json", "tensorboard --logdir"):
+    for name in ("recipe.toml", "provenance.json", "ledger.json", "tensorboard --logdir", "report.html"):
         assert name in output
     assert list(reference.glob("stage-*/tb/**/events.out.tfevents.*"))
+    assert "stage-1-grow: 2 -&gt; 4 layers" in (reference / "report.html").read_text()
 
 
 def test_second_call_does_nothing(workplace: Workplace, reference: Path) -> None:

@@ -37,12 +37,14 @@ def test_known_speed_up_is_recovered_within_one_percent(ratio: float, noise: flo
     assert len(found) == 5
     for s in found:
         assert s.in_flops + 1 == pytest.approx(ratio, rel=0.01)
-        assert s.interval is not None
+        # Tokens: the base's count more than its FLOPs would say.
+        assert s.in_tokens == pytest.approx(s.baseline_flops / (s.flops + 0.02e21) - 1)
+        if s.interval is None:  # at the end of a curve, which a part of the replicates does not reach
+            assert s is found[-1]
+            continue
         assert s.interval[0] - 0.01 * ratio < ratio - 1 < s.interval[1] + 0.01 * ratio
         if noise:
             assert 0.001 < s.interval[1] - s.interval[0] < 0.03 * ratio
-        # Tokens: the base's count more than its FLOPs would say.
-        assert s.in_tokens == pytest.approx(s.baseline_flops / (s.flops + 0.02e21) - 1)
 
 
 def test_losses_asked_for_and_those_that_one_does_not_reach() -> None:

@@ -1,0 +1,175 @@
+"""The benchmarks of a run's checkpoints, on the run's own ranks: results into <run>/eval/*.json and TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from stackgrow import seal
+from stackgrow.checks import world_problems
+from stackgrow.data.loader import WindowDataset
+from stackgrow.data.store import StoreError, read_manifest
+from stackgrow.data.tokenizer import Tokenizer
+from stackgrow.errors import DamagedError
+from stackgrow.evaluate import tasks
+from stackgrow.evaluate.checkpoints import choose, tokenizer_of
+from stackgrow.load import RecipeError
+from stackgrow.logs import log_to
+from stackgrow.plan import TrainStage
+from stackgrow.recipe import Eval, Recipe
+
+FOLDER = "eval"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What [eval] wants of one train stage, which has hash ``stage_hash``, in run folder ``folder``."""
+
+    recipe: Recipe
+    stage_hash: str
+    folder: Path
+
+    @property
+    def wanted(self) -> Eval:
+        assert self.recipe.eval is not None
+        return self.recipe.eval
+
+    def due(self, stage: TrainStage, step: int) -> bool:
+        """Whether the stage is to be evaluated after ``step`` and has not been. Collective where it might be."""
+        target = self.wanted.after == "each" or stage.model == self.recipe.model
+        within = self.wanted.interval and step and step % stage.every(self.wanted.interval) == 0
+        if not within and not (target and step == stage.steps):
+            return False
+        missing = [(seal.read_json(self._file(f"{stage.name}-step-{step}")) or {}).get("stage_hash") != self.stage_hash]
+        dist.broadcast_object_list(missing)  # rank 0's view counts: the file is of a moment ago
+        return missing[0]
+
+    def run(self, stage: TrainStage, step: int, score: Callable[..., Any], grown: str | None = None) -> None:
+        """Runs the tasks and writes their results; ``grown`` names the grow stage whose output was loaded. Other
+        tasks' results for the same weights stay. Collective; no random generator is left changed."""
+        results = self._results(score, stage.seq_len)
+        if dist.get_rank() != 0:
+            return
+        file = self._file(grown or f"{stage.name}-step-{step}")
+        before = seal.read_json(file) or {}
+        kept = before["tasks"] if before.get("stage_hash") == self.stage_hash else {}
+        name, every = grown or stage.name, {**kept, **results}
+        record = {
+            **stage.place(step),
+            "stage": name,
+            "stage_hash": self.stage_hash,
+            "tasks": every,
+            "seven_task_mean": tasks.seven_task_mean(every),
+        }
+        file.parent.mkdir(exist_ok=True)
+        seal.write_json(file, record)
+        if self.recipe.log.tensorboard:
+            _to_tensorboard(self.folder / name / "tb" / FOLDER, results, step)
+        told = [f"{task} {best} {m[best]:.4f}" for task, m in results.items() if (best := tasks.headline(task, m))]
+        print(f"{name}  step {step}  {', '.join(told)}", flush=True)
+
+    def _file(self, checkpoint: str) -> Path:
+        return self.folder / FOLDER / f"{checkpoint}.json"
+
+    def _results(self, score: Callable[..., Any], max_length: int) -> dict[str, dict[str, float]]:
+        from lm_eval.evaluator import evaluate
+
+        from stackgrow.evaluate.lm import StageLM
+
+        manifest = read_manifest(self.recipe.data.stores[0][0])
+        lm = StageLM(score, Tokenizer.load(manifest.folder / manifest.tokenizer), max_length)
+        loaded = tasks.load_tasks(tasks.task_names(self.wanted.tasks), self.wanted.include)
+        # lm-eval's progress bars come from every rank; its warnings are in the logs.
+        with unchanged_generators(), contextlib.redirect_stderr(io.StringIO()):
+            limit = self.wanted.limit or None
+            found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+        assert found is not None
+        counts = {task: n["effective"] for task, n in found["n-samples"].items()}
+        return {task: _metrics(values, counts.get(task, 0)) for task, values in found["results"].items()}
+
+
+@contextlib.contextmanager
+def unchanged_generators() -> Iterator[None]:
+    """Training goes on as if nothing had drawn random numbers in between, or seeded, as some tasks do."""
+    python, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(numbers)
+
+
+def _metrics(values: Mapping[str, Any], examples: int) -> dict[str, float]:
+    """lm-eval's {"acc,none": 0.5, ...} with plain names, the number of examples, and accuracies' standard errors."""
+    metrics = {
+        name.removesuffix(",none"): float(value)
+        for name, value in values.items()
+        if isinstance(value, (int, float)) and "," in name and "_stderr" not in name
+    }
+    errors = {
+        f"{name}_stderr": math.sqrt(p * (1 - p) / (examples - 1))
+        for name, p in metrics.items()
+        if name.startswith("acc") and examples > 1
+    }
+    return {**metrics, **errors, "examples": examples}
+
+
+def _to_tensorboard(folder: Path, results: Mapping[str, Mapping[str, float]], step: int) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for task, metrics in results.items():
+            for name, value in metrics.items():
+                writer.add_scalar(f"eval/{task}/{name}", value, step)
+
+
+def evaluate_run(
+    path: Path, *, stage: str | None = None, step: int | None = None, sets: Sequence[str] = (), **options: Any
+) -> None:
+    """Evaluates a checkpoint of a run on the ranks that there are: the last of the last finished stage, or of
+    ``stage``, or that of ``step``; or ``path`` is the checkpoint's own. ``sets`` change free keys of the recipe,
+    ``options`` those of its [eval], which is the paper's tasks where there is none.
+
+    Raises:
+        RecipeError: tasks that there are not, or ranks that the model cannot be laid out on.
+        RunError: no such checkpoint, or a damaged one.
+    """
+    from stackgrow.titan import device, session
+    from stackgrow.titan.job import StageJob
+    from stackgrow.titan.trainer import evaluate_checkpoint
+
+    chosen = choose(path, stage, step, sets)
+    if chosen is None:
+        raise DamagedError(f"{path} is neither a run nor a checkpoint of one; name one")
+    recipe, train = chosen.plan.recipe, chosen.train_stage
+    wanted = dataclasses.replace(recipe.eval or Eval(tasks=("paper",)), **options)
+    plan = chosen.plan
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if problems := [*world_problems(plan, world), *device.problems(plan), *tasks.problems(wanted)]:
+        raise RecipeError(chosen.run / "recipe.toml", problems)
+    try:
+        data = WindowDataset.open(recipe.data, recipe.seed)
+    except StoreError as error:
+        raise RecipeError(chosen.run / "recipe.toml", [("data", str(error))]) from error
+    tokenizer_of(recipe, chosen.run)  # that it is the run's store
+    stage_hash = plan.stage_hashes(data.order.data_hash)[train.name]
+    evaluation = Evaluation(dataclasses.replace(recipe, eval=wanted), stage_hash, chosen.run)
+    quiet = dataclasses.replace(recipe, log=dataclasses.replace(recipe.log, tensorboard=False))
+    log_to(chosen.run / "logs" / f"evaluate-rank-{os.environ.get('RANK', '0')}.log")
+    session.start(recipe, chosen.run / "logs")
+    try:
+        job = StageJob(quiet, train, stage_hash, chosen.run / train.name, data, evaluation=evaluation)
+        evaluate_checkpoint(job, chosen.path, chosen.step, chosen.stage.name if chosen.stage is not train else None)
+    finally:
+        session.stop()

@@ -1,0 +1,103 @@
+"""lm-eval's tasks: the eight of the paper, those that a recipe names, and the checks before anything starts. No torch.
+
+The paper calls its metric "Acc" and does not say which. Its Table 3 stands beside TinyLlama's results, which are
+length-normalized (acc_norm), and its Pythia-1B has the acc_norm of that model, not its acc (ARC-e 47.26, SciQ 77.3).
+So it is acc_norm here where lm-eval has one. The average is the plain mean of the seven accuracies (Figure 16),
+Wikitext's perplexity apart.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from stackgrow.load import Problem
+from stackgrow.recipe import Eval
+
+# Task: its folder in lm-eval, its metric.
+PAPER = {
+    "lambada_openai": ("lambada", "acc"),
+    "arc_challenge": ("arc", "acc_norm"),
+    "arc_easy": ("arc", "acc_norm"),
+    "logiqa": ("logiqa", "acc_norm"),
+    "piqa": ("piqa", "acc_norm"),
+    "sciq": ("sciq", "acc_norm"),
+    "winogrande": ("winogrande", "acc"),
+    "wikitext": ("wikitext", "word_perplexity"),
+}
+SEVEN = [task for task, (_, metric) in PAPER.items() if metric != "word_perplexity"]
+HEADLINES = ("acc_norm", "acc", "word_perplexity")  # of any other task, the first that it has
+
+
+def headline(task: str, metrics: Mapping[str, float]) -> str:
+    """The metric that speaks for a task."""
+    wanted = [PAPER[task][1]] if task in PAPER else []
+    return next((name for name in (*wanted, *HEADLINES) if name in metrics), next(iter(metrics), ""))
+
+
+def seven_task_mean(results: Mapping[str, Mapping[str, float]]) -> float | None:
+    """The paper's average accuracy, as a fraction; None unless all seven tasks are there."""
+    if not all(task in results for task in SEVEN):
+        return None
+    return sum(results[task][PAPER[task][1]] for task in SEVEN) / len(SEVEN)
+
+
+def task_names(tasks: Sequence[str]) -> tuple[str, ...]:
+    """``tasks`` with "paper" written out, each once."""
+    return tuple(dict.fromkeys(name for task in tasks for name in (PAPER if task == "paper" else [task])))
+
+
+def problems(wanted: Eval) -> Iterator[Problem]:
+    """Why the tasks cannot be run; those that can are loaded, which brings their data to this machine."""
+    if importlib.util.find_spec("lm_eval") is None:
+        yield "eval.tasks", 'need lm-eval, which is not installed: pip install "stackgrow[eval]", or remove [eval]'
+        return
+    if wanted.include and not Path(wanted.include).is_dir():
+        yield "eval.include", f"{wanted.include} is not a folder"
+        return
+    names = task_names(wanted.tasks)
+    known = _manager(names, wanted.include).all_tasks
+    unknown = [name for name in names if name not in known]
+    for name in unknown:
+        close = difflib.get_close_matches(name, [*known, *PAPER], n=1)
+        yield "eval.tasks", f'lm-eval has no "{name}"' + (f'; did you mean "{close[0]}"?' if close else "")
+    if unknown:
+        return
+    try:
+        loaded = load_tasks(names, wanted.include)["tasks"]
+    except Exception as error:  # whatever a hub, a file or a task's own code raises
+        yield "eval.tasks", f"cannot be loaded ({type(error).__name__}: {error}); is its data on this machine?"
+        return
+    for name, task in loaded.items():
+        if task.OUTPUT_TYPE == "generate_until":
+            yield "eval.tasks", f'"{name}" generates text; only tasks that score given text are supported'
+
+
+@lru_cache
+def load_tasks(names: tuple[str, ...], include: str) -> Any:
+    """lm-eval's own loaded tasks and groups, without few-shot examples where they do not state a number."""
+    loaded = _manager(names, include).load(list(names))
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)  # as lm-eval's own command does
+    return loaded
+
+
+@lru_cache
+def _manager(names: tuple[str, ...], include: str) -> Any:
+    """lm-eval's task manager. It takes half a minute to index all its 14,000 tasks, so it is shown the folders that
+    are needed where those are known."""
+    from lm_eval import tasks
+
+    folders = [include] if include else []
+    own = tasks.TaskManager(include_path=folders, include_defaults=False).all_tasks
+    rest = set(names) - set(own)
+    if not rest <= PAPER.keys():
+        return tasks.TaskManager(include_path=folders)
+    theirs = {str(Path(tasks.__file__).parent / PAPER[name][0]) for name in rest}
+    return tasks.TaskManager(include_path=[*sorted(theirs), *folders], include_defaults=False)

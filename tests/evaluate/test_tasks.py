@@ -1,0 +1,96 @@
+"""Which tasks there are, what is told of those that there are not, and the paper's mean."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stackgrow.evaluate import tasks
+from stackgrow.evaluate.evaluation import _metrics, unchanged_generators
+from stackgrow.recipe import Eval
+
+pytest.importorskip("lm_eval")
+
+LOCAL = str(Path(__file__).with_name("tasks"))
+
+
+def test_the_papers_tasks_are_lm_evals_and_have_their_metrics() -> None:
+    manager = tasks._manager(tuple(tasks.PAPER), "")
+    assert set(tasks.PAPER) <= set(manager.all_tasks)
+    for name, (_, metric) in tasks.PAPER.items():
+        file = manager.task_index[name].yaml_path
+        text = file.read_text() + (file.with_name("arc_easy.yaml").read_text() if name == "arc_challenge" else "")
+        assert f"metric: {metric}\n" in text, name
+        assert ("metric: acc_norm" in text) == (metric == "acc_norm"), "length-normalized wherever lm-eval has it"
+    assert tasks.task_names(["wikitext", "paper", "mine"]) == ("wikitext", *list(tasks.PAPER)[:-1], "mine")
+
+
+def test_mean_of_seven_is_that_of_figure_3() -> None:
+    """G_stack's column: 52.80; a missing task leaves none."""
+    values = dict(zip(tasks.SEVEN, (48.20, 29.18, 54.25, 28.87, 71.98, 81.1, 56.03), strict=True))
+    results = {task: {tasks.PAPER[task][1]: value, "acc_stderr": 1.0} for task, value in values.items()}
+    mean = tasks.seven_task_mean({**results, "wikitext": {"word_perplexity": 16.73}})
+    assert mean == pytest.approx(52.80, abs=0.005)
+    assert tasks.seven_task_mean({k: v for k, v in results.items() if k != "piqa"}) is None
+
+
+def test_headline_is_the_metric_that_speaks_for_a_task() -> None:
+    assert tasks.headline("winogrande", {"acc_norm": 1.0, "acc": 0.5}) == "acc"
+    assert tasks.headline("other", {"acc": 0.5, "acc_norm": 1.0}) == "acc_norm"
+    assert tasks.headline("other", {"f1": 0.5}) == "f1"
+    assert tasks.headline("group", {}) == ""
+
+
+CASES: dict[str, tuple[Callable[[], Eval], str, str]] = {
+    "unknown": (lambda: Eval(tasks=("local_choise",), include=LOCAL), "eval.tasks", 'no "local_choise"; did you mean "local_choice"?'),
+    "no folder": (lambda: Eval(tasks=("x",), include="nowhere"), "eval.include", "nowhere is not a folder"),
+    "generates": (lambda: Eval(tasks=("local_generation",), include=LOCAL), "eval.tasks", '"local_generation" generates text'),
+    "no data": (lambda: Eval(tasks=("local_absent",), include=LOCAL), "eval.tasks", "cannot be loaded (FileNotFoundError: texts.jsonl)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be_evaluated_is_told(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, where, what = CASES[case]
+    from lm_eval.tasks import TaskManager
+
+    if case == "unknown":  # indexing all of lm-eval takes half a minute
+        folders_only = lambda include_path, include_defaults=False: TaskManager(None, include_path, False)  # noqa: E731
+        monkeypatch.setattr("lm_eval.tasks.TaskManager", folders_only)
+    [(told_where, told)] = tasks.problems(make())
+    assert told_where == where
+    assert what in told
+
+
+def test_missing_lm_eval_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    assert list(tasks.problems(Eval(tasks=("sciq",)))) == [
+        ("eval.tasks", 'need lm-eval, which is not installed: pip install "stackgrow[eval]", or remove [eval]')
+    ]
+
+
+def test_local_tasks_have_no_problems_and_need_no_index_of_all() -> None:
+    names = ("local_choice", "local_last_word", "local_rolling")
+    assert list(tasks.problems(Eval(tasks=names, include=LOCAL))) == []
+    assert len(tasks._manager(names, LOCAL).all_tasks) < 10
+
+
+def test_metrics_have_plain_names_and_the_standard_error_of_a_mean() -> None:
+    values = {"alias": "x", "acc,none": 0.25, "acc_stderr,none": "N/A", "perplexity,none": 3.0, "em,strict": 1}
+    hits = [1.0] * 2 + [0.0] * 6
+    error = float(np.std(hits, ddof=1) / np.sqrt(8))
+    expected = {"acc": 0.25, "perplexity": 3.0, "em,strict": 1.0, "acc_stderr": pytest.approx(error), "examples": 8}
+    assert _metrics(values, 8) == expected
+    json.dumps(_metrics(values, 8))
+
+
+def test_random_generators_are_left_as_they_were() -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
+    with unchanged_generators():
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(1)
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist())

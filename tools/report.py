@@ -1,0 +1,33 @@
+"""report.html of a run, or of several beside the first: one file, everything in it.
+
+python tools/report.py runs/quickstart                                  writes runs/quickstart/report.html
+python tools/report.py runs/quickstart_scratch runs/quickstart --out compared.html
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from stackgrow.errors import RunError
+from stackgrow.load import RecipeError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the first run's folder)")
+    arguments = parser.parse_args()
+    target = arguments.out or arguments.runs[0] / "report.html"
+    try:
+        from stackgrow.report.html import write_report
+
+        write_report(arguments.runs, target)
+    except (RecipeError, RunError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return error.exit_code if isinstance(error, RunError) else 2
+    print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
