@@ -6,6 +6,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stackgrow.errors import MissingExtraError
 from stackgrow.report.compare import Comparison
 from stackgrow.report.curves import Curve
@@ -23,6 +25,7 @@ COLORS = (
 INK = "#1b1f23"  # stands for the page's own colour in an SVG
 PANELS = ("flops", "tokens", "speed-up")
 LABELS = {"train": "training loss", "validation": "validation loss"}
+POINTS = 400  # of a stage that are drawn: more cannot be told apart, and a run logs a hundred thousand
 SIZE = (4.6, 3.4)  # inches: its text is legible on a phone
 
 
@@ -89,11 +92,13 @@ def draw(axes: Any, comparison: Comparison, panel: str) -> None:
 def _draw_loss(axes: Any, curve: Curve, x: str, color: str) -> None:
     for part in curve.parts:
         last = part is curve.target
-        axes.plot(getattr(part, x), part.loss, color=color, alpha=0.18, linewidth=0.8)
+        some = np.unique(np.linspace(0, len(part.loss) - 1, POINTS).astype(int))
+        at, loss, smooth = getattr(part, x)[some], part.loss[some], part.smooth[some]
+        axes.plot(at, loss, color=color, alpha=0.18, linewidth=0.8)
         style = {"linestyle": "-" if last else "--", "linewidth": 1.8 if last else 1.2}
-        axes.plot(getattr(part, x), part.smooth, color=color, label=curve.name if last else None, **style)
+        axes.plot(at, smooth, color=color, label=curve.name if last else None, **style)
         if part is not curve.parts[0]:
-            axes.plot(getattr(part, x)[0], part.smooth[0], "o", color=color, markersize=5)
+            axes.plot(at[0], smooth[0], "o", color=color, markersize=5)
 
 
 def _draw_speed_up(axes: Any, comparison: Comparison, curve: Curve, color: str) -> None:

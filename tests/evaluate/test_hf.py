@@ -31,6 +31,8 @@ from stackgrow.evaluate.hf_format import config_of, from_hf, hf_name, model_from
 from stackgrow.growth.convert import grow_checkpoint
 from stackgrow.growth.dcp import CheckpointError, read_metadata, tensor_shapes
 from stackgrow.growth.depth import depth_rules, stack_map
+from stackgrow.growth.learned import initial_network
+from stackgrow.growth.operators import OPERATORS, growth_rules
 from stackgrow.recipe import Model
 
 transformers = pytest.importorskip("transformers")
@@ -157,6 +159,31 @@ def test_grown_checkpoint_exports_each_layer(tmp_path: Path) -> None:
     export_hf(tmp_path / "grown", tmp_path / "hf", grown)
     layers = {f"layers.{i}.{n}": state[f"layers.{i % 2}.{n}"] for i in range(6) for n in MODEL.layer_tensors()}
     assert_same_logits(tmp_path / "hf", grown, {**{n: t for n, t in state.items() if n in grown.tensors()}, **layers})
+
+
+DIRECTIONS = [
+    (name, direction == "depth")
+    for name, operator in OPERATORS.items()
+    for direction in ("depth", "width")
+    if direction in operator.directions
+]
+
+
+@pytest.mark.parametrize(("operator", "deeper"), DIRECTIONS)
+def test_every_operators_result_exports_and_comes_back_the_same(tmp_path: Path, operator: str, deeper: bool) -> None:
+    """Depthwise and widthwise, wherever an operator is defined."""
+    widths = {} if deeper else {"dim": 96, "n_heads": 8, "n_kv_heads": 4, "ffn_dim": 176}
+    grown = dataclasses.replace(MODEL, n_layers=4 if deeper else 2, **widths)
+    layer_map = stack_map(2, 4) if deeper and operator != "learn" else None
+    network = initial_network(MODEL, grown, seed=1) if operator == "learn" else None
+    saved(tmp_path / "step-1")
+    rules = growth_rules(operator, MODEL, grown, layer_map, 3, network)
+    grow_checkpoint(tmp_path / "step-1", tmp_path / "grown", rules)
+    state = loaded(tmp_path / "grown", grown)
+    export_hf(tmp_path / "grown", tmp_path / "hf", grown)
+    assert_same_logits(tmp_path / "hf", grown, state)
+    assert import_hf(tmp_path / "hf", tmp_path / "back") == grown
+    assert_same(loaded(tmp_path / "back", grown), state)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
