@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNTIME := .venv/.installed-runtime
 DEV := .venv/.installed-dev
 
-.PHONY: quickstart test check schema clean
+.PHONY: quickstart test torture check schema clean
 
 quickstart: $(RUNTIME)  ## prepare a small corpus and grow a small model on it, on any machine
 	$(BIN)/python tools/prepare_data.py --stdlib --train-tokenizer 2048 --out data/stdlib
@@ -12,6 +12,10 @@ quickstart: $(RUNTIME)  ## prepare a small corpus and grow a small model on it, 
 
 test: check  ## everything that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+
+torture: $(DEV)  ## 200 kills of complete runs at random moments, 2000 mutated checkpoints; half an hour
+	STACKGROW_FUZZ=2000 $(BIN)/python -m pytest tests/growth/test_dcp_fuzz.py
+	$(BIN)/python tests/e2e/torture.py --kills 200
 
 check: $(DEV)  ## style and types
 	$(BIN)/ruff check .

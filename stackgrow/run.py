@@ -50,25 +50,28 @@ def run(file: str, sets: Sequence[str] = ()) -> None:
         RecipeError: anything wrong with the recipe, the data or the ranks, before anything is created on disk.
         RunError: the run cannot go on; its exit code and message say why.
     """
-    signals.watch()
-    plan, order = check(file, sets)
-    folder = Path(plan.recipe.folder).absolute()
     die_with_parent()
-    rank = int(os.environ.get("RANK", "0"))
+    signals.watch()
     try:
-        with run_lock(folder) if rank == 0 else nullcontext():  # the others work under rank 0's lock
-            refuse_changed(plan, folder, plan.stage_hashes(order.data_hash))
-            changes = changed_versions(folder, accept=plan.recipe.run.accept_versions)
-            recorded = provenance.session(folder, plan, file, sets, order) if rank == 0 else nullcontext("")
-            with recorded as session:
-                if rank == 0:
-                    _write_recipe(plan, folder, sets)
-                log_to(folder / "logs" / f"rank-{rank}.log")
-                if changes and rank == 0:
-                    logger.warning("Other versions than in the session before: %s", "; ".join(changes))
-                _run_stages(plan, folder, order, rank, session)
+        _run(file, sets, int(os.environ.get("RANK", "0")))
     except OSError as error:
         raise disk_error(error) from error
+
+
+def _run(file: str, sets: Sequence[str], rank: int) -> None:
+    plan, order = check(file, sets)
+    folder = Path(plan.recipe.folder).absolute()
+    with run_lock(folder) if rank == 0 else nullcontext():  # the others work under rank 0's lock
+        refuse_changed(plan, folder, plan.stage_hashes(order.data_hash))
+        changes = changed_versions(folder, accept=plan.recipe.run.accept_versions)
+        recorded = provenance.session(folder, plan, file, sets, order) if rank == 0 else nullcontext("")
+        with recorded as session:
+            if rank == 0:
+                _write_recipe(plan, folder, sets)
+            log_to(folder / "logs" / f"rank-{rank}.log")
+            if changes and rank == 0:
+                logger.warning("Other versions than in the session before: %s", "; ".join(changes))
+            _run_stages(plan, folder, order, rank, session)
 
 
 def _write_recipe(plan: Plan, folder: Path, sets: Sequence[str]) -> None:
@@ -241,3 +244,5 @@ def die_with_parent() -> None:
     """A killed torchrun leaves its workers running and writing; the kernel is asked to kill them with it."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
+            os.kill(os.getpid(), signal.SIGKILL)  # it was killed before; in a container torchrun may be process 1

@@ -56,6 +56,36 @@ def test_parts_share_the_files(sealed: Path) -> None:
     assert sorted(map(len, found)) == [0, 0, 1]
 
 
+def test_a_sample_checks_every_size_and_some_hashes(sealed: Path) -> None:
+    manifest = seal.read_seal(sealed)
+    assert manifest is not None
+    content = bytearray((sealed / "__0_0.distcp").read_bytes())
+    content[0] ^= 1
+    (sealed / "__0_0.distcp").write_bytes(content)
+    assert seal.damage(sealed, manifest, hashes=0) == []
+    assert {bool(seal.damage(sealed, manifest, hashes=1)) for _ in range(100)} == {True, False}
+    assert seal.damage(sealed, manifest, hashes=3) == ["__0_0.distcp is damaged (SHA-256 differs)"]
+    (sealed / ".metadata").write_bytes(b"short")
+    assert seal.damage(sealed, manifest, hashes=0) == [".metadata has the wrong size"]
+
+
+@pytest.mark.parametrize(
+    "manifest", ['{"step": 4}', '{"files": []}', '{"files": {"a": 1}}', '{"files": {}, "tensors": 3}']
+)
+def test_a_manifest_of_another_form_is_told(sealed: Path, manifest: str) -> None:
+    (sealed / seal.MANIFEST).write_text(manifest)
+    with pytest.raises(DamagedError, match=r"MANIFEST\.json is damaged: it has no"):
+        seal.read_seal(sealed)
+
+
+def test_space_is_asked_for_before_it_is_used(tmp_path: Path) -> None:
+    assert seal.lack_of_space(tmp_path, 1) is None
+    lack = seal.lack_of_space(tmp_path, 10**18)
+    assert lack is not None
+    assert lack.startswith("needs 1e+09 GB, ")
+    assert lack.endswith(f"GB are free in {tmp_path}")
+
+
 def test_only_exact_sealed_step_folders_count(sealed: Path) -> None:
     for name in ("step-9", "old-step-99", "step-50.tmp"):
         (sealed.parent / name).mkdir()
@@ -86,6 +116,18 @@ def test_purge_keeps_the_newest_and_the_boundary(sealed: Path) -> None:
         seal.seal(folder, {}, {"step": step})
     seal.purge(sealed.parent, keep=2, always=(8,))
     assert seal.sealed_steps(sealed.parent) == [8, 16, 20]
+
+
+def test_purge_does_not_count_what_is_damaged(sealed: Path) -> None:
+    """The newest that are whole by size stay, whatever came after them."""
+    for step in (8, 12):
+        folder = sealed.parent / f"step-{step}"
+        folder.mkdir()
+        (folder / "data").write_bytes(b"x" * 100)
+        seal.seal(folder, seal.file_records(folder, ["data"]), {"step": step})
+    (sealed.parent / "step-12" / "data").write_bytes(b"")
+    seal.purge(sealed.parent, keep=1)
+    assert seal.sealed_steps(sealed.parent) == [8, 12]
 
 
 def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,10 +84,26 @@ def read_metadata(folder: Path) -> meta.Metadata:
             metadata = _Unpickler(stream).load()
         if not isinstance(metadata, meta.Metadata):
             raise CheckpointError(f"it holds a {type(metadata).__name__}, not DCP's Metadata")
+        _check_records(metadata)
         _check_files(folder, metadata)
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(f"{file} is not loaded: {type(error).__name__}: {error}") from error
     return metadata
+
+
+def _check_records(metadata: meta.Metadata) -> None:
+    """Unpickling fills DCP's records with whatever is there."""
+    for fqn, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, meta.BytesStorageMetadata):
+            continue
+        shapes = [entry.size, *(shape for chunk in entry.chunks for shape in (chunk.offsets, chunk.sizes))]
+        alike = all(isinstance(s, torch.Size) and len(s) == len(entry.size) and min(s, default=0) >= 0 for s in shapes)
+        if not (alike and isinstance(fqn, str) and isinstance(entry.properties.dtype, torch.dtype)):
+            raise CheckpointError(f"its record of {fqn!r} is not that of a tensor")
+    for index, info in metadata.storage_data.items():
+        known = isinstance(index, meta.MetadataIndex) and isinstance(info, _StorageInfo)
+        if not (known and isinstance(info.relative_path, str) and min(int(info.offset), int(info.length)) >= 0):
+            raise CheckpointError(f"its record of the place of {index!r} is damaged")
 
 
 def _check_files(folder: Path, metadata: meta.Metadata) -> None:
@@ -147,11 +163,16 @@ def places(metadata: meta.Metadata, fqn: str) -> list[tuple[meta.ChunkStorageMet
 
     Empty chunks, which ranks write that have no row of a small tensor, are left out."""
     entry = metadata.state_dict_metadata[fqn]
-    chunks = {chunk.offsets: chunk for chunk in entry.chunks if chunk.sizes.numel()}
+    if not isinstance(entry, meta.TensorStorageMetadata):
+        raise CheckpointError(f"{fqn} is not a tensor")
+    chunks = {chunk.offsets: chunk for chunk in entry.chunks if math.prod(chunk.sizes)}
     infos = [metadata.storage_data.get(meta.MetadataIndex(fqn, offsets)) for offsets in chunks]
-    if None in infos or sum(chunk.sizes.numel() for chunk in chunks.values()) != math.prod(entry.size):
+    if None in infos or sum(math.prod(chunk.sizes) for chunk in chunks.values()) != math.prod(entry.size):
         raise CheckpointError(f"{fqn}: its {len(chunks)} stored chunks do not fill {tuple(entry.size)}")
-    return list(zip(chunks.values(), infos, strict=True))
+    filled = list(zip(chunks.values(), infos, strict=True))
+    if any(math.prod(chunk.sizes) * entry.properties.dtype.itemsize > info.length for chunk, info in filled):
+        raise CheckpointError(f"{fqn}: a chunk is larger than what is stored of it")
+    return filled
 
 
 def read_tensor(folder: Path, metadata: meta.Metadata, fqn: str) -> torch.Tensor:
@@ -177,9 +198,9 @@ def _read_chunk(
         view = _create_file_view(stream, info.offset, info.length)
         try:
             part = torch.load(view, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        except Exception as error:  # a damaged zip or pickle can raise nearly anything
             place = f"{folder / info.relative_path} at {info.offset}"
             raise CheckpointError(f"{fqn}: {place} is not loaded: {type(error).__name__}: {error}") from error
-    if part.dtype != dtype or part.shape != chunk.sizes:
+    if not isinstance(part, torch.Tensor) or part.dtype != dtype or part.shape != chunk.sizes:
         raise CheckpointError(f"{fqn}: {folder / info.relative_path} holds another tensor at {info.offset}")
     return part

@@ -1,7 +1,9 @@
 """tools/run_recipe.py with a fault at a chosen point of its work, and a word on what it is doing.
 
 ``FAULT="kill seal.hashed 2"``: at the second passing of that point in rank ``FAULT_RANK`` (0), the process gets
-SIGKILL; "term" is SIGTERM, "stop" SIGSTOP, "full" an OSError "no space left", "nan" a loss that is NaN.
+SIGKILL; "term" is SIGTERM, "stop" SIGSTOP, "full" an OSError "no space left", "nan" a loss that is NaN. Several are
+parted by semicolons. ``FILE_LIMIT``: bytes beyond which no file can grow. ``RNG``: tells whether training drew from
+any global random number generator.
 ``PHASE_FILE``: rank 0 keeps the phase it is in there, at most 16 bytes.
 """
 
@@ -11,6 +13,8 @@ import errno
 import functools
 import mmap
 import os
+import random
+import resource
 import runpy
 import shutil
 import signal
@@ -20,6 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
 from torch.distributed.checkpoint import filesystem
 
 from stackgrow import run, seal
@@ -101,6 +107,19 @@ def install_fault(action: str, point: str, count: int) -> None:
     wrap(owner, name, around)
 
 
+def watch_generators(train: Callable[..., Any]) -> Callable[..., Any]:
+    def states() -> tuple[str, str, str]:
+        return repr(random.getstate()), repr(numpy.random.get_state()), torch.get_rng_state().numpy().tobytes().hex()
+
+    def inner(trainer: StageTrainer) -> Any:
+        before = states()
+        result = train(trainer)
+        print(f"{trainer.stage_job.stage.name}: generators {'untouched' if states() == before else 'drawn from'}")
+        return result
+
+    return inner
+
+
 def install_phases(file: str) -> None:
     with open(file, "r+b") as stream:  # noqa: PTH123
         board = mmap.mmap(stream.fileno(), 16)
@@ -139,8 +158,13 @@ def install_phases(file: str) -> None:
 if __name__ == "__main__":
     rank = os.environ.get("RANK", "0")
     if "FAULT" in os.environ and rank == os.environ.get("FAULT_RANK", "0"):
-        action, point, count = os.environ["FAULT"].split()
-        install_fault(action, point, int(count))
+        for fault in os.environ["FAULT"].split(";"):
+            action, point, count = fault.split()
+            install_fault(action, point, int(count))
+    if "FILE_LIMIT" in os.environ:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FILE_LIMIT"]),) * 2)
+    if "RNG" in os.environ:
+        wrap(StageTrainer, "train", watch_generators)
     if "PHASE_FILE" in os.environ and rank == "0":
         install_phases(os.environ["PHASE_FILE"])
     sys.argv[0] = str(REPOSITORY / "tools" / "run_recipe.py")

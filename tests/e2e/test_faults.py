@@ -1,0 +1,226 @@
+"""Faults at chosen points of a short run (faulty.py): what was promised holds, and the run ends as an undisturbed one."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from launch import Workplace, environment, losses, records, weights
+from warm import Warm
+
+from stackgrow import seal
+
+FAULTY = Path(__file__).parent / "faulty.py"
+BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
+# 9 base steps, growth, 9 target steps; checkpoints at 3, 6 and 9, the two newest kept.
+SHORT = ["budget.tokens=18Ki", "growth[0].timing=9Ki", "checkpoint.interval=3 steps", "validation.interval=4 steps"]
+COMPUTED = ["growth[0].operator=zero"]  # a growth that writes what it computes
+
+
+def run(workplace: Workplace, place: Path, *sets: str, code: int = 0, ranks: int = 0, **env: str) -> str:
+    arguments = workplace.arguments(*SHORT, f"run.folder={place}", *sets)
+    process = Warm(FAULTY, arguments, workplace.folder, {**environment(), **env}, ranks)
+    returned, output = process.wait(120), process.output()
+    assert returned == code, output
+    assert code < 0 or "Traceback" not in output, output
+    return output
+
+
+def assert_same(one: Path, other: Path, final: str = f"{TARGET}/checkpoint/step-9") -> None:
+    assert losses(one) == losses(other)
+    assert losses(one, "validation.jsonl") == losses(other, "validation.jsonl")
+    assert weights(one / final) == weights(other / final)
+
+
+@pytest.fixture(scope="module")
+def short(workplace: Workplace) -> Path:
+    """The undisturbed short run; what training draws from is in short.txt."""
+    place = workplace.folder / "short"
+    (workplace.folder / "short.txt").write_text(run(workplace, place, RNG="1"))
+    return place
+
+
+@pytest.fixture(scope="module")
+def short_computed(workplace: Workplace) -> Path:
+    run(workplace, workplace.folder / "short_computed", *COMPUTED)
+    return workplace.folder / "short_computed"
+
+
+def test_training_draws_from_no_global_generator(short: Path) -> None:
+    """So there is no generator state that a checkpoint would have to hold."""
+    output = (short.parent / "short.txt").read_text()
+    for stage in (BASE, TARGET):
+        assert f"{stage}: generators untouched" in output
+
+
+FIRST_SAVE = ["save.data 1", "save.metadata 1", "save.rename 1", "save.committed 1", "seal.hashed 1", "seal.sealed 1"]
+LATER_SAVE = ["save.data 2", "save.rename 1", "save.committed 1", "seal.hashed 1", "purge.unsealed 1", "done 1"]
+GROWTH = ["grow.begin 1", "grow.computed 2", "grow.written 1", "grow.committed 1", "grow.sealed 1"]
+
+
+@pytest.mark.parametrize("points", [FIRST_SAVE, LATER_SAVE], ids=["first save", "later save"])
+def test_killed_at_every_point_of_a_save(workplace: Workplace, short: Path, tmp_path: Path, points: list[str]) -> None:
+    place, sealed = tmp_path / "run", []
+    for point in points:
+        run(workplace, place, code=-9, FAULT=f"kill {point}")
+        steps = seal.sealed_steps(place / BASE / "checkpoint")
+        sealed.append(steps[-1] if steps else 0)
+        for step in steps:
+            folder = place / BASE / "checkpoint" / f"step-{step}"
+            assert not seal.damage(folder, seal.read_seal(folder) or {}), "what is sealed is whole"
+    assert sealed == ([0, 0, 0, 0, 0, 3] if points == FIRST_SAVE else [3, 3, 3, 3, 9, 9])
+    run(workplace, place)
+    assert_same(place, short)
+    moved = {p.name for p in (place / BASE / "quarantine").iterdir()}
+    assert {"step-3.0", "step-3.4"} <= moved if points == FIRST_SAVE else {"step-6.0", "step-6.3"} <= moved
+
+
+def test_killed_at_every_point_of_a_growth(workplace: Workplace, short_computed: Path, tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    for point in GROWTH:
+        run(workplace, place, *COMPUTED, code=-9, FAULT=f"kill {point}")
+        source = place / BASE / "checkpoint" / "step-9"
+        assert not seal.damage(source, seal.read_seal(source) or {}), "the source is as it was"
+    run(workplace, place, *COMPUTED)
+    assert_same(place, short_computed)
+    grown = [r / GROW / "checkpoint" for r in (place, short_computed)]
+    files = [{n: f["sha256"] for n, f in (seal.read_seal(g) or {})["files"].items() if n != ".metadata"} for g in grown]
+    assert files[0] == files[1], "byte for byte"
+
+
+def test_sigterm_saves_and_ends_with_75(workplace: Workplace, short_computed: Path, tmp_path: Path) -> None:
+    """In a step, in validation, in a growth, while loading the grown weights, in a save: one run stopped five times."""
+    place = tmp_path / "run"
+    for point, where in (
+        ("train.step 5", f"{BASE}, step 5"),
+        ("validate 1", f"{BASE}, step 9"),  # asked after step 8, before its end
+        ("grow.computed 3", f"growing {GROW}"),
+        ("load 1", f"{TARGET}, loading"),
+        ("seal.hashed 1", f"{TARGET}, step 4"),
+    ):
+        output = run(workplace, place, *COMPUTED, code=75, FAULT=f"term {point}")
+        assert "stopped by SIGTERM; what was done is saved, and the same command goes on from here" in output
+        if "step 9" not in where:
+            assert f"{where}: stopped by SIGTERM" in output
+        if "step" in where:
+            stage, step = where.split(", step ")
+            assert seal.sealed_steps(place / stage / "checkpoint")[-1] == int(step)
+    run(workplace, place, *COMPUTED)
+    assert_same(place, short_computed)
+
+
+def test_a_request_to_one_rank_stops_all(workplace: Workplace, tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    output = run(workplace, place, code=75, ranks=2, FAULT="term train.step 5", FAULT_RANK="1")
+    assert output.count(f"{BASE}, step 5: stopped by") == 1, "told once"
+    assert seal.sealed_steps(place / BASE / "checkpoint") == [3, 5]
+
+
+def test_a_rank_that_hangs_is_named(workplace: Workplace, tmp_path: Path) -> None:
+    arguments = workplace.arguments(*SHORT, f"run.folder={tmp_path}/run", "run.train_timeout=3")
+    env = {**environment(), "FAULT": "stop train.step 5", "FAULT_RANK": "1"}
+    process = Warm(FAULTY, arguments, workplace.folder, env, ranks=2)
+    process.processes[0].join(60)
+    assert process.processes[0].exitcode == 70, process.output()
+    process.kill()
+    assert f"{BASE}, step 5: rank 0 waited in vain for another rank; silent: 1." in process.output()
+
+
+def test_a_batch_that_is_not_finite_is_left_out_and_a_resume_knows(workplace: Workplace, tmp_path: Path) -> None:
+    whole, resumed, skip = tmp_path / "whole", tmp_path / "resumed", "train.on_nonfinite=skip"
+    output = run(workplace, whole, skip, FAULT="nan train.backward 5")
+    assert f"{BASE}: loss or gradient is not finite at step 5 (loss nan): its update is left out" in output
+    run(workplace, resumed, skip, code=75, FAULT="nan train.backward 5;term train.step 8")
+    run(workplace, resumed, skip)
+    rows = [records(place) for place in (whole, resumed)]
+    assert repr([r["loss"] for r in rows[0].values()]) == repr([r["loss"] for r in rows[1].values()])
+    assert rows[0][BASE, 5]["event"] == "nonfinite"
+    assert rows[0][BASE, 6]["position"] == rows[0][BASE, 5]["position"] + 16, "the data go on"
+    final = f"{TARGET}/checkpoint/step-9"
+    assert weights(whole / final) == weights(resumed / final)
+
+
+def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before(workplace: Workplace, tmp_path: Path) -> None:
+    """On one rank of two; both end, and nothing that is not sealed is left to fill the disk."""
+    place = tmp_path / "run"
+    output = run(workplace, place, code=74, ranks=2, FAULT="full save.data 2", FAULT_RANK="1")
+    assert "step-6 could not be written (OSError: [Errno 28] No space left on device" in output
+    assert [p.name for p in (place / BASE / "checkpoint").iterdir()] == ["step-3"]
+    folder = place / BASE / "checkpoint" / "step-3"
+    assert not seal.damage(folder, seal.read_seal(folder) or {})
+
+
+def test_a_file_that_cannot_grow(workplace: Workplace, short: Path, tmp_path: Path) -> None:
+    """The kernel's own refusal, out of torch's writer."""
+    output = run(workplace, tmp_path / "run", code=74, FILE_LIMIT="200000")
+    assert "step-3 could not be written" in output
+    assert not list(tmp_path.glob("run/*/checkpoint/*"))
+
+
+@pytest.mark.parametrize("point", ["log 5", "seal.hashed 2", "grow.computed 2", "done 1"])
+def test_a_full_disk_elsewhere(workplace: Workplace, short_computed: Path, tmp_path: Path, point: str) -> None:
+    """In metrics.jsonl, in a seal, in a growth, in DONE."""
+    place = tmp_path / "run"
+    output = run(workplace, place, *COMPUTED, code=74, FAULT=f"full {point}")
+    assert (
+        f"disk full: {point.split()[0]}: No space left on device; make room, then give the same command again" in output
+    )
+    if point == "log 5":
+        run(workplace, place, *COMPUTED)
+        assert_same(place, short_computed)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB: less than a checkpoint."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]).returncode:
+        pytest.skip("only root can mount a small file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_begun(workplace: Workplace, tiny_disk: Path) -> None:
+    output = run(workplace, tiny_disk / "run", code=74)
+    assert f"{BASE}: disk full, the checkpoint of step 3 needs 0.00" in output
+    assert "GB are free in" in output
+    assert not list(tiny_disk.glob("run/*/checkpoint/*"))
+
+
+def test_a_folder_that_cannot_be_made(workplace: Workplace, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        output = run(workplace, place, code=74)
+        assert f"{place}" in output
+        assert "then give the same command again" in output
+
+
+def test_a_moved_run_and_clocks_that_go_backwards(workplace: Workplace, short: Path, tmp_path: Path) -> None:
+    """Nothing in a run names its place, and nothing is ordered by time."""
+    place = tmp_path / "elsewhere"
+    shutil.copytree(short, place, ignore=shutil.ignore_patterns(TARGET, "ledger.json"))
+    shutil.copytree(short / TARGET, place / TARGET, ignore=shutil.ignore_patterns("DONE", "step-9"))
+    for file in place.rglob("*"):
+        os.utime(file, (4070908800, 4070908800) if "step-6" in str(file) else (0, 0))  # 2099 and 1970
+    run(workplace, place)
+    assert_same(place, short)
+
+
+def test_other_versions(workplace: Workplace, short: Path, tmp_path: Path) -> None:
+    """Another minor version of torch is refused until it is accepted, and told then; both are on record."""
+    place = tmp_path / "run"
+    shutil.copytree(short, place, ignore=shutil.ignore_patterns("ledger.json", "DONE", "step-9"))
+    record = json.loads((place / "provenance.json").read_text())
+    record["sessions"][-1]["packages"]["torch"] = "1.9.0"
+    (place / "provenance.json").write_text(json.dumps(record))
+    output = run(workplace, place, code=65)
+    assert "was run with other versions: torch 1.9.0 -> " in output
+    assert "--set run.accept_versions=true" in output
+    output = run(workplace, place, "run.accept_versions=true")
+    assert "Other versions than in the session before: torch 1.9.0 -> " in output
+    sessions = json.loads((place / "provenance.json").read_text())["sessions"]
+    assert len({s["packages"]["torch"] for s in sessions}) == len(sessions) == 2

@@ -1,0 +1,67 @@
+"""torchrun itself: it restarts a run whose rank died, passes a request to stop on, and takes its workers with it."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from launch import Workplace, environment, losses, steps_logged, weights
+
+from stackgrow import seal
+
+BASE, TARGET = "stage-0-train-2L", "stage-2-train-4L"
+
+
+def start(workplace: Workplace, place: Path, *options: str, ranks: int) -> subprocess.Popen:
+    command = workplace.command(f"run.folder={place}", ranks=ranks)
+    at = command.index("--standalone")
+    command[at:at] = options
+    output = (place.parent / "output.txt").open("a")
+    return subprocess.Popen(command, cwd=workplace.folder, env=environment(), stdout=output, stderr=output)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.01)
+
+
+def workers(torchrun: subprocess.Popen) -> list[psutil.Process]:
+    return [p for p in psutil.Process(torchrun.pid).children() if "run_recipe.py" in " ".join(p.cmdline())]
+
+
+def test_a_dead_rank_is_restarted_and_a_request_is_passed_on(
+    workplace: Workplace, reference_fsdp: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "run"
+    torchrun = start(workplace, place, "--max-restarts", "1", ranks=2)
+    until(lambda: steps_logged(place, BASE) >= 6)
+    workers(torchrun)[1].kill()
+    until(lambda: steps_logged(place, TARGET) >= 5)  # after the restart
+    torchrun.send_signal(signal.SIGTERM)
+    assert torchrun.wait(60) != 0
+    output = (tmp_path / "output.txt").read_text()
+    assert "waited in vain for another rank; silent: 1" in output
+    assert f"{TARGET}, step " in output
+    assert "stopped by SIGTERM" in output
+    saved = seal.sealed_steps(place / TARGET / "checkpoint")[-1]
+    assert saved == steps_logged(place, TARGET), "every step that was done is saved"
+    workplace.run(f"run.folder={place}", warm_ranks=2)
+    assert losses(place) == losses(reference_fsdp)
+    final = f"{TARGET}/checkpoint/step-20"
+    assert weights(place / final) == weights(reference_fsdp / final)
+
+
+def test_workers_die_with_torchrun(workplace: Workplace, tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    torchrun = start(workplace, place, ranks=1)
+    until(lambda: steps_logged(place, BASE) >= 2)
+    (worker,) = workers(torchrun)
+    os.kill(torchrun.pid, signal.SIGKILL)
+    torchrun.wait()
+    worker.wait(2)
+    workplace.run(f"run.folder={place}", "budget.tokens=24Ki", code=65)  # the lock is free; the recipe is another one
