@@ -94,7 +94,7 @@ def read_metadata(folder: Path) -> meta.Metadata:
 def _check_records(metadata: meta.Metadata) -> None:
     """Unpickling fills DCP's records with whatever is there."""
     for fqn, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, meta.BytesStorageMetadata):
+        if isinstance(entry, meta.BytesStorageMetadata) and isinstance(fqn, str):
             continue
         shapes = [entry.size, *(shape for chunk in entry.chunks for shape in (chunk.offsets, chunk.sizes))]
         alike = all(isinstance(s, torch.Size) and len(s) == len(entry.size) and min(s, default=0) >= 0 for s in shapes)
@@ -102,7 +102,8 @@ def _check_records(metadata: meta.Metadata) -> None:
             raise CheckpointError(f"its record of {fqn!r} is not that of a tensor")
     for index, info in metadata.storage_data.items():
         known = isinstance(index, meta.MetadataIndex) and isinstance(info, _StorageInfo)
-        if not (known and isinstance(info.relative_path, str) and min(int(info.offset), int(info.length)) >= 0):
+        numbers = (info.offset, info.length) if known else ()
+        if not (known and isinstance(info.relative_path, str) and all(isinstance(n, int) and n >= 0 for n in numbers)):
             raise CheckpointError(f"its record of the place of {index!r} is damaged")
 
 
