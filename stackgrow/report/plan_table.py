@@ -26,8 +26,8 @@ def render_plan(plan: Plan, order: Order | None = None) -> str:
     how often it goes over them."""
     blocks = [
         [*_header(plan), *(_data(plan, order) if order else ())],
-        _aligned([MODEL_HEAD, *(_model_row(s) for s in plan.train_stages), _model_total(plan)]),
-        _aligned([COST_HEAD, *(_cost_row(s, plan) for s in plan.train_stages), _cost_total(plan)]),
+        aligned([MODEL_HEAD, *(_model_row(s) for s in plan.train_stages), _model_total(plan)]),
+        aligned([COST_HEAD, *(_cost_row(s, plan) for s in plan.train_stages), _cost_total(plan)]),
         [line for stage in plan.stages if isinstance(stage, GrowStage) for line in _growth(stage)],
         list(_remarks(plan)),
     ]
@@ -45,14 +45,14 @@ def _header(plan: Plan) -> list[str]:
         f"budget   {recipe.budget.tokens:,} tokens asked for, {plan.tokens:,} planned{rest}",
         f"data     {stores}, {plan.sequences:,} sequences of {recipe.data.seq_len} tokens",
     ]
-    return [part for line in lines for part in _wrapped(line)]
+    return [part for line in lines for part in wrapped(line)]
 
 
 def _data(plan: Plan, order: Order) -> Iterator[str]:
     for path, seen in order.seen(plan.sequences).items():
         more = f", beyond one epoch: its data are seen up to {math.ceil(seen['epochs'])} times"
         part = f"{human(seen['tokens'])} tokens, {seen['epochs']:.4g} epochs{more if seen['epochs'] > 1 else ''}"
-        yield from _wrapped(f"         {path}: {part}")
+        yield from wrapped(f"         {path}: {part}")
 
 
 MODEL_HEAD = (
@@ -103,7 +103,7 @@ def _cost_total(plan: Plan) -> tuple[str, ...]:
     return ("total", f"{plan.flops:.3g}", "100.0%", f"{attention:.3g}", "", "", "", "")
 
 
-def _aligned(rows: Table) -> list[str]:
+def aligned(rows: Table) -> list[str]:
     """The first column to the left, numbers to the right, two spaces between."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return [
@@ -120,10 +120,10 @@ def _growth(stage: GrowStage) -> Iterator[str]:
     moments = f", optimizer {stage.optimizer}" if stage.optimizer else ""
     head = f"{stage.name}   {stage.operator}, {stage.change}{noise}{moments}"
     if stage.layer_map is None:
-        yield from _wrapped(head)
+        yield from wrapped(head)
         return
-    yield from _wrapped(f"{head}: {compact_map(stage.layer_map)}")
-    yield from _wrapped(f"  layer map {list(stage.layer_map)}")
+    yield from wrapped(f"{head}: {compact_map(stage.layer_map)}")
+    yield from wrapped(f"  layer map {list(stage.layer_map)}")
 
 
 def compact_map(layer_map: Sequence[int]) -> str:
@@ -164,10 +164,10 @@ def _remarks(plan: Plan) -> Iterator[str]:
     if len(plan.train_stages) > 1:
         remarks.insert(0, f"{plan.base_share:.1%} of the FLOPs are spent before the last growth")
     for remark in remarks:
-        yield from _wrapped(f"- {remark}")
+        yield from wrapped(f"- {remark}")
 
 
-def _wrapped(line: str) -> list[str]:
+def wrapped(line: str) -> list[str]:
     return textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
