@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from stackgrow.checks import world_problems
 from stackgrow.data.store import StoreError, read_manifest
@@ -102,7 +101,7 @@ class Cost:
     cluster: Cluster
     stages: tuple[StageCost, ...]
     peak_disk: int
-    data_tokens: int | None  # of one epoch
+    epochs: dict[str, float]  # of each store whose size is known, by its path
     saving: Saving | None
     problems: tuple[str, ...]  # what does not fit
 
@@ -117,7 +116,7 @@ def model_flops(stage: TrainStage) -> float:
 
 
 def estimate(plan: Plan, cluster: Cluster, data_tokens: int | None = None) -> Cost:
-    """The cost of a plan; ``data_tokens``: of one epoch, where the token store is not here."""
+    """The cost of a plan; ``data_tokens``: of one epoch of stores that are not here."""
     misfits = [f"{where}: {what}" for where, what in world_problems(plan, cluster.gpus)]
     stages = () if misfits else tuple(_stage_cost(stage, cluster) for stage in plan.train_stages)
     misfits += [_too_large(s, cluster) for s in stages if s.memory.total > cluster.gpu.memory]
@@ -125,8 +124,7 @@ def estimate(plan: Plan, cluster: Cluster, data_tokens: int | None = None) -> Co
     for stage in plan.stages:
         kept, most = stage_disk(plan, stage)
         peak, disk = max(peak, disk + most), disk + kept
-    data_tokens = data_tokens or _store_tokens(plan)
-    return Cost(plan, cluster, stages, peak, data_tokens, expected_saving(plan), tuple(misfits))
+    return Cost(plan, cluster, stages, peak, _epochs(plan, data_tokens), expected_saving(plan), tuple(misfits))
 
 
 def _stage_cost(stage: TrainStage, cluster: Cluster) -> StageCost:
@@ -156,11 +154,16 @@ def stage_disk(plan: Plan, stage: TrainStage | GrowStage) -> tuple[int, int]:
     return kept * stage.checkpoint_bytes, min(kept + 1, written) * stage.checkpoint_bytes
 
 
-def _store_tokens(plan: Plan) -> int | None:
-    try:
-        return read_manifest(Path(plan.recipe.data.path)).splits["train"].tokens
-    except StoreError:
-        return None
+def _epochs(plan: Plan, data_tokens: int | None) -> dict[str, float]:
+    stores, found = plan.recipe.data.stores, {}
+    for path, weight in stores:
+        try:
+            size = read_manifest(path).splits["train"].tokens
+        except StoreError:
+            size = data_tokens or 0
+        if size:
+            found[path] = plan.tokens * weight / sum(w for _, w in stores) / size
+    return found
 
 
 def expected_saving(plan: Plan) -> Saving | None:

@@ -118,7 +118,7 @@ def test_data_epochs_and_text_and_json() -> None:
     cost = estimate(plan, Cluster(256, "h100"), data_tokens=627_000_000_000)
     choices = {s.name: search(s, cost.cluster) for s in plan.train_stages}
     text = render_cost(cost, choices)
-    assert "1.20 epochs of 627B tokens" in text
+    assert "data: 1.20 epochs of data/slimpajama" in text
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "assumed MFU 40% of 989 TFLOP/s" in text
     plain = json.loads(render_cost_json(cost, choices))
@@ -141,3 +141,12 @@ def test_tool_is_quick_and_loads_no_torch() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "everything fits" in done.stdout
+
+
+def test_picture_shows_every_stage(tmp_path: Path) -> None:
+    from stackgrow.report.plan_picture import draw_plan
+
+    draw_plan(plan_of(tmp_path, RECIPE), tmp_path / "plan.svg")
+    picture = (tmp_path / "plan.svg").read_text()
+    for text in ("stage-0-train-2L: 103K parameters, 20.5K tokens", "stage-4-train-8L", "learning rate"):
+        assert text in picture

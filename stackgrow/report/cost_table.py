@@ -82,10 +82,13 @@ def _remarks(cost: Cost, choices: dict[str, list[Choice]] | None) -> Iterator[st
         "batch: sequences per forward pass and rank x gradient accumulation; disk: "
         f"{recipe.checkpoint.keep} checkpoints per stage at its end; the total is the peak"
     )
-    if cost.data_tokens:
-        yield f"data: {cost.plan.tokens / cost.data_tokens:.2f} epochs of {human(cost.data_tokens)} tokens"
-    else:
-        yield f"data: {recipe.data.path} is not here; --data-tokens gives its size"
+    for path, _ in recipe.data.stores:
+        epochs = cost.epochs.get(path)
+        yield (
+            f"data: {epochs:.2f} epochs of {path}"
+            if epochs
+            else f"data: {path} is not here; --data-tokens gives its size"
+        )
     if saving := cost.saving:
         yield (
             f"expected: a scratch run to the same loss would take {saving.flops:.3g} FLOPs more (6 N D), "
@@ -120,7 +123,7 @@ def cost_dict(cost: Cost, choices: dict[str, list[Choice]] | None = None) -> dic
     ]
     plain = {"name": cost.plan.recipe.name, "cluster": dataclasses.asdict(cost.cluster), "stages": stages}
     saving = dataclasses.asdict(cost.saving) if cost.saving else None
-    rest = {"hours": cost.hours, "peak_disk": cost.peak_disk, "data_tokens": cost.data_tokens, "saving": saving}
+    rest = {"hours": cost.hours, "peak_disk": cost.peak_disk, "epochs": cost.epochs, "saving": saving}
     if choices is not None:
         rest["search"] = {name: [dataclasses.asdict(c) for c in found] for name, found in choices.items()}
     return {**plain, **rest, "problems": list(cost.problems)}

@@ -31,7 +31,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.models.llama3.infra import parallelize
 
-from stackgrow.data.store import TokenStore
+from stackgrow.data.loader import WindowDataset
 from stackgrow.memory import Memory, layout, stage_memory
 from stackgrow.plan import LearnStage, Plan, TrainStage
 from stackgrow.recipe import Recipe
@@ -76,8 +76,9 @@ def trace(recipe: Recipe, stage: TrainStage, *, real: bool = False) -> Traced:
     how = layout(stage.parallel, ranks)
     dims = ParallelDims(how.replicate, how.shard, cp=1, tp=how.tensor, pp=1, ep=1, etp=1, world_size=ranks)
     dims.build_mesh()
-    eager = replace(stage, train=replace(stage.train, compile=False, cpu_offload=False, attention="sdpa"))
-    job = StageJob(recipe, eager, "", Path(), TokenStore.__new__(TokenStore), parent=None)
+    train = replace(stage.train, compile=False, cpu_offload=False, attention="sdpa")
+    eager = replace(stage, train=train, document_mask=False)
+    job = StageJob(recipe, eager, "", Path(), WindowDataset.__new__(WindowDataset))
     config = job_config(job)
     args = model.model_args(stage.model, recipe.seed, stage.mask, loss_chunk=stage.train.loss_chunk)
     args.update_from_config(config)
