@@ -28,9 +28,7 @@ def draw_plan(plan: Plan, file: Path) -> None:
         steps = _steps(stage)
         done = np.array([stage.batches.tokens(step) for step in steps]) / stage.tokens
         rates = [stage.learning_rate(max(step, 1)) for step in steps]
-        label = (
-            f"{stage.name}: {human(stage.model.parameters())}, {human(stage.tokens)} tokens, {stage.flops:.2g} FLOPs"
-        )
+        label = f"{stage.name}: {human(stage.model.parameters())} parameters, {human(stage.tokens)} tokens"
         for column, (left, width) in enumerate(zip(start, length, strict=True)):
             bar = {"align": "edge", "color": color, "alpha": 0.75, "label": label}
             axes[0, column].bar(left, stage.model.parameters(), width, **bar)
