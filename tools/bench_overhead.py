@@ -27,7 +27,9 @@ import stackgrow.titan  # noqa: F401  (the device comes before torchtitan)
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.config import JobConfig
+from torchtitan.models.llama3 import Transformer
 from torchtitan.protocols import train_spec
 from torchtitan.train import Trainer
 
@@ -35,10 +37,12 @@ from stackgrow.data.loader import WindowDataset
 from stackgrow.growth.convert import grow_checkpoint
 from stackgrow.growth.depth import depth_rules, stack_map
 from stackgrow.load import load_recipe
+from stackgrow.plan import Plan, TrainStage
 from stackgrow.recipe import Model
 from stackgrow.resolve import make_plan
 from stackgrow.titan import job as jobs
 from stackgrow.titan import session
+from stackgrow.titan.model import model_args, parallelize
 from stackgrow.titan.trainer import StageTrainer
 
 GROWN = Model(family="llama2", dim=768, n_layers=8, n_heads=12, ffn_dim=2048, vocab_size=32000)
@@ -57,9 +61,8 @@ def main() -> None:
         session.start(plan.recipe, Path(folder))
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-        stage = dataclasses.replace(plan.train_stages[-1], index=0, steps=WARM_UP + arguments.steps + 1)
-        data = WindowDataset.open(plan.recipe.data, plan.recipe.seed)
-        report = compare(jobs.StageJob(plan.recipe, stage, "bench", Path(folder), data, None))
+        stage = dataclasses.replace(plan.train_stages[-1], steps=WARM_UP + arguments.steps + 1)
+        report = compare(job_of(plan, stage, Path(folder)))
         if dist.get_rank() == 0:
             report |= measure_growth(Path(folder))
             print(json.dumps(report, indent=1) if arguments.json else render(report))
@@ -67,19 +70,18 @@ def main() -> None:
     session.stop()
 
 
+def job_of(plan: Plan, stage: TrainStage, folder: Path) -> jobs.StageJob:
+    """The stage by itself, from random weights and the first token on."""
+    stage = dataclasses.replace(stage, index=0, start_tokens=0, start_sequences=0, start_flops=0.0, mask=None)
+    data = WindowDataset.open(plan.recipe.data, plan.recipe.seed)
+    return jobs.StageJob(plan.recipe, stage, "bench", folder, data, None)
+
+
 def compare(job: jobs.StageJob) -> dict[str, Any]:
     """Tokens per second over all ranks. The two trainers take turns after every step, so that whatever slows the
     machine for longer than a step meets both; the ratio is the median over pairs of neighbouring steps."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        turns = Turns()
-        trainers = {"torchtitan": PlainTrainer(job, turns), "stackgrow": TimedStage(job, turns)}
-        threads = [threading.Thread(target=trainer.train) for trainer in trainers.values()]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    # The last step carries the final checkpoint.
-    seconds = {name: trainer.seconds[WARM_UP:-1] for name, trainer in trainers.items()}
+    trainers = run(job, {"torchtitan": PlainTrainer, "stackgrow": TimedStage})
+    seconds = {name: trainer.seconds[WARM_UP:] for name, trainer in trainers.items()}
     rates = {name: job.stage.train.global_batch_tokens / statistics.median(s) for name, s in seconds.items()}
     ratios = [theirs / ours for ours, theirs in zip(seconds["stackgrow"], seconds["torchtitan"], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)
@@ -91,6 +93,29 @@ def compare(job: jobs.StageJob) -> dict[str, Any]:
         "ratio": round(quartiles[1], 4),
         "ratio_quartiles": [round(quartiles[0], 4), round(quartiles[2], 4)],
     }
+
+
+def run(job: jobs.StageJob, kinds: dict[str, "type[PlainTrainer] | type[TimedStage]"]) -> dict[str, "Timed"]:
+    """Trains the job to the step before its last, which would write the final checkpoint, once by each kind."""
+    turns, failures = Turns(), list[BaseException]()
+
+    def train(trainer: Timed) -> None:
+        try:
+            trainer.train()
+        except BaseException as failure:  # of a thread: raised below, when the other has had its turn
+            failures.append(failure)
+            turns.hand_over(trainer, leave=True)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainers = {name: kind(job, turns) for name, kind in kinds.items()}
+        threads = [threading.Thread(target=train, args=[trainer]) for trainer in trainers.values()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
+    return trainers
 
 
 class Turns:
@@ -123,7 +148,7 @@ class Timed(Trainer):
     """Measures every step, with all that the loop does around it, and hands over after it."""
 
     def take_turns(self, turns: Turns) -> None:
-        self.turns, self.seconds, self.started = turns, list[float](), 0.0
+        self.turns, self.seconds, self.started, self.peak_gib = turns, list[float](), 0.0, 0.0
         turns.join(self)
 
     def train(self) -> None:
@@ -135,7 +160,9 @@ class Timed(Trainer):
             torch.cuda.synchronize()
         if self.step:
             self.seconds.append(time.perf_counter() - self.started)
-        goes_on = super().should_continue_training()
+            peak = self.metrics_processor.device_memory_monitor.get_peak_stats().max_active_gib
+            self.peak_gib = max(self.peak_gib, peak)
+        goes_on = self.step < self.job_config.training.steps - 1
         self.turns.hand_over(self, leave=not goes_on)
         self.started = time.perf_counter()
         return goes_on
@@ -150,7 +177,7 @@ class TimedStage(Timed, StageTrainer):
 
 
 class PlainTrainer(Timed):
-    """torchtitan's own Trainer, model, metrics and checkpoint manager, on batches that are already in memory."""
+    """torchtitan's own Trainer, model, loss, metrics and checkpoint manager, on batches that are in memory already."""
 
     def __init__(self, job: jobs.StageJob, turns: Turns):
         config = jobs.job_config(job)
@@ -160,8 +187,15 @@ class PlainTrainer(Timed):
         loader = jobs._build_loader
         spec = jobs._train_spec()
         memory = InMemory(job, loader, config)
+        arguments = model_args(job.stage.model, job.recipe.seed)
         train_spec._extra_train_specs["plain"] = dataclasses.replace(
-            spec, build_dataloader_fn=memory.build, build_metrics_processor_fn=None
+            spec,
+            model_cls=Transformer,
+            model_args={job.stage.name: arguments},
+            parallelize_fn=parallelize,
+            build_loss_fn=build_cross_entropy_loss,
+            build_dataloader_fn=memory.build,
+            build_metrics_processor_fn=None,
         )
         super().__init__(plain)
         self.take_turns(turns)
