@@ -7,32 +7,39 @@ from pathlib import Path
 
 from launch import REPOSITORY, Workplace, environment
 
+CASE = {"shape": "small", "kernel": "sdpa", "mode": "eager", "activation_checkpoint": "none", "loss_chunk": 100}
 
-def bench(name: str, *arguments: str, folder: Path) -> str:
-    command = [sys.executable, str(REPOSITORY / "tools" / f"{name}.py"), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+
+def test_bench_gpu_writes_a_table(tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "tools" / "bench_gpu.py"), "--small", "--modes", "eager"]
+    command += ["--kernels", "sdpa", "flex", "--steps", "2", "--loss-chunk", "100", "--out", "bench.json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_bench_gpu(tmp_path: Path) -> None:
-    sets = ["--small", "--modes", "eager", "--kernels", "sdpa", "--steps", "2", "--pair", "--loss-chunk", "100"]
-    table = bench("bench_gpu", *sets, "--out", "bench.json", folder=tmp_path).splitlines()
-    alone, pair = (report := json.loads((tmp_path / "bench.json").read_text()))["cases"]
-    assert alone["tokens_per_second"] > 0
-    assert alone["peak_gib"] > 0.05
+    report, table = json.loads((tmp_path / "bench.json").read_text()), done.stdout.splitlines()
+    sdpa, flex = report["cases"]
+    assert "error" not in sdpa, sdpa["error"]
+    assert sdpa["tokens_per_second"] > 0
+    assert sdpa["peak_gib"] > 0.05
     D, layers, F, V, S = 64, 2, 176, 512, 64
     matmul = layers * (2 * D * D + 2 * D * D // 2 + 3 * D * F + 2 * D) + D + V * D
-    assert alone["flops_per_token"] == 6 * matmul + 12 * layers * D * S
-    assert 0.1 < pair["ratio"] < 10
-    assert len(table[0].split("|")) == len(table[2].split("|"))
+    assert sdpa["flops_per_token"] == 6 * matmul + 12 * layers * D * S
+    assert flex["error"].startswith('train.attention: "flex" needs a GPU')
     assert table[2].startswith("| small | sdpa | eager | 4 |")
+    assert {line.count("|") for line in table[:4]} == {9}
     assert report["torchtitan"] in table[-1]
 
 
+def test_bench_gpu_beside_torchtitan(workplace: Workplace) -> None:
+    case = {**CASE, "step_tokens": 512, "micro_batch": 4, "pair": True, "steps": 3}
+    code, output = workplace.tool("bench_gpu", "--work", json.dumps(case))
+    assert code == 0, output
+    assert 0.1 < json.loads(output.splitlines()[-1])["ratio"] < 10
+
+
 def test_bench_handover(workplace: Workplace) -> None:
-    report = json.loads(bench("bench_handover", "tiny.toml", "--json", folder=workplace.folder))
-    seconds = {k: v for k, v in report.items() if isinstance(v, float)}
+    code, output = workplace.tool("bench_handover", "tiny.toml", "--json")
+    assert code == 0, output
+    seconds = {k: v for k, v in json.loads(output[output.rindex("{") :]).items() if isinstance(v, float)}
     assert list(seconds) == ["save", "grow", "build", "load", "first step", "rest", "total"]
     assert all(value > 0 for value in seconds.values())
     assert abs(sum(seconds.values()) - 2 * seconds["total"]) < 0.01
