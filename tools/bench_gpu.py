@@ -148,7 +148,7 @@ def stage_of(
     name, index = SHAPES.get(shape, SHAPES["410M"])
     recipe = Path(__file__).parents[1] / "recipes" / f"{name}.toml"
     sets = [f"data.path={folder / 'store'}", "validation.sequences=0", "log.interval=10 steps"]
-    plan = make_plan(load_recipe(recipe, sets), recipe)
+    plan = make_plan(load_recipe(recipe, [*sets, *(["data.seq_len=64"] if shape == "small" else [])]), recipe)
     stage = plan.train_stages[index]
     options: dict[str, Any] = {
         "compile": MODES[mode],
@@ -158,7 +158,7 @@ def stage_of(
     options |= {"loss_chunk": loss_chunk, "global_batch_tokens": step_tokens, "micro_batch": micro_batch}
     stage = dataclasses.replace(stage, steps=steps, train=dataclasses.replace(stage.train, **options))
     if shape == "small":
-        stage = dataclasses.replace(stage, model=SMALL, seq_len=64)
+        stage = dataclasses.replace(stage, model=SMALL)
     random_store(folder / "store", stage.model.vocab_size, max(2**20, 4 * stage.seq_len))
     return plan, stage
 
