@@ -237,6 +237,8 @@ def _rank_problems(plan: Plan, stage: TrainStage, world_size: int) -> Iterator[P
             f"{who}{p.replicate} without sharding is DDP, in which torchtitan 0.2.2 divides gradients by the number of "
             "ranks once too often; use parallel.shard, alone or with replicate (HSDP)",
         )
+    if stage.train.cpu_offload and data_ranks == p.replicate:
+        yield "train.cpu_offload", f"{who}true needs parallel.shard of at least 2: torchtitan offloads what FSDP shards"
     if p.tensor > 1 and data_ranks == 1 and stage.train.precision != "fp32":
         yield (
             "train.precision",

@@ -228,6 +228,7 @@ def test_limits(tmp_path: Path) -> None:
             "16 sequences per step cannot be shared equally by 3 data ranks",
         ),
         (["parallel.tensor=2"], 3, "parallel", "start a multiple of 2 ranks"),
+        (["train.cpu_offload=true"], 1, "train.cpu_offload", "needs parallel.shard of at least 2"),
         (["parallel.shard=2"], 4, "parallel", "start 2 ranks, or set parallel.shard = -1"),
         (["parallel.shard=2", "parallel.replicate=2"], 2, "parallel", "start 4 ranks"),
         (["parallel.tensor=2", "train.precision=bf16"], 2, "train.precision", '"fp32"'),

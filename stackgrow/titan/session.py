@@ -33,7 +33,11 @@ def start(recipe: Recipe, logs: Path) -> None:
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist_utils.init_distributed(comm(recipe, GPU_TRACE_BUFFER if gpu else 0), base_folder=str(logs))
+    own = [*([recipe.base.train] if recipe.base else []), *(growth.train for growth in recipe.growth)]
+    offload = any(keys.get("cpu_offload", recipe.train.cpu_offload) for keys in [{}, *own])  # NCCL has no CPU tensors
+    dist_utils.init_distributed(
+        comm(recipe, GPU_TRACE_BUFFER if gpu else 0), enable_cpu_backend=gpu and offload, base_folder=str(logs)
+    )
     global _store
     _store = dist.distributed_c10d._get_default_store()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -240,6 +241,7 @@ def run_stage(job: StageJob) -> None:
     finally:
         trainer.close()
     del trainer
+    gc.collect()  # torchtitan has switched the collector off, and a trainer's checkpointer refers back to it
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
