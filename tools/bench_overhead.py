@@ -100,6 +100,8 @@ def run(job: jobs.StageJob, kinds: dict[str, "type[PlainTrainer] | type[TimedSta
     turns, failures = Turns(), list[BaseException]()
 
     def train(trainer: Timed) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(trainer.device)  # a new thread's is the first
         try:
             trainer.train()
         except BaseException as failure:  # of a thread: raised below, when the other has had its turn
