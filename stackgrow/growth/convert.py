@@ -28,9 +28,10 @@ import torch.distributed.checkpoint.metadata as meta
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from stackgrow.fingerprint import fingerprint
-from stackgrow.growth.dcp import METADATA, CheckpointError, is_model_key, places, read_metadata, read_tensor
+from stackgrow.growth.dcp import METADATA, CheckpointError, is_model_key, places, read_metadata
 from stackgrow.growth.direct import DirectFile
 from stackgrow.growth.rules import Alias, Compute, Rule, Rules, Zeros
+from stackgrow.growth.sealed import Reader
 from stackgrow.signals import stop_if_asked
 
 # What file systems answer that cannot link, or not this file, or not once more.
@@ -202,21 +203,6 @@ def _add_part(
         new.storage_data[meta.MetadataIndex(name, chunk.offsets)] = _StorageInfo(_part(old, rank), offset, length)
     file.unlink(missing_ok=True)
     return {name: mark for name, (*_, mark) in index.items()}
-
-
-class Reader:
-    """Reads the source's tensors, each of which must have its fingerprint in ``marks``, if they are known."""
-
-    def __init__(self, source: Path, metadata: meta.Metadata, marks: Mapping[str, str] | None):
-        self.source, self.metadata, self.marks = source, metadata, marks
-        self.checked: set[str] = set()
-
-    def __call__(self, fqn: str) -> torch.Tensor:
-        tensor = read_tensor(self.source, self.metadata, fqn)
-        if self.marks is not None and fqn not in self.checked and self.marks.get(fqn) != fingerprint(tensor):
-            raise CheckpointError(f"{self.source}: {fqn} is not what was sealed; restore the checkpoint")
-        self.checked.add(fqn)
-        return tensor
 
 
 def _compute(read: Reader, rules: Rules, name: str) -> torch.Tensor:

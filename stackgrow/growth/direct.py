@@ -9,8 +9,10 @@ import errno
 import fcntl
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 
+DIRECT = getattr(os, "O_DIRECT", 0)
 BLOCK = 1 << 24  # bytes written at a time
 ALIGNED = 4096  # direct writes are multiples of a disk's sector, from memory that begins at one
 
@@ -19,14 +21,9 @@ class DirectFile:
     """Takes bytes in any portions. ``position``: how many so far. Complete, and on the disk, after ``finish``."""
 
     def __init__(self, path: Path):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        self.direct = True
-        try:
-            self.handle = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self.direct, self.handle = False, os.open(path, flags, 0o666)
+        self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        with suppress(OSError):
+            fcntl.fcntl(self.handle, fcntl.F_SETFL, DIRECT)
         self.block, self.filled, self.position = mmap.mmap(-1, BLOCK), 0, 0
 
     def write(self, data: bytes | memoryview) -> int:
@@ -53,10 +50,9 @@ class DirectFile:
             try:
                 sent += os.write(self.handle, memoryview(self.block)[sent:size])
             except OSError as error:
-                if error.errno != errno.EINVAL or not self.direct:
+                if error.errno != errno.EINVAL or not fcntl.fcntl(self.handle, fcntl.F_GETFL) & DIRECT:
                     raise
                 # Where the disk or a limit ends, what fits is not aligned: a write through the cache tells which it is.
-                self.direct = False
                 fcntl.fcntl(self.handle, fcntl.F_SETFL, 0)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.handle, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
 
 from stackgrow import seal
 from stackgrow.fingerprint import fingerprint
 from stackgrow.growth.dcp import CheckpointError, read_metadata, read_tensor
+
+
+class Reader:
+    """Reads whole tensors, on the CPU. Raises CheckpointError unless each has its fingerprint in ``marks``."""
+
+    def __init__(self, folder: Path, metadata: Metadata, marks: Mapping[str, str] | None):
+        self.folder, self.metadata, self.marks = folder, metadata, marks
+        self.checked: set[str] = set()
+
+    def __call__(self, name: str) -> Tensor:
+        tensor = read_tensor(self.folder, self.metadata, name)
+        if self.marks is not None and name not in self.checked and self.marks.get(name) != fingerprint(tensor):
+            raise CheckpointError(f"{self.folder}: {name} is not what was saved; restore the checkpoint")
+        self.checked.add(name)
+        return tensor
 
 
 def read_sealed(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
@@ -18,11 +34,8 @@ def read_sealed(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
     manifest = seal.read_seal(folder)
     if manifest is None:
         raise CheckpointError(f"{folder} is not sealed: it is incomplete, or no run made it")
-    metadata, tensors = read_metadata(folder), {}
-    for name in names:
-        if name not in metadata.state_dict_metadata:
-            raise CheckpointError(f"{folder} has no tensor {name}")
-        tensors[name] = read_tensor(folder, metadata, name)
-        if manifest["tensors"].get(name) != fingerprint(tensors[name]):
-            raise CheckpointError(f"{folder}: {name} is not what was saved; restore the checkpoint")
-    return tensors
+    metadata, names = read_metadata(folder), list(names)
+    if missing := set(names) - metadata.state_dict_metadata.keys():
+        raise CheckpointError(f"{folder} has no tensor {min(missing)}")
+    read = Reader(folder, metadata, manifest["tensors"])
+    return {name: read(name) for name in names}

@@ -189,9 +189,9 @@ def test_what_is_damaged_or_in_the_way(source: Path, refused: Callable[..., str]
     value = weights(SMALL)["layers.1.attention.wq.weight"].numpy().tobytes()
     data.write_bytes(data.read_bytes().replace(value, bytes(len(value))))
     told = refused(folder / "sealed", folder / "grown", *SPLIT, code=65)
-    assert "layers.1.attention.wq.weight is not what was sealed; restore the checkpoint" in told
+    assert "layers.1.attention.wq.weight is not what was saved; restore the checkpoint" in told
     told = tool(folder / "sealed", folder / "grown", *SPLIT, ranks=2, code=65)
-    assert told.count("is not what was sealed") == 1, "told once, though one rank alone finds it"
+    assert told.count("is not what was saved") == 1, "told once, though one rank alone finds it"
     assert names(folder) == ["hf", "sealed", "source"]
 
 

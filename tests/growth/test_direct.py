@@ -1,5 +1,6 @@
 """Files written past the page cache hold what was written, in whatever portions, and where there is no O_DIRECT."""
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from stackgrow.growth.direct import DirectFile
 def test_any_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], cached: bool) -> None:
     monkeypatch.setattr(direct, "BLOCK", 16384)
     if cached:
-        monkeypatch.setattr(os, "O_DIRECT", 0)
+        monkeypatch.setattr(direct, "DIRECT", 0)
     portions = [os.urandom(size) for size in sizes]
     (tmp_path / "file").write_bytes(bytes(100_000))  # of an earlier attempt
     with DirectFile(tmp_path / "file") as stream:
@@ -26,14 +27,14 @@ def test_any_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: li
 
 
 def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = os.open
+    changed = fcntl.fcntl
 
-    def refusing(path: Path, flags: int, mode: int = 0o777) -> int:
+    def refusing(handle: int, command: int, flags: int = 0) -> int:
         if flags & os.O_DIRECT:
             raise OSError(22, "Invalid argument")
-        return opened(path, flags, mode)
+        return changed(handle, command, flags)
 
-    monkeypatch.setattr(os, "open", refusing)
+    monkeypatch.setattr(fcntl, "fcntl", refusing)
     with DirectFile(tmp_path / "file") as stream:
         stream.write(b"content")
         stream.finish()

@@ -172,7 +172,7 @@ def test_a_damaged_source_tensor_is_not_folded_in(tmp_path: Path, name: str) -> 
     assert manifest is not None
     marks = {**manifest["tensors"], **manifest["moments"], name: "0123456789abcdef"}
     begin(source, tmp_path / "target", rules_of(stage))
-    with pytest.raises(CheckpointError, match=f"{name} is not what was sealed; restore the checkpoint"):
+    with pytest.raises(CheckpointError, match=f"{name} is not what was saved; restore the checkpoint"):
         write_part(source, tmp_path / "target", rules_of(stage), marks=marks)
 
 
