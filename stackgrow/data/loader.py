@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,11 +102,14 @@ class TokenLoader(Stateful):
             )
         self.position = start_position
 
-    def __iter__(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         first = self.position + self.dp_rank * self.micro_batch
-        loader = StatefulDataLoader(
+        positions = _Positions(first, self.micro_batch, self.stride)
+        if self.num_workers == 0 and not self.pin_memory:  # a DataLoader takes as long as reading does
+            return map(self.dataset.__getitems__, positions)
+        return StatefulDataLoader(
             self.dataset,
-            batch_sampler=_Positions(first, self.micro_batch, self.stride),
+            batch_sampler=positions,
             collate_fn=_as_fetched,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
@@ -116,8 +119,10 @@ class TokenLoader(Stateful):
             # Its own snapshots are bound to the number of workers; ours is ``position``.
             snapshot_every_n_steps=2**62,
         )
+
+    def __iter__(self) -> Iterator[Batch]:
         reached = self.position
-        for inputs, labels in loader:
+        for inputs, labels in self._batches():
             if self.position != reached:
                 raise RuntimeError("the position was set while this iterator was live; call iter() again")
             self.position = reached = reached + self.stride

@@ -239,10 +239,10 @@ def _start_worker() -> None:
 
 def _submit(work: Path, out: Path, tasks: int, options: dict[str, Any]) -> None:
     """Has Slurm run the tasks, and then, when all are done, the last step."""
-    logs = str(work / "log")
     options = {"qos": "", "venv_path": f"{sys.prefix}/bin/activate", "job_name": f"prepare-{out.name}", **options}
-    encode = SlurmPipelineExecutor(_pipeline(work), tasks, logging_dir=logs, **options)
-    SlurmPipelineExecutor([Finish(work, out)], 1, logging_dir=f"{logs}/finish", depends=encode, **options).run()
+    encode = SlurmPipelineExecutor(_pipeline(work), tasks, logging_dir=str(work / "log"), **options)
+    last = {"depends": encode, "skip_completed": False, "logging_dir": str(out.with_name(f".{out.name}.slurm"))}
+    SlurmPipelineExecutor([Finish(work, out)], 1, **last, **options).run()
 
 
 class Finish(PipelineStep):

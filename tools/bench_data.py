@@ -1,0 +1,230 @@
+"""Tokens per second of the data path, beside its peers and its limits, in one run.
+
+    pip install -e '.[bench]'
+    python tools/bench_data.py
+
+Loading, one process, the same tokens in sequences of 2,048, eight at a time: stackgrow's loader; torchtitan's own,
+which encodes Hugging Face text as it goes; litdata's StreamingDataset of tokens; and the limit, random windows of a
+memory map. Preparing, on all cores: what tools/prepare_data.py does from *.jsonl.zst to a store; and the limit,
+SentencePiece alone in a loop in as many processes. The contestants take turns; figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import torch
+
+from stackgrow.data.loader import TokenLoader, WindowDataset
+from stackgrow.data.prepare import prepare
+from stackgrow.data.read import Skipped, Source, list_files, read_file, stdlib_source
+from stackgrow.data.store import TokenStore
+from stackgrow.data.tokenizer import train_tokenizer
+from stackgrow.titan import device
+
+SEQ_LEN, BATCH, VOCABULARY = 2048, 8, 4096
+Batches = Iterator[torch.Tensor]  # int64 [BATCH, SEQ_LEN]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each loader (default: 5)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of one turn (default: 1.5)")
+    parser.add_argument("--megabytes", type=int, default=60, help="of text to prepare (default: 60)")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    texts = stdlib_texts()
+    with tempfile.TemporaryDirectory() as folder:
+        report: dict[str, Any] = {
+            "cores": os.cpu_count(),
+            "sequence": SEQ_LEN,
+            "batch": BATCH,
+            **loading(texts, Path(folder), args.rounds, args.seconds),
+            **preparing(texts, Path(folder), args.megabytes),
+        }
+    lines = [f"{name:<46}{value:,.2f}" if value < 100 else f"{name:<46}{value:,.0f}" for name, value in report.items()]
+    print(json.dumps(report, indent=2) if args.json else "\n".join(lines))
+    return 0
+
+
+def stdlib_texts() -> list[str]:
+    source = stdlib_source()
+    inputs = {"sources": [{"root": source.root}], "options": {"text_key": "text", "drop": []}}
+    files = list_files([source], Skipped())
+    return [document.text for file in files for document in read_file(inputs, file, Skipped())]
+
+
+def write_rows(texts: list[str], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    file.write_bytes(pyarrow.compress(rows, "zstd", asbytes=True) if file.suffix == ".zst" else rows)
+
+
+def loading(texts: list[str], folder: Path, rounds: int, seconds: float) -> dict[str, float]:
+    write_rows(texts, folder / "rows" / "a.jsonl")
+    tokenizer = byte_level(texts, folder / "hf")
+    prepare([Source(str(folder / "rows"))], folder / "store", tokenizer=tokenizer, validation=0)
+    store = TokenStore.open(folder / "store")
+    contestants = {
+        "stackgrow": stackgrow_batches(store),
+        "torchtitan": torchtitan_batches(folder),
+        "litdata": litdata_batches(store, folder / "litdata"),
+        "memmap": memmap_batches(folder / "store" / store.shards[0].file),
+    }
+    for batches in contestants.values():
+        for _ in range(3):  # files are opened and processes warm
+            assert next(batches).shape == (BATCH, SEQ_LEN)
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, batches in contestants.items():
+            rates[name].append(rate(batches, seconds))
+    found = {f"loading, {name}, tokens per second": statistics.median(values) for name, values in rates.items()}
+    for peer in ("torchtitan", "litdata", "memmap"):
+        ratios = [ours / theirs for ours, theirs in zip(rates["stackgrow"], rates[peer], strict=True)]
+        found[f"loading, stackgrow / {peer}"] = statistics.median(ratios)
+    return found
+
+
+def rate(batches: Batches, seconds: float) -> float:
+    began, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - began) < seconds:
+        for _ in range(4):
+            next(batches)
+        count += 4
+    return count * BATCH * SEQ_LEN / elapsed
+
+
+def stackgrow_batches(store: TokenStore) -> Batches:
+    data = WindowDataset([store], [1.0], SEQ_LEN, seed=1)
+    loader = TokenLoader(data, global_batch=BATCH, micro_batch=BATCH, dp_rank=0, dp_world_size=1)
+    return (inputs["input"] for inputs, _ in loader)
+
+
+def memmap_batches(shard: Path) -> Batches:
+    tokens = np.load(shard, mmap_mode="r")
+    starts = np.random.default_rng(1).integers(0, len(tokens) - SEQ_LEN - 1, 1 << 16)
+    while True:
+        for at in range(0, len(starts), BATCH):
+            inputs, labels = np.empty((2, BATCH, SEQ_LEN), np.int64)
+            for row, start in enumerate(starts[at : at + BATCH].tolist()):
+                inputs[row], labels[row] = tokens[start : start + SEQ_LEN], tokens[start + 1 : start + SEQ_LEN + 1]
+            yield torch.from_numpy(inputs)
+
+
+def torchtitan_batches(folder: Path) -> Batches:
+    device.install()
+    from datasets import load_dataset
+    from torchtitan.components.tokenizer import HuggingFaceTokenizer
+    from torchtitan.config import JobConfig
+    from torchtitan.hf_datasets import DatasetConfig, text_datasets
+
+    def load(path: str) -> Any:
+        return load_dataset("json", data_files=f"{path}/a.jsonl", split="train", cache_dir=str(folder / "cache"))
+
+    text_datasets.DATASETS["bench"] = DatasetConfig(str(folder / "rows"), load, lambda row: row["text"])
+    job = JobConfig()
+    job.training.dataset, job.training.dataset_path = "bench", None
+    job.training.local_batch_size, job.training.seq_len = BATCH, SEQ_LEN
+    loader = text_datasets.build_text_dataloader(1, 0, HuggingFaceTokenizer(str(folder / "hf")), job)
+    return (inputs["input"] for inputs, _ in loader)
+
+
+def litdata_batches(store: TokenStore, folder: Path) -> Batches:
+    from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
+
+    part = 1 << 18
+    inputs = list(range(0, store.n_tokens - part, part))
+    parts = TokenParts(store, part)
+    optimize(parts, inputs, str(folder), chunk_size=(SEQ_LEN + 1) * 8192, item_loader=TokensLoader(), num_workers=1)
+    data = StreamingDataset(str(folder), item_loader=TokensLoader(block_size=SEQ_LEN + 1), shuffle=True)
+    loader = StreamingDataLoader(data, batch_size=BATCH, num_workers=0, drop_last=True)
+    return (batch[:, :-1].long() for _ in itertools.count() for batch in loader)
+
+
+class TokenParts:
+    """What litdata stores of a part of the corpus."""
+
+    def __init__(self, store: TokenStore, size: int):
+        self.store, self.size = store, size
+
+    def __call__(self, start: int) -> Iterator[torch.Tensor]:
+        yield torch.from_numpy(self.store.tokens(start, start + self.size).astype(np.int64))
+
+
+def byte_level(texts: list[str], folder: Path) -> Path:
+    """A tokenizer that torchtitan reads, too."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special, alphabet = ["<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(texts, trainer)
+    model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    folder.mkdir()
+    model.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder / "tokenizer.json"
+
+
+def preparing(texts: list[str], folder: Path, megabytes: int, rounds: int = 3) -> dict[str, float]:
+    workers = os.cpu_count() or 1
+    model = folder / "tokenizer.model"
+    model.write_bytes(train_tokenizer(texts, VOCABULARY).model)
+    repeats = max(workers, round(megabytes * 1e6 / sum(map(len, texts))))
+    for i in range(repeats):
+        write_rows([f"# {i}\n{text}" for text in texts], folder / "corpus" / f"{i:03d}.jsonl.zst")
+    limit, ours = [], []
+    for i in range(rounds):
+        limit.append(sentencepiece_alone(texts, repeats, model, workers))
+        began = time.perf_counter()
+        manifest, _ = prepare(
+            [Source(str(folder / "corpus"))], folder / f"prepared-{i}", tokenizer=model, workers=workers
+        )
+        assert manifest is not None
+        tokens = sum(split.tokens for split in manifest.splits.values())
+        ours.append(tokens / (time.perf_counter() - began))
+    return {
+        "preparing, workers": workers,
+        "preparing, stackgrow, tokens per second": statistics.median(ours),
+        "preparing, SentencePiece alone": statistics.median(limit),
+        "preparing, stackgrow / SentencePiece": statistics.median(a / b for a, b in zip(ours, limit, strict=True)),
+    }
+
+
+def sentencepiece_alone(texts: list[str], repeats: int, model: Path, workers: int) -> float:
+    """Tokens per second of all processes together, from the first call to the last."""
+    shares = [repeats // workers + (i < repeats % workers) for i in range(workers)]
+    with ProcessPoolExecutor(workers) as pool:
+        list(pool.map(time.sleep, [0.2] * workers))  # they are there
+        spans = list(pool.map(encode_all, [texts] * workers, shares, [str(model)] * workers))
+    return sum(count for count, _, _ in spans) / (max(end for *_, end in spans) - min(start for _, start, _ in spans))
+
+
+def encode_all(texts: list[str], repeats: int, model: str) -> tuple[int, float, float]:
+    import sentencepiece
+
+    encoder = sentencepiece.SentencePieceProcessor(model_file=model)
+    began = time.monotonic()
+    count = sum(len(encoder.encode(text)) for _ in range(repeats) for text in texts)
+    return count, began, time.monotonic()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
