@@ -6,9 +6,9 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
@@ -50,13 +50,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without BOS or EOS; special tokens spelled out in it are text."""
-        return self.encode_batch([text])[0]
+        return np.asarray(self.encode_batch([text])[0]).tolist()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text."""
-        parts = [list(self._parts(text)) if len(text) > LONG else [text] for text in texts]
-        ids = iter(self._encode([part for each in parts for part in each]))
-        return [next(ids) if len(each) == 1 else list(chain(*islice(ids, len(each)))) for each in parts]
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int] | np.ndarray]:
+        """Token ids of each text; a long one's as an array, which takes a tenth of a list's memory."""
+        ids = iter(self._encode([text for text in texts if len(text) <= LONG]))
+        return [next(ids) if len(text) <= LONG else self._encode_long(text) for text in texts]
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        return np.concatenate([np.array(self._encode([part])[0], np.uint32) for part in self._parts(text)])
 
     def decode(self, ids: Sequence[int]) -> str:
         raise NotImplementedError

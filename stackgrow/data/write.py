@@ -48,7 +48,7 @@ class TokenWriter(PipelineStep):
             for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
                 rank_of = fraction(document.id)
                 lowest, held_out = min(lowest, rank_of), rank_of < self.validation
-                shards["validation" if held_out else "train"].add([tokenizer.bos_id, *ids])
+                shards["validation" if held_out else "train"].add(tokenizer.bos_id, ids)
                 counts.setdefault(document.metadata["file"], [0, 0])[held_out] += 1
         splits = {split: writer.finish() for split, writer in shards.items()}
         record = {"splits": splits, "files": counts, "lowest": lowest, "skipped": self.reader.skipped}
@@ -90,8 +90,9 @@ class ShardWriter:
         self.filled = self.documents = 0
         self.shards: list[Shard] = []
 
-    def add(self, ids: list[int]) -> None:
-        tokens = np.array(ids, self.dtype)
+    def add(self, bos_id: int, ids: list[int] | np.ndarray) -> None:
+        tokens = np.empty(len(ids) + 1, self.dtype)
+        tokens[0], tokens[1:] = bos_id, ids
         if not len(self.buffer):
             self.buffer = np.empty(self.size, self.dtype)  # memory is taken as it is filled
         self.documents += 1
