@@ -91,7 +91,7 @@ def list_files(sources: Sequence[Source], skipped: Skipped) -> list[File]:
             elif real in seen:
                 skipped.add("same file found twice", name)
             else:
-                files.append(_file(folder, number, name))
+                files.append(_file(number, name, info if info["type"] == "file" else _info(folder, name)))
             seen.add(real)
     if not files:
         where = ", ".join(f"{source.root}/{source.pattern}" for source in sources)
@@ -99,10 +99,14 @@ def list_files(sources: Sequence[Source], skipped: Skipped) -> list[File]:
     return files
 
 
-def _file(folder: DataFolder, source: int, name: str) -> File:
+def _info(folder: DataFolder, name: str) -> dict[str, Any]:
     info = folder.info(name)
     if info.get("islink"):  # fsspec gives the link's own
         info = folder.fs.info(str(Path(folder.path, name).resolve()))
+    return info
+
+
+def _file(source: int, name: str, info: dict[str, Any]) -> File:
     version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
     return File(source, name, info.get("size") or 0, version)
 
@@ -209,6 +213,6 @@ class Reader(PipelineStep):
 def read_file(inputs: dict[str, Any], file: File, skipped: Skipped) -> Iterator[Document]:
     root, options = inputs["sources"][file.source]["root"], inputs["options"]
     reader = FileReader(root, options["text_key"], options["drop"], skipped)
-    if _file(reader.data_folder, *file[:2]) != file:
+    if _file(file.source, file.name, _info(reader.data_folder, file.name)) != file:
         raise PrepareError(f"{root}/{file.name} changed while it was being prepared; run again")
     yield from reader.read_file(file.name)

@@ -38,7 +38,8 @@ class TokenWriter(PipelineStep):
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
         inputs, began = json.loads((self.work / INPUTS).read_bytes()), time.monotonic()
-        tokenizer = _tokenizer(str(self.work / STORE / inputs["tokenizer"]))
+        path = self.work / STORE / inputs["tokenizer"]
+        tokenizer = _tokenizer(str(path), path.stat().st_mtime_ns)
         size, dtype = inputs["options"]["tokens_per_shard"], inputs["dtype"]
         name = f"{inputs['corpus']:02d}-{rank:04d}"
         shards = {s: ShardWriter(self.work / STORE, f"{s}-{name}", size, dtype) for s in ("train", "validation")}
@@ -77,7 +78,7 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: str) -> Tokenizer:
+def _tokenizer(path: str, written: int) -> Tokenizer:
     return Tokenizer.load(path)
 
 
