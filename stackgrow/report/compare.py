@@ -42,7 +42,11 @@ def compare(runs: Sequence[Path], loss: str = "train", losses: Sequence[float] =
     """
     curves = read_curves(runs, loss)
     against = {curve.name: speed_ups(curves[0].target, curve.target, losses) for curve in curves[1:]}
-    evaluations = {str(run): last_evaluation(run) for run in runs}
+    names = [
+        run.absolute().name for run in runs
+    ]  # a comparison is published: folders by their full path only if needed
+    unique = [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
+    evaluations = {name: last_evaluation(run) for name, run in zip(unique, runs, strict=True)}
     return Comparison(loss, losses, curves, against, {run: found for run, found in evaluations.items() if found})
 
 

@@ -44,7 +44,8 @@ figure { margin: .5rem 0 } svg { max-width: 100%; height: auto; display: block }
 .timeline div.grow { border-top-color: #e07b1f; flex-grow: 0 }
 pre { background: var(--soft); padding: .8rem; white-space: pre-wrap }
 @media print { :root { color-scheme: light; --ink: #000; --paper: #fff; --faint: #444; --line: #bbb; --soft: #f3f5f7 }
-  body { font-size: 9pt; padding: 0 } figure, tr { break-inside: avoid } .wide { overflow-x: visible }
+  body { font-size: 9pt; padding: 0 } figure, tr { break-inside: avoid } h2, h3 { break-after: avoid }
+  .wide { overflow-x: visible }
   th, td { padding: .15rem .35rem } }
 """
 
@@ -63,7 +64,7 @@ def write_report(runs: Sequence[Path], target: Path) -> None:
     else:
         parts = [f"<h1>{escape(title)}</h1>", *_together(comparison)]
         for run in runs:
-            parts += [f"<h2>{escape(str(run))}</h2>", *_overview(run), *_identity(run)]
+            parts += [f"<h2>{escape(run.absolute().name)}</h2>", *_overview(run), *_identity(run)]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     body = "\n".join(parts)
     text = (

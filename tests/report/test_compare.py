@@ -69,7 +69,7 @@ def test_benchmarks_are_those_of_the_last_checkpoint(runs: list[Path]) -> None:
         record = {"stage": "s", "step": step, "tokens": 1024 * step, "tasks": tasks, "seven_task_mean": None}
         (runs[1] / "eval" / f"s-step-{step}.json").write_text(json.dumps(record))
     comparison = compare(runs)
-    assert comparison.evaluations == {str(runs[1]): {"sciq acc_norm": 0.5, "wikitext word_perplexity": 30.0}}
+    assert comparison.evaluations == {runs[1].name: {"sciq acc_norm": 0.5, "wikitext word_perplexity": 30.0}}
     assert "sciq acc_norm" in render(comparison)
     head, first, second = evaluation_rows({"x": {"mean of seven": 0.5}, "y": {"other acc": 0.25}})
     assert (head, first, second) == (
