@@ -1,1 +1,1 @@
-"""What becomes of a checkpoint: import and export in the format of Hugging Face."""
+"""What becomes of a checkpoint: benchmarks, and import and export in the format of Hugging Face."""

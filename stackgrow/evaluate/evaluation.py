@@ -104,7 +104,7 @@ class Evaluation:
 def unchanged_generators() -> Iterator[None]:
     """Training goes on as if nothing had drawn random numbers in between, or seeded, as some tasks do."""
     python, numbers = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         yield
     random.setstate(python)
     np.random.set_state(numbers)

@@ -37,7 +37,8 @@ def new_figure(width: float, height: float) -> Any:
     except ImportError:
         raise MissingExtraError('pictures need matplotlib: pip install "stackgrow[report]"') from None
     ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    settings: Any = {**ink, "svg.fonttype": "none", "svg.hashsalt": "stackgrow", "legend.frameon": False}
+    texts = {"svg.fonttype": "none", "svg.hashsalt": "stackgrow", "text.parse_math": False}
+    settings: Any = {**ink, **texts, "legend.frameon": False}
     mpl.rcParams.update(settings)
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -51,7 +52,7 @@ def save_figure(comparison: Comparison, file: Path) -> None:
     if file.suffix == ".svg":
         file.write_text(_svg(figure))
     else:
-        figure.savefig(file, dpi=110)
+        figure.savefig(file, dpi=85)
 
 
 def panel_svg(comparison: Comparison, panel: str) -> str:
