@@ -18,7 +18,7 @@ from stackgrow.recipe import Growth, Model, Recipe
 from stackgrow.resolve_growth import carry_problems, learn_problems
 
 MAX_LAYERS = 4096
-MIN_WINDOW = 2  # steps that a slope can be fitted over
+LEAST_STEPS = 4  # of a stage whose loss decides its end: a slope is fitted over half of them
 
 
 def geometry_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -204,12 +204,11 @@ def schedule_problems(stage: TrainStage, part: Part) -> Iterator[Problem]:
         rule = f"{stage.horizon_steps} steps are fewer than the {most} steps of {stage.name}"
         remedy = f" after the {before} before it; make it longer" if before else '; make it longer, or "stage"'
         yield part.where("horizon"), rule + remedy
-    if until and not MIN_WINDOW <= until.window < until.max_steps // 2:
-        timing = part.table.replace(".train", "") if part.hop is None else part.hop.where
+    if until and part.hop and not LEAST_STEPS <= until.min_steps < until.max_steps:
         yield (
-            f"{timing}.timing",
+            f"{part.hop.where}.timing",
             f"gives {stage.name} {until.min_steps} to {until.max_steps} steps; max must be later than min, and min at "
-            f"least {2 * MIN_WINDOW} steps after the growth before, for a slope to be fitted over half of them",
+            f"least {LEAST_STEPS} steps after the growth before, for a slope to be fitted over half of them",
         )
 
 

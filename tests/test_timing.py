@@ -1,6 +1,8 @@
 """When to grow: the forms of a timing, a guideline of one's own, and growth that the loss decides."""
 
+import re
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from recipes_for_tests import RECIPE, edited, plan_of, problems_of
@@ -114,3 +116,24 @@ def test_a_base_from_elsewhere(tmp_path: Path) -> None:
 def test_a_base_outside_the_working_directory_is_named_on_the_command_line(tmp_path: Path) -> None:
     text = edited(("[base]\n", '[base]\nfrom = "/models/llama"\n'))
     assert "--set base.from=" in problems_of(tmp_path, text)["base.from"]
+
+
+def test_the_examples_of_the_readme(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "recipes" / "README.md").read_text()
+    blocks = [dedent(block) for block in re.findall(r"(?:^ {4}.+\n|^\n(?= {4}))+", readme, re.MULTILINE)]
+    (slope,) = (b for b in blocks if b.lstrip().startswith("timing = {"))
+    (own,) = (b for b in blocks if b.lstrip().startswith("[guideline]"))
+    (base,) = (b for b in blocks if b.lstrip().startswith("[base]"))
+    start, end = RECIPE.index("[base]"), RECIPE.index("[train]")
+    grown = RECIPE[:start] + base + own + RECIPE[end:]
+    plan = plan_of(tmp_path, grown, ["model.n_layers=44"])
+    assert [s.name for s in plan.stages] == ["stage-0-import-22L", "stage-1-grow", "stage-2-train-44L"]
+    assert plan.recipe.guideline is not None
+    fit = (plan.recipe.guideline.a, plan.recipe.guideline.b, plan.recipe.guideline.c)
+    assert fit == guidelines.TIMING
+    tokens = ["budget.tokens=750B", "train.global_batch_tokens=1Mi"]
+    waits = plan_of(
+        tmp_path, edited(('timing = "20K"', slope.strip()), ('timing = "40 steps"', 'timing = "20B"')), tokens
+    )
+    assert waits.train_stages[0].until is not None
+    assert waits.train_stages[0].start_tokens + waits.train_stages[0].tokens == pytest.approx(15e9, rel=1e-4)

@@ -44,14 +44,12 @@ def _told(folder: Path, wanted: Model) -> dict[str, Any]:
 
 
 def take_over(stage: ImportStage, target: Path, rank: int, world_size: int) -> str:
-    """Makes the sealed checkpoint ``target`` of the base model, by all ranks, and returns a hash of its weights: by
-    linking files of a DCP checkpoint, by converting those of Hugging Face. A growth that changes nothing."""
+    """Makes the sealed checkpoint ``target`` of the base model, by all ranks, and returns a hash of its weights, on
+    rank 0: by linking files of a DCP checkpoint, by converting those of Hugging Face. A growth that changes nothing."""
     ranks = Ranks(rank, world_size)
     folder, layers = Path(stage.folder), tuple(range(stage.source.n_layers))
-    if not target.exists():  # which is complete where it exists
+    if ranks.gather(seal.read_seal(target))[0] is None:  # as rank 0 sees it
         same = GrowStage(stage.index, stage.source, stage.target, "stack", layers, 0.0, stage.seed)
         given, place = _told(folder, stage.source), stage.position
         grow_folder(folder, target, lambda _: same, given=given, ranks=ranks, tell=lambda _: None, position=place)
-    manifest = ranks.step(lambda: seal.read_seal(target))
-    assert manifest is not None
-    return canonical_hash(manifest["tensors"])
+    return canonical_hash((seal.read_seal(target) or {})["tensors"]) if rank == 0 else ""
