@@ -80,7 +80,7 @@ def test_killed_before_and_after_the_decision(workplace: Workplace, runs: Path, 
 def test_other_degrees_of_parallelism_in_each_stage(workplace: Workplace, runs: Path, tmp_path: Path) -> None:
     """The base on FSDP, the target on tensor parallelism, with batches that grow: the same steps and losses."""
     layout = ["base.parallel.shard=2", "growth[0].parallel.tensor=2", f"run.folder={tmp_path}/run"]
-    workplace.run(*SLOPE, *layout, ranks=2)
+    workplace.run(*SLOPE, *layout, warm_ranks=2)
     for name in ("metrics.jsonl", "validation.jsonl"):
         found, expected = losses(tmp_path / "run", name), losses(runs / "slope", name)
         assert found.keys() == expected.keys()
