@@ -1,0 +1,130 @@
+"""Fits to sweeps whose constants are known, with and without a valley to find."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli
+from recipes_for_tests import RECIPE, edited, recipe_of
+
+from stackgrow.errors import DamagedError
+from stackgrow.report.guideline_table import render_fits, render_toml
+from stackgrow.report.isoflop import Run, fit_law, fit_timing, read_table, valleys
+
+TOOL = Path(__file__).parents[2] / "tools" / "fit_guidelines.py"
+TRUE = {"a": 0.88, "b": 163.27, "c": -5.74}
+BUDGET = {4.1e8: 2.2e20, 1.1e9: 7e20, 3e9: 1.2e21}  # the paper's sizes and FLOPs
+TIMINGS = (1e9, 5e9, 10e9, 20e9, 50e9)
+
+
+def sweep(noise: float, seed: int = 0, curvature: float = 0.08, shift: float = 0.0) -> list[Run]:
+    """Runs whose loss is least at the timing of eq. 2 (times 10^shift), each off by one normal number."""
+    rng, runs = np.random.default_rng(seed), []
+    for n, budget in BUDGET.items():
+        for d in TIMINGS:
+            C = np.linspace(0.2, 1, 80) * budget
+            best = TRUE["a"] * math.log10(n) + TRUE["b"] / np.log10(C) + TRUE["c"] + shift
+            loss = 2.6 * (C / 1e20) ** -0.05 + curvature * (math.log10(d) - best) ** 2 + rng.normal(0, noise)
+            runs.append(Run(f"{n} {d}", n, d, C, loss))
+    return runs
+
+
+def test_constants_are_exact_without_noise() -> None:
+    fit = fit_timing(valleys(sweep(0.0)))
+    assert fit.values == pytest.approx(TRUE, rel=1e-3)  # the curves are read between their points
+
+
+def test_constants_are_recovered_within_their_uncertainty() -> None:
+    scores = []
+    for seed in range(12):
+        fit = fit_timing(valleys(sweep(0.002, seed), points=4))
+        scores += [(fit.values[name] - TRUE[name]) / fit.errors[name] for name in "abc"]
+    assert np.mean(np.abs(scores) < 2) >= 0.85  # 95% of a normal distribution
+    assert 0.5 < np.std(scores) < 1.6  # nor are they stated too large
+
+
+@pytest.mark.parametrize(
+    ("sets", "problem"),
+    [
+        ({"curvature": -0.08}, "the losses do not curve upwards"),
+        ({"shift": 3.0}, "the loss is still falling at the largest value tried"),
+        ({"shift": -4.0}, "the loss is still falling at the smallest value tried"),
+    ],
+)
+def test_a_sweep_without_a_valley(sets: dict[str, float], problem: str) -> None:
+    found = valleys(sweep(0.0, **sets))
+    assert {v.problem for v in found} == {problem}
+    assert all(v.best is None for v in found)
+    with pytest.raises(DamagedError, match="0 valleys of 0 sizes do not determine a, b and c"):
+        fit_timing(found)
+    assert f"no valley: {problem}" in render_fits(found, "0 valleys", {})
+
+
+def test_one_size_and_three_timings() -> None:
+    runs = [r for r in sweep(0.0) if r.parameters == 3e9]
+    with pytest.raises(DamagedError, match="of 1 sizes do not determine"):
+        fit_timing(valleys(runs))
+    assert valleys(runs[:2]) == []
+    fit = fit_timing(valleys([r for r in sweep(0.0) if r.at in TIMINGS[1:4]]))
+    assert math.isnan(fit.errors["a"])  # a parabola goes through any three points
+
+
+def test_scaling_law() -> None:
+    rng, flops = np.random.default_rng(0), [1e19, 1e20, 1e21, 3e21]
+    losses = [30 * c**-0.055 * (1 + rng.normal(0, 1e-3)) for c in flops]
+    runs = [
+        Run("", n, None, np.array([c / 2, c]), np.array([9.0, loss]))
+        for n, (c, loss) in enumerate(zip(flops, losses, strict=True))
+    ]
+    law = fit_law(runs)
+    assert law is not None
+    for name, true in {"a": 30, "b": -0.055}.items():
+        assert abs(law.values[name] - true) < 3 * law.errors[name]
+        assert law.errors[name] < 0.2 * abs(true)
+    assert fit_law(runs[:1]) is None
+
+
+def test_table_of_a_fit_is_a_recipe_s(tmp_path: Path) -> None:
+    found = valleys(sweep(0.0))
+    text = render_toml(fit_timing(found), found, 'our "own" sweep')
+    guideline = recipe_of(tmp_path, edited(("[train]\n", f"{text}\n\n[train]\n"), text=RECIPE)).guideline
+    assert guideline is not None
+    assert (guideline.a, guideline.b, guideline.c) == pytest.approx(tuple(TRUE.values()), rel=1e-3)
+    assert (guideline.source, guideline.max_parameters) == ('our "own" sweep', 3e9)
+
+
+def test_tool(tmp_path: Path) -> None:
+    with (tmp_path / "sweep.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["parameters", "timing", "flops", "loss"])
+        for run in sweep(0.001):
+            writer.writerows([run.parameters, run.at, *row] for row in zip(run.flops, run.loss, strict=True))
+        for n, budget in BUDGET.items():
+            writer.writerows([n, "", c, 2.8 * (c / 1e20) ** -0.05] for c in np.linspace(0.2, 1, 9) * budget)
+    command = [sys.executable, str(TOOL), "sweep.csv", "--out", "fit.json", "--plot", "fit.svg"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    output = done.stdout
+    plain = json.loads((tmp_path / "fit.json").read_text())
+    for name, true in TRUE.items():
+        assert abs(plain["timing"]["values"][name] - true) < 3 * plain["timing"]["errors"][name]
+    assert plain["laws"]["scratch"]["values"]["b"] == pytest.approx(-0.05, abs=2e-3)
+    assert tomli.loads(output[output.index("[guideline]") :])["guideline"]["a"] == plain["timing"]["values"]["a"]
+    assert "scratch law" in (tmp_path / "fit.svg").read_text()
+
+
+def test_bad_rows_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.csv"
+    file.write_text("parameters,timing,flops,loss\n1e9,1e9,1e20,high\n")
+    with pytest.raises(DamagedError, match=r"sweep.csv:2: .*needs numbers for parameters, timing, flops, loss"):
+        read_table(file, "timing")
+    file.write_text("parameters,flops,loss\n1e9,1e20,2\n")
+    with pytest.raises(DamagedError, match=r"sweep.csv:2: 'timing'"):
+        read_table(file, "timing")
