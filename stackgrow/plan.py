@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import linear_regression
 from typing import Any
 
 from stackgrow import guidelines
@@ -15,8 +13,8 @@ from stackgrow.growth import learned_shapes
 from stackgrow.kinds import Duration, Rewarm
 from stackgrow.load import canonical_hash, to_dict
 from stackgrow.recipe import Model, Parallel, Recipe, Train
+from stackgrow.slope import Until
 
-SLOPE_POINTS = 128  # losses in the window of a slope: enough to smooth, and rarely more than are logged anyhow
 CHECKPOINT_BYTES = 12  # per parameter: float32 weight and AdamW's two float32 moments
 
 
@@ -27,23 +25,6 @@ class GrowthMask:
     source: Model
     layer_map: tuple[int, ...] | None
     ramp: Duration
-
-
-@dataclass(frozen=True)
-class Until:
-    """Ends a stage at its first step from ``min_steps`` on at which the loss falls by less than ``slope`` per billion
-    tokens, or at ``max_steps``: the slope of a line through the losses looked at in the last ``window`` steps."""
-
-    slope: float
-    min_steps: int
-    max_steps: int
-
-    @property
-    def window(self) -> int:
-        return self.min_steps // 2
-
-    def looks_at(self, step: int) -> bool:
-        return step % max(1, self.window // SLOPE_POINTS) == 0
 
 
 @dataclass(frozen=True)
@@ -106,13 +87,6 @@ class TrainStage:
     @property
     def tokens(self) -> int:
         return self.batches.tokens(self.steps)
-
-    def fall(self, losses: Mapping[int, float], step: int) -> float:
-        """By how much the loss fell per billion tokens over the window before ``step``; ``losses`` by their steps."""
-        assert self.until is not None
-        steps = [s for s in losses if step - self.until.window < s <= step]
-        billions = [self.batches.tokens(s) / 1e9 for s in steps]
-        return -linear_regression(billions, [losses[s] for s in steps]).slope if len(steps) > 1 else math.inf
 
     def position(self, step: int) -> int:
         """Sequences consumed since the start of the run, after ``step`` steps of this stage."""

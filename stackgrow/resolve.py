@@ -24,9 +24,10 @@ from stackgrow.growth.depth import interleave_map, stack_map
 from stackgrow.kinds import Duration, Share, human
 from stackgrow.load import Problem, RecipeError
 from stackgrow.parts import Hop, Part, factor_of, parts_of, resized
-from stackgrow.plan import Freeze, GrowStage, ImportStage, LearnStage, Plan, Stage, TrainStage, Until
+from stackgrow.plan import Freeze, GrowStage, ImportStage, LearnStage, Plan, Stage, TrainStage
 from stackgrow.recipe import Growth, LossSlope, Recipe
 from stackgrow.resolve_growth import continued, lr_problems
+from stackgrow.slope import Until
 from stackgrow.timing import bounds_note, due, factor_note, shown, timing_note
 
 Ends = Callable[[str, Until], int]  # the steps of a stage, by its name, whose end the loss decides

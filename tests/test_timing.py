@@ -93,9 +93,13 @@ def test_what_another_recipe_found_does_not_count(tmp_path: Path) -> None:
 
 def test_slope_of_a_straight_line(tmp_path: Path) -> None:
     stage = plan_of(tmp_path, RECIPE, [SLOPE]).train_stages[0]
+    until = stage.until
+    assert until is not None
     losses = {step: 9 - 7 * step * 1024 / 1e9 for step in range(3, 13)} | {2: 1.0, 13: 1.0}
-    assert stage.fall(losses, 12) == pytest.approx(7)  # per billion tokens; outside of the window nothing counts
-    assert stage.fall({12: 3.0}, 12) == float("inf"), "one loss has no slope"
+    assert until.fall(losses, stage.batches, 12) == pytest.approx(
+        7
+    )  # per billion tokens; outside of the window nothing counts
+    assert until.fall({12: 3.0}, stage.batches, 12) == float("inf"), "one loss has no slope"
 
 
 def test_a_base_from_elsewhere(tmp_path: Path) -> None:

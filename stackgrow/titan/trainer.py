@@ -196,7 +196,7 @@ class StageTrainer(Trainer):
         anything follows from it."""
         job, step, until = self.stage_job, self.step, self.stage_job.stage.until
         if until and job.finds_end and (step == until.max_steps or (step >= until.min_steps and until.looks_at(step))):
-            fall = job.stage.fall(self.metrics_processor.losses, step)
+            fall = until.fall(self.metrics_processor.losses, job.stage.batches, step)
             ends = torch.tensor(int(step == until.max_steps or fall < until.slope), device=self.device)
             dist.broadcast(ends, 0)
             if ends.item():
