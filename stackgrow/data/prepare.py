@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -242,23 +243,10 @@ def _submit(work: Path, out: Path, tasks: int, options: dict[str, Any]) -> None:
     options = {"qos": "", "venv_path": f"{sys.prefix}/bin/activate", "job_name": f"prepare-{out.name}", **options}
     encode = SlurmPipelineExecutor(_pipeline(work), tasks, logging_dir=str(work / "log"), **options)
     last = {"depends": encode, "skip_completed": False, "logging_dir": str(out.with_name(f".{out.name}.slurm"))}
-    SlurmPipelineExecutor([Finish(work, out)], 1, **last, **options).run()
+    SlurmPipelineExecutor([partial(finish, work, out)], 1, **last, **options).run()
 
 
-class Finish(PipelineStep):
-    """``finish`` as a task of its own."""
-
-    type, name = "💾 - MANIFEST", "stackgrow"
-
-    def __init__(self, work: Path, out: Path):
-        super().__init__()
-        self.work, self.out = work, out
-
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        finish(self.work, self.out)
-
-
-def finish(work: Path, out: Path) -> None:
+def finish(work: Path, out: Path, *_: Any) -> None:
     """Makes the work of all tasks the store ``out``, or a part of it; doing it again after a kill does the rest."""
     inputs = json.loads((work / INPUTS).read_bytes())
     parts = _with_validation(work, _records(work, len(inputs["tasks"])), inputs["options"]["validation"])
