@@ -43,7 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each loader (default: 5)")
     parser.add_argument("--seconds", type=float, default=1.5, help="of one turn (default: 1.5)")
-    parser.add_argument("--megabytes", type=int, default=60, help="of text to prepare (default: 60)")
+    parser.add_argument("--megabytes", type=int, default=90, help="of text to prepare (default: 90)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     texts = stdlib_texts()
@@ -183,13 +183,14 @@ def byte_level(texts: list[str], folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def preparing(texts: list[str], folder: Path, megabytes: int, rounds: int = 3) -> dict[str, float]:
+def preparing(texts: list[str], folder: Path, megabytes: int, rounds: int = 2) -> dict[str, float]:
     workers = os.cpu_count() or 1
     model = folder / "tokenizer.model"
     model.write_bytes(train_tokenizer(texts, VOCABULARY).model)
     repeats = max(workers, round(megabytes * 1e6 / sum(map(len, texts))))
     for i in range(repeats):
-        write_rows([f"# {i}\n{text}" for text in texts], folder / "corpus" / f"{i:03d}.jsonl.zst")
+        for part in range(4):  # in tasks of about the same size, as those of a large corpus are
+            write_rows([f"# {i}\n{text}" for text in texts[part::4]], folder / "corpus" / f"{i:03d}-{part}.jsonl.zst")
     limit, ours = [], []
     for i in range(rounds):
         limit.append(sentencepiece_alone(texts, repeats, model, workers))

@@ -39,7 +39,7 @@ from stackgrow.data.write import PARTS, STORE, TokenWriter, fraction, write_file
 from stackgrow.load import canonical_hash
 from stackgrow.seal import read_json, sync_folder, write_json
 
-TASKS, TASK_BYTES = 1024, 2**24  # at most so many tasks, of at least so many bytes of input
+TASKS, TASK_BYTES = 1024, 2**21  # at most so many tasks, of at least so many bytes of input
 TRAINING_CHARACTERS = 2**28  # text a tokenizer is trained on at most; the trainer holds it in memory
 PACKAGES = ("datatrove", "numpy", "pyarrow", "sentencepiece", "tokenizers")
 PRESETS: dict[str, dict[str, Any]] = {
