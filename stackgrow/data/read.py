@@ -193,7 +193,7 @@ def _nested(data: Any, key: str) -> Any:
 class Reader(PipelineStep):
     """The documents of a task's files, which the folder ``work`` lists; each says its file's number."""
 
-    type, name = "📖 - READER", "stackgrow"
+    type, name = "READER", "stackgrow"
 
     def __init__(self, work: str):
         super().__init__()

@@ -30,7 +30,7 @@ class TokenWriter(PipelineStep):
     """Encodes the documents of a task into shards of its own: neither the number of workers nor a kill changes a byte.
     A document is held out when the hash of its text, as a number below 1, is below ``validation``."""
 
-    type, name = "💾 - WRITER", "stackgrow"
+    type, name = "WRITER", "stackgrow"
 
     def __init__(self, work: str, reader: Reader, validation: float):
         super().__init__()
