@@ -241,7 +241,13 @@ def run_stage(job: StageJob) -> None:
     finally:
         trainer.close()
     del trainer
-    gc.collect()  # torchtitan has switched the collector off, and a trainer's checkpointer refers back to it
+    _free()
+
+
+def _free() -> None:
+    """Frees trainers that are no longer used: torchtitan has switched the garbage collector off, and a trainer's
+    checkpointer refers back to it."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -259,3 +265,5 @@ def evaluate_checkpoint(job: StageJob, checkpoint: Path, step: int, grown: str |
         evaluation.run(job.stage, step, partial(score, trainer, batch=evaluation.wanted.batch), grown)
     finally:
         trainer.close()
+    del trainer
+    _free()
