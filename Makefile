@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNTIME := .venv/.installed-runtime
 DEV := .venv/.installed-dev
 
-.PHONY: quickstart test torture check schema clean
+.PHONY: quickstart test torture fuzz check schema clean
 
 quickstart: $(RUNTIME)  ## prepare a small corpus and grow a small model on it, on any machine
 	$(BIN)/python tools/prepare_data.py --stdlib --train-tokenizer 2048 --out data/stdlib
@@ -21,6 +21,9 @@ check: $(DEV)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(DEV)  ## 10,000 mutated recipes: planned or refused, never a traceback, a hang or a file
+	STACKGROW_FUZZ=10000 $(BIN)/python -m pytest -n 2 tests/test_fuzz_recipes.py
 
 schema: $(RUNTIME)  ## the JSON Schema and the reference in recipes/README.md, from the recipe's dataclasses
 	$(BIN)/python -m stackgrow.schema

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stackgrow import seal
+from stackgrow.errors import DamagedError
 from stackgrow.load import load_recipe
 from stackgrow.plan import Plan
 from stackgrow.resolve import make_plan
@@ -29,6 +30,8 @@ def with_found(plan: Plan, folder: Path, data_hash: str, file: str | Path = "rec
             record = seal.read_json(folder / name / FOUND)
             if record and record["stage_hash"] == stage_hash:
                 found[name] = record["found"]
+                if not isinstance(record["found"], int | str):
+                    raise DamagedError(f"{folder / name / FOUND}: {record['found']!r} is nothing that a stage finds")
         if found == plan.found:
             return plan
         plan = make_plan(plan.recipe, file, found)  # which changes the hashes of later stages

@@ -47,7 +47,7 @@ def session(run: Path, plan: Plan, file: str, sets: Sequence[str], order: Order)
     written = {"recipe_file": Path(file).read_text(errors="replace"), "recipe": to_toml(plan.recipe), "packages": lock}
     build = torch_build()
     written["torch_build"] = build.pop("config", "")
-    named = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in written.items()}
+    named = {name: text_hash(text) for name, text in written.items()}
     entry = {
         "previous": identity(before[-1]) if before else None,
         "started": now(),
@@ -82,6 +82,10 @@ def session(run: Path, plan: Plan, file: str, sets: Sequence[str], order: Order)
 def identity(entry: Mapping[str, Any]) -> str:
     """The SHA-256 of what a session's entry held when it was made."""
     return canonical_hash({name: value for name, value in entry.items() if name not in ADDED})
+
+
+def text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def add(run: Path, stage: str, **facts: Any) -> None:

@@ -14,6 +14,7 @@ from stackgrow import kinds
 from stackgrow.kinds import Duration, Kind, Phase, Rewarm, Share
 
 OPERATORS = ("stack", "split", "zero", "random", "learn")
+MAX_WIDTH = 2**16  # planning a growth takes memory and time with every channel; GPT-3 has 12,288
 
 
 def key(kind: Kind, help: str, *default: Any, free: bool = False, or_table: type | None = None) -> Any:
@@ -73,12 +74,12 @@ class Model:
     """A Llama-2-style decoder: RMSNorm, SwiGLU, RoPE without scaling, no biases, untied head."""
 
     family: str = key(kinds.choice("llama2"), "architecture")
-    dim: int = key(kinds.integer(2), "hidden width D")
+    dim: int = key(kinds.integer(2, MAX_WIDTH), "hidden width D")
     n_layers: int = key(kinds.integer(1, 4096), "number of layers L")
-    n_heads: int = key(kinds.integer(), "attention heads; head width is dim / n_heads")
-    n_kv_heads: int = key(kinds.integer(0), "key/value heads (grouped-query attention); 0 means n_heads", 0)
-    ffn_dim: int = key(kinds.integer(), "width F of the SwiGLU layer, exactly")
-    vocab_size: int = key(kinds.integer(2), "vocabulary V; must equal the token store's")
+    n_heads: int = key(kinds.integer(1, MAX_WIDTH), "attention heads; head width is dim / n_heads")
+    n_kv_heads: int = key(kinds.integer(0, MAX_WIDTH), "key/value heads (grouped-query attention); 0 means n_heads", 0)
+    ffn_dim: int = key(kinds.integer(1, 4 * MAX_WIDTH), "width F of the SwiGLU layer, exactly")
+    vocab_size: int = key(kinds.integer(2, 2**22), "vocabulary V; must equal the token store's")
     norm_eps: float = key(kinds.number(0, 1, above=True), "epsilon of RMSNorm", 1e-5)
     rope_theta: float = key(kinds.number(1), "base of the rotary frequencies", 10000.0)
     init: str = key(
@@ -206,10 +207,10 @@ class Train:
 class Widths:
     """The widths of a model that growth can change; those that are not given stay."""
 
-    dim: int = key(kinds.integer(2), "hidden width D", None)
-    n_heads: int = key(kinds.integer(), "attention heads", None)
-    n_kv_heads: int = key(kinds.integer(), "key/value heads; n_heads where [model] has as many", None)
-    ffn_dim: int = key(kinds.integer(), "width F of the SwiGLU layer", None)
+    dim: int = key(kinds.integer(2, MAX_WIDTH), "hidden width D", None)
+    n_heads: int = key(kinds.integer(1, MAX_WIDTH), "attention heads", None)
+    n_kv_heads: int = key(kinds.integer(1, MAX_WIDTH), "key/value heads; n_heads where [model] has as many", None)
+    ffn_dim: int = key(kinds.integer(1, 4 * MAX_WIDTH), "width F of the SwiGLU layer", None)
     norm_eps: float = key(kinds.number(0, 1, above=True), "epsilon of RMSNorm", None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,19 @@ METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """All whole records; a line torn by a crash is left out."""
+    return list(iter_records(path))
+
+
+def iter_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The same, one at a time."""
     if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break  # only the last line can be torn
-    return records
+        return
+    with path.open() as stream:
+        for line in stream:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return  # only the last line can be torn
 
 
 class RecordWriter:

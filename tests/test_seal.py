@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,18 @@ def test_missing_truncated_and_extra_files_are_found(sealed: Path) -> None:
         ".metadata has the wrong size",
         "__0_0.distcp is missing",
     ]
+
+
+def test_links_and_pipes_are_not_read(sealed: Path) -> None:
+    """Of a stranger's checkpoint: the manifest can say that a pipe has 0 bytes, and reading one never ends."""
+    for name in ("__0_0.distcp", "__1_0.distcp"):
+        (sealed / name).unlink()
+    os.mkfifo(sealed / "__0_0.distcp")
+    (sealed / "__1_0.distcp").symlink_to("/dev/zero")
+    manifest = json.loads((sealed / seal.MANIFEST).read_text())
+    for name in ("__0_0.distcp", "__1_0.distcp"):
+        manifest["files"][name]["bytes"] = 0
+    assert seal.damage(sealed, manifest) == [f"__{i}_0.distcp is no plain file" for i in (0, 1)]
 
 
 def test_parts_share_the_files(sealed: Path) -> None:

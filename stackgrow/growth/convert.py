@@ -18,7 +18,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -137,6 +137,14 @@ def _told(rule: Rule) -> str:
     if isinstance(rule, Compute):
         return f"{rule.note}({', '.join(rule.sources)})"
     return rule.source if isinstance(rule, Alias) else "zeros"
+
+
+def computed(source: Path, rules: Rules) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a growth that is no Alias, by name, one at a time; nothing is written."""
+    read = Reader(source, _read_source(source, rules), None)
+    for name, rule in rules.targets.items():
+        if not isinstance(rule, Alias):
+            yield name, _compute(read, rules, name)
 
 
 def _read_source(source: Path, rules: Rules) -> meta.Metadata:

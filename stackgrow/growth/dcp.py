@@ -190,6 +190,13 @@ def read_tensor(folder: Path, metadata: meta.Metadata, fqn: str) -> torch.Tensor
     return tensor
 
 
+def read_item(folder: Path, metadata: meta.Metadata, fqn: str) -> Any:
+    """One entry that is no tensor, such as "train_state.step"; plain data and tensors only."""
+    info = metadata.storage_data[meta.MetadataIndex(fqn)]
+    with (folder / info.relative_path).open("rb") as stream:
+        return torch.load(_create_file_view(stream, info.offset, info.length), weights_only=True)
+
+
 def _read_chunk(
     folder: Path, fqn: str, chunk: meta.ChunkStorageMetadata, info: _StorageInfo, dtype: torch.dtype
 ) -> torch.Tensor:

@@ -53,7 +53,7 @@ class StageCheckpoints(CheckpointManager):
 
     def load(self, step: int = -1) -> bool:
         """Loads the newest verified checkpoint of this stage, or its input, or nothing for a base stage."""
-        folder = self._newest_verified()
+        folder = self._newest_verified() or self.job.resume
         if folder is None and self.job.parent is None:
             return False
         source = folder or self.job.parent

@@ -37,6 +37,7 @@ class StageJob:
     parent: Path | None = None  # the grown checkpoint that the stage starts from; None: random weights
     source: Path | None = None  # of a LearnStage, whose own weights start at random: what its maps are learned on
     finds_end: bool = False  # the loss has yet to decide at which step the stage ends
+    resume: Path | None = None  # a checkpoint of this stage in another run folder, to go on from where this has none
     session: str = ""  # the identity of this session in the run's provenance, on rank 0
     evaluation: Evaluation | None = None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from warm import REPOSITORY, Warm
 
 from stackgrow import seal
+from stackgrow.audit.chain import audit_run
 from stackgrow.records import read_records
 
 RUN_RECIPE = str(REPOSITORY / "tools" / "run_recipe.py")
@@ -149,6 +150,12 @@ def weights(checkpoint: Path) -> dict[str, str]:
     manifest = seal.read_seal(checkpoint)
     assert manifest is not None
     return manifest["tensors"]
+
+
+def assert_audited(run: Path) -> None:
+    """An audit finds nothing."""
+    found = audit_run(run)
+    assert not found.findings, found.render()
 
 
 def steps_logged(run: Path, stage: str) -> int:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from launch import Workplace, losses, records, steps_logged, weights
+from launch import Workplace, assert_audited, losses, records, steps_logged, weights
 
 from stackgrow import seal
 from stackgrow.load import load_recipe
@@ -55,6 +55,7 @@ def undisturbed(workplace: Workplace) -> Path:
 @pytest.mark.parametrize(("stage", "grow", "layers"), [(FSDP, "stage-1-grow", 1), (TENSOR, "stage-3-grow", 2)])
 def test_frozen_layers_keep_every_bit(undisturbed: Path, stage: str, grow: str, layers: int) -> None:
     """With weight decay at 0.1, and moments that growth let them keep."""
+    assert_audited(undisturbed)
     grown, at = undisturbed / grow / "checkpoint", undisturbed / stage / "checkpoint"
     below = ("tok_embeddings.", *(f"layers.{i}." for i in range(layers)))
     frozen = {name for name in weights(grown) if name.startswith(below)}

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import Workplace, losses, records, steps_logged, weights
+from launch import Workplace, assert_audited, losses, records, steps_logged, weights
 
 from stackgrow.evaluate.hf import export_hf
 from stackgrow.found import FOUND, plan_of_run
@@ -42,6 +42,7 @@ def test_growth_comes_when_the_loss_calls_for_it(runs: Path) -> None:
     found = json.loads((runs / "slope" / BASE / FOUND).read_text())
     rows = records(runs / "slope")
     seen = {step: row for (stage, step), row in rows.items() if stage == BASE}
+    assert_audited(runs / "slope")
     assert 8 < found["found"] == max(seen) < 33, "between its bounds, and neither of them"
     plan = plan_of_run(runs / "slope")
     assert [s.steps for s in plan.train_stages] == [found["found"], max(s for stage, s in rows if stage == TARGET)]
@@ -115,6 +116,7 @@ def test_a_base_from_elsewhere_goes_on_as_its_own_run_did(runs: Path, reference:
     source = json.loads((run / first / "checkpoint" / "growth.json").read_text())["source"]
     assert ("files" in source) == (name == "hf"), "the SHA-256 of what was converted"
     assert json.loads((run / "ledger.json").read_text())["total"]["tokens"] == 20 * 1024
+    assert_audited(run)
 
 
 def test_a_base_is_taken_over_once(runs: Path) -> None:

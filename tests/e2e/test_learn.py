@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import Workplace, losses, records, steps_logged, weights
+from launch import Workplace, assert_audited, losses, records, steps_logged, weights
 
 from stackgrow import seal
 from stackgrow.growth.dcp import places, read_metadata
@@ -56,6 +56,7 @@ def test_growth_record_and_what_is_saved(wide_fsdp: Path) -> None:
     assert {name.split(".")[0] for name in weights(learned)} == {"widths", "depths"}
     validation = losses(wide_fsdp, "validation.jsonl")
     assert abs(validation[TARGET, 0] / validation[LEARN, 8] - 1) < ROUNDING
+    assert_audited(wide_fsdp)
 
 
 def test_one_rank_and_two_agree(workplace: Workplace, wide_fsdp: Path, tmp_path: Path) -> None:

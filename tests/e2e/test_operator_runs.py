@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import Workplace, losses, records, steps_logged, weights
+from launch import Workplace, assert_audited, losses, records, steps_logged, weights
 
 GROW, TARGET = "stage-1-grow", "stage-2-train-4L"
 NARROW = ["base.model.dim=32", "base.model.n_heads=2", "base.model.n_kv_heads=1", "base.model.ffn_dim=88"]
@@ -72,6 +72,7 @@ def test_masked_stage_resumes_and_compiles_alike(workplace: Workplace, tmp_path:
     workplace.run(*sets, f"run.folder={two}")
     assert losses(two) == losses(one)
     assert weights(two / TARGET / "checkpoint" / "step-12") == weights(one / TARGET / "checkpoint" / "step-12")
+    assert_audited(two)
     masks = [r["mask"] for key, r in records(one).items() if key[0] == TARGET]
     assert masks == [min(1.0, step / 10) for step in range(1, 13)]
     workplace.run(*sets, f"run.folder={compiled}", "train.compile=true")

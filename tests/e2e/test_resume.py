@@ -4,12 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from launch import Workplace, losses, records, steps_logged, weights
+from launch import Workplace, assert_audited, losses, records, steps_logged, weights
 
 BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
 
 
 def assert_same_run(run: Path, reference: Path) -> None:
+    assert_audited(run)
     assert losses(run) == losses(reference)
     assert losses(run, "validation.jsonl") == losses(reference, "validation.jsonl")
     final = Path(TARGET) / "checkpoint" / "step-20"

@@ -1,0 +1,344 @@
+"""An audit finds every single change to a finished run, and nothing in the run itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launch import Workplace, run_tool
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from stackgrow import seal
+from stackgrow.audit.chain import audit_run, open_case
+from stackgrow.audit.replay import replay
+from stackgrow.audit.report import Audit, WrongRequest
+from stackgrow.audit.same import same_run
+from stackgrow.errors import LockedError
+from stackgrow.growth.dcp import read_metadata
+from stackgrow.run import run_lock
+
+BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
+
+
+@pytest.fixture
+def run(workplace: Workplace, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The finished run, copied, and a working directory in which its token store is found."""
+    shutil.copytree(reference, tmp_path / "run")
+    monkeypatch.chdir(workplace.folder)
+    return tmp_path / "run"
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text, f"{old!r} is not in {path}"
+    path.write_text(text.replace(old, new, 1))
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    path.write_bytes(content)
+
+
+def swap(one: Path, other: Path) -> None:
+    spare = one.with_name("spare")
+    one.rename(spare)
+    other.rename(one)
+    spare.rename(other)
+
+
+def data_file(run: Path, stage: str, step: str = "") -> Path:
+    return run / stage / "checkpoint" / step / "__0_0.distcp"
+
+
+def drop_line(path: Path, number: int) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:number] + lines[number + 1 :]))
+
+
+def reseal(checkpoint: Path, done: Path | None = None) -> None:
+    """What a careful forger does: the seal, and what names it, fit the changed files."""
+    manifest = json.loads((checkpoint / seal.MANIFEST).read_text())
+    names = list(manifest["files"])
+    edit_json(checkpoint / seal.MANIFEST, lambda m: m.update(files=seal.file_records(checkpoint, names)))
+    if done:
+        edit_json(done, lambda d: d.update(manifest_sha256=seal.manifest_hash(checkpoint)))
+
+
+def forge_weights(run: Path) -> None:
+    file = data_file(run, TARGET, "step-20")
+    weights = read_metadata(file.parent).storage_data[MetadataIndex("output.weight", [0, 0])]
+    flip(file, (weights.offset + weights.length // 2) / file.stat().st_size)
+    reseal(run / TARGET / "checkpoint" / "step-20", run / TARGET / "DONE")
+
+
+def earlier_weights_at_the_end(run: Path) -> None:
+    for name in ("__0_0.distcp", ".metadata"):
+        shutil.copy(run / TARGET / "checkpoint" / "step-16" / name, run / TARGET / "checkpoint" / "step-20" / name)
+    reseal(run / TARGET / "checkpoint" / "step-20", run / TARGET / "DONE")
+
+
+# what is done to the run -> a check that finds it, where, and a part of the message
+CHANGES: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
+    "flipped byte": (lambda r: flip(data_file(r, TARGET, "step-20")), "checkpoints", "step-20", "damaged (SHA-256"),
+    "flipped byte, older checkpoint": (
+        lambda r: flip(data_file(r, BASE, "step-16"), 0.9), "checkpoints", f"{BASE}/checkpoint/step-16", "damaged"),
+    "flipped byte in metadata": (
+        lambda r: flip(r / BASE / "checkpoint/step-20/.metadata"), "checkpoints", "step-20", ".metadata is damaged"),
+    "swapped shard": (
+        lambda r: swap(data_file(r, TARGET, "step-16"), data_file(r, TARGET, "step-20")),
+        "checkpoints", f"{TARGET}/checkpoint/step-20", "damaged"),
+    "swapped checkpoint": (
+        lambda r: swap(r / TARGET / "checkpoint/step-16", r / TARGET / "checkpoint/step-20"),
+        "checkpoints", "step-20", "must state"),
+    "missing file": (lambda r: data_file(r, GROW).unlink(), "checkpoints", GROW, "missing"),
+    "truncated file": (
+        lambda r: os.truncate(data_file(r, TARGET, "step-16"), 1000), "checkpoints", "step-16", "wrong size"),
+    "removed seal": (lambda r: (r / TARGET / "checkpoint/step-16/MANIFEST.json").unlink(), "checkpoints", "step-16", "no seal"),
+    "forged weights, sealed anew": (forge_weights, "checkpoints", f"{TARGET}/checkpoint/step-20", "output.weight is not what was sealed"),
+    "earlier weights, sealed anew": (earlier_weights_at_the_end, "checkpoints", f"{TARGET}/checkpoint/step-20", "holds"),
+    "edited metric": (lambda r: edit(r / TARGET / "metrics.jsonl", '"loss": ', '"loss": 1'), "records", "metrics", "sealed"),
+    "edited metric, last digit": (
+        lambda r: edit(r / BASE / "metrics.jsonl", '"tps": ', '"tps": 1'), "records", f"{BASE}/metrics.jsonl", "edited"),
+    "edited validation": (
+        lambda r: edit(r / TARGET / "validation.jsonl", '"loss": ', '"loss": 0'), "records", "validation.jsonl", "edited"),
+    "missing record": (lambda r: drop_line(r / BASE / "metrics.jsonl", 7), "records", "metrics.jsonl", "steps [8]"),
+    "missing last record": (lambda r: drop_line(r / TARGET / "metrics.jsonl", 19), "records", "metrics.jsonl", "steps [20]"),
+    "record twice": (
+        lambda r: (f := r / BASE / "metrics.jsonl").write_text(f.read_text() + f.read_text().splitlines()[-1] + "\n"),
+        "records", "metrics.jsonl", "step 20 follows step 20"),
+    "tokens of a record": (
+        lambda r: edit(r / TARGET / "metrics.jsonl", '"tokens": 21504', '"tokens": 21505'), "records", "metrics", "tokens is not"),
+    "changed learning rate in the recipe": (
+        lambda r: edit(r / "recipe.toml", "learning_rate = 0.003", "learning_rate = 0.002"),
+        "recipe", "recipe.toml", "train.learning_rate: 0.003 -> 0.002"),
+    "changed seed in the recipe": (
+        lambda r: edit(r / "recipe.toml", "seed = 3407", "seed = 3408"), "stages", f"{BASE}/stage.json", "stage hash"),
+    "changed free key in the recipe": (
+        lambda r: edit(r / "recipe.toml", "keep = 2", "keep = 3"), "recipe", "recipe.toml", "checkpoint.keep: 2 -> 3"),
+    "recipe that is none": (lambda r: edit(r / "recipe.toml", "seed = 3407", "seed ="), "recipe", "", "not valid TOML"),
+    "edited DONE": (lambda r: edit(r / TARGET / "DONE", '"tokens": 20480', '"tokens": 20481'), "stages", "DONE", "tokens"),
+    "DONE that leads elsewhere": (
+        lambda r: edit_json(r / TARGET / "DONE", lambda d: d.update(checkpoint="../../../elsewhere")), "stages", "DONE", "checkpoint"),
+    "DONE that is no JSON": (lambda r: edit(r / BASE / "DONE", "{", "["), "stages", "", "DONE is damaged"),
+    "slower DONE": (lambda r: edit(r / BASE / "DONE", '"seconds": ', '"seconds": 9'), "stages", "ledger.json", "seconds"),
+    "removed DONE": (lambda r: (r / GROW / "DONE").unlink(), "stages", f"{TARGET}/DONE", "is not finished"),
+    "another parent": (
+        lambda r: edit_json(r / GROW / "DONE", lambda d: d.update(parent_hash="0" * 64)), "stages", f"{GROW}/DONE", "parent_hash"),
+    "edited stage.json": (lambda r: edit(r / BASE / "stage.json", '"steps": 20', '"steps": 21'), "stages", "stage.json", "steps: 21 -> 20"),
+    "foreign stage": (lambda r: shutil.copytree(r / GROW, r / "stage-3-grow"), "stages", "stage-3-grow", "no stage"),
+    "edited growth.json": (lambda r: edit(r / GROW / "growth.json", '"seconds": ', '"seconds": 1'), "records", "growth.json", "edited"),
+    "edited growth.json, its tensors": (
+        lambda r: edit_json(r / GROW / "growth.json", lambda g: g["tensors"].update({"norm.weight": "0" * 16})),
+        "growth", "growth.json", "norm.weight"),
+    "edited ledger": (
+        lambda r: edit_json(r / "ledger.json", lambda x: x["total"].update(tokens=41_000)), "stages", "ledger.json", "total.tokens"),
+    "edited provenance": (lambda r: edit(r / "provenance.json", '"cpus": ', '"cpus": 9'), "provenance", "checkpoint", "no session"),
+    "recipe in provenance": (
+        lambda r: edit(r / "provenance.json", "micro_batch = 4", "micro_batch = 8"), "provenance", "provenance.json", "not the one that ran"),
+    "edited lock file": (lambda r: edit(r / "requirements.lock", "torch==", "torch==1"), "provenance", "requirements.lock", "last session"),
+    "link": (lambda r: (r / "logs" / "x").symlink_to("/etc/passwd"), "recipe", "", "link"),
+    "link in place of a checkpoint": (
+        lambda r: (shutil.move(r / TARGET, r.parent / "away"), (r / TARGET).symlink_to(r.parent / "away")), "recipe", "", "link"),
+    "pipe": (lambda r: os.mkfifo(r / "ledger.json.tmp"), "recipe", "", "ledger.json.tmp is a link or a special file"),
+    "endless JSON": (lambda r: os.truncate(r / "ledger.json", 1 << 40), "recipe", "", f"ledger.json has {1 << 40} bytes"),
+    "nested JSON": (lambda r: (r / GROW / "growth.json").write_text("[" * 100_000), "growth", "", "growth.json is damaged"),
+}  # fmt: skip
+
+
+def audit(run: Path) -> Audit:
+    found = audit_run(run)
+    assert found.to_dict()["ok"] == (not found.findings)
+    for finding in found.findings:
+        assert finding.message in found.render()
+    return found
+
+
+def test_the_run_itself_has_no_finding(run: Path) -> None:
+    found = audit_run(run, full=True)
+    assert not found.findings, found.render()
+    assert found.checks["stages"] == "3 of 3 done; 40,960 tokens trained, 40,960 planned"
+    assert found.checks["growth"].startswith("39 tensors made again")
+    assert found.checks["data"] == "store: 3 of 3 files read"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_is_found(run: Path, change: str) -> None:
+    apply, check, where, message = CHANGES[change]
+    apply(run)
+    found = audit(run)
+    assert any(f.check == check and where in f.where and message in f.message for f in found.findings), found.render()
+
+
+def test_a_run_that_was_killed_has_no_finding(run: Path) -> None:
+    """Torn line, torn checkpoint, no DONE, no ledger: what kill -9 leaves is no fault."""
+    (run / "ledger.json").unlink()
+    (run / TARGET / "DONE").unlink()
+    shutil.rmtree(run / TARGET / "checkpoint" / "step-20")
+    (run / TARGET / "checkpoint" / "step-20").mkdir()
+    (run / TARGET / "checkpoint" / "step-20" / "__0_0.distcp").write_bytes(b"half a tensor")
+    os.truncate(run / TARGET / "metrics.jsonl", (run / TARGET / "metrics.jsonl").stat().st_size - 30)
+    edit_json(run / "provenance.json", lambda p: p["sessions"][-1].pop("ended"))
+    found = audit(run)
+    assert not found.findings, found.render()
+    assert found.title == "tiny, not finished"
+    assert "killed" in found.checks["provenance"]
+    assert found.checks["stages"].startswith("2 of 3 done; 20,480 tokens trained")
+
+
+def test_a_run_that_is_running_is_left_alone(run: Path) -> None:
+    with run_lock(run), pytest.raises(LockedError, match="audit it afterwards"):
+        audit_run(run)
+
+
+def test_the_data_are_checked_where_they_are(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree("store", tmp_path / "store")
+    shard = next((tmp_path / "store").glob("train-*.npy"))
+    flip(shard)
+    found = audit_run(run, [tmp_path / "store"], full=True)
+    assert [(f.check, f.where) for f in found.findings] == [("data", str(shard))]
+    monkeypatch.chdir(run)
+    assert audit(run).checks["data"].startswith("not checked: store is not a token store")
+    edit(run / "recipe.toml", 'path = "store"', 'path = "/etc"')
+    assert "name every store with --data" in audit(run).checks["data"]
+
+
+def command_line(workplace: Workplace, *arguments: object, code: int = 0, ranks: int = 0) -> str:
+    returned, output = workplace.tool("audit_run", *arguments, ranks=ranks)
+    assert returned == code, output
+    assert "Traceback" not in output
+    return output
+
+
+def test_command_line_for_machines(workplace: Workplace, run: Path) -> None:
+    flip(data_file(run, TARGET, "step-20"))
+    found = json.loads(command_line(workplace, run, "--json", "--against", "reference", code=65))
+    damage = {"where": f"{TARGET}/checkpoint/step-20", "message": "__0_0.distcp is damaged (SHA-256 differs)"}
+    assert found["findings"] == [{"check": "checkpoints", **damage}]
+    assert found["ok"] is False
+    assert found["checks"]["against"] == "reference: 50 losses and the weights of every stage"
+
+
+def test_two_runs_are_the_same_or_not(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, other := tmp_path / "other")
+    edit(other / "recipe.toml", "learning_rate = 0.003", "learning_rate = 0.002")
+    edit(other / TARGET / "metrics.jsonl", '"loss": ', '"loss": 1')
+    edit_json(other / "provenance.json", lambda p: p["data"].update(manifest_hash="0" * 64))
+    edit_json(other / GROW / "checkpoint" / seal.MANIFEST, lambda m: m["tensors"].update({"norm.weight": "0" * 16}))
+    shutil.rmtree(other / TARGET / "checkpoint" / "step-20")
+    found = audit_run(run, further={"against": lambda case: same_run(case, open_case(other))})
+    told = {f.where: f.message for f in reversed(found.findings)}
+    assert told["recipe"] == f"{BASE}.train.learning_rate: 0.003 -> 0.002"
+    assert told["data"] == "they were trained on different tokens"
+    assert told[f"{TARGET}/metrics.jsonl"].startswith("1 of 20 losses differ, by up to")
+    assert (told[GROW], told[TARGET]) == ("ends with other weights", "is finished in one of them only")
+    assert {f.check for f in found.findings} == {"against"}
+
+
+def test_replay_is_bit_for_bit(workplace: Workplace, run: Path) -> None:
+    told = command_line(workplace, run, "--replay", f"{TARGET}:16+4")
+    assert re.search(f"{TARGET} 16 to 20: 13 numbers, [0-9]+ tensors of step-20; equal bit for bit\n", told), told
+    assert "nothing found" in told
+
+
+def test_replay_on_other_ranks_finds_a_forged_loss(workplace: Workplace, run: Path) -> None:
+    """Other sums are within the stated tolerance, what was made up is not, however well it is sealed."""
+    metrics = run / BASE / "metrics.jsonl"
+    row = json.loads(metrics.read_text().splitlines()[2])
+    edit(metrics, f'"loss": {row["loss"]}', f'"loss": {row["loss"] - 0.01}')
+    output = command_line(workplace, run, "--json", "--replay", f"{BASE}:0+20", ranks=2, code=65)
+    found = json.loads(output[output.index("\n{") :])
+    (forged,) = (f for f in found["findings"] if f["check"] == "replay")
+    assert forged["where"] == f"{BASE}/metrics.jsonl"
+    assert forged["message"].startswith("step 3 differs when trained again: {'loss':")
+    assert "tensors of step-20; largest difference" in found["checks"]["replay"]
+    assert "allowed are 1e-05 and for weights 0.001, since world_size, mesh" in found["checks"]["replay"]
+
+
+@pytest.mark.parametrize(
+    "request_", [f"{BASE}:3+1", f"{BASE}:16+5", f"{BASE}:16+0", f"{GROW}:0+1", "x", f"{BASE}:0+-1"]
+)
+def test_replay_of_what_is_not_there(run: Path, request_: str) -> None:
+    with pytest.raises(WrongRequest, match=r"is not STAGE:STEP|can be gone on with at"):
+        audit_run(run, further={"replay": lambda case: replay(case, request_)})
+
+
+class Payload:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch executed",)
+
+
+def test_nothing_of_a_stranger_is_executed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is audited, and when it is grown."""
+    monkeypatch.chdir(tmp_path)
+    for metadata in run.glob("stage-*/checkpoint/**/.metadata"):
+        metadata.write_bytes(pickle.dumps(Payload()))
+        reseal(metadata.parent)
+    found = audit(run)
+    assert any("posix.system, which DCP" in f.message for f in found.findings), found.render()
+    options = ["--operator", "stack", "--factor", 2]
+    for step in (TARGET + "/checkpoint/step-20", GROW + "/checkpoint"):
+        code, told = run_tool("grow_checkpoint", run / step, tmp_path / "grown", *options, cwd=tmp_path)
+        assert code == 65
+        assert "posix.system, which DCP" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+JUNK: list[object] = [
+    None,
+    True,
+    -1,
+    2**70,
+    1e308,
+    float("nan"),
+    "",
+    "../../../etc/passwd",
+    "\x1b[2J",
+    [],
+    {},
+    [[]],
+    {"a": 1},
+]
+
+
+def junk(value: object, chance: random.Random) -> object:
+    """One value, somewhere in the tree, is replaced by something else."""
+    if isinstance(value, (dict, list)) and value and chance.random() < 0.9:
+        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        changed = dict(value) if isinstance(value, dict) else list(value)
+        changed[key] = junk(value[key], chance)
+        return changed
+    return chance.choice(JUNK)
+
+
+def test_whatever_a_file_says_it_is_a_finding(run: Path) -> None:
+    """Every JSON file of the run, with anything in any place: no exception, no file made, one finding at least."""
+    files = [
+        p
+        for p in sorted(run.rglob("*"))
+        if p.name in ("DONE", "stage.json", "growth.json", "MANIFEST.json", "provenance.json", "ledger.json")
+    ]
+    before, chance, unfound = set(run.parent.rglob("*")), random.Random(7), []
+    for case in range(14):
+        file = files[case % len(files)]
+        content = file.read_text()
+        changed = json.dumps(junk(json.loads(content), chance))
+        file.write_text(changed)
+        if not audit(run).findings and json.loads(changed) != json.loads(content):
+            unfound.append((file.name, changed))
+        file.write_text(content)
+    assert not unfound
+    assert set(run.parent.rglob("*")) == before
