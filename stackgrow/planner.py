@@ -211,7 +211,7 @@ def search(stage: TrainStage, cluster: Cluster, network: float = NETWORK, best: 
     for how in _layouts(stage, cluster.gpus):
         share, rest = divmod(sequences, how.data_ranks)
         sizes = [m for m in (1, 2, 4, 8, 16, 32, 64) if rest == 0 and share and share % m == 0]
-        for micro_batch, mode in itertools.product(sizes, MODES):
+        for micro_batch, mode in itertools.product(sizes, MODES[:1] if isinstance(stage, LearnStage) else MODES):
             variant = replace(stage, train=replace(stage.train, activation_checkpoint=mode))
             memory = stage_memory(variant, how, micro_batch)
             if memory.total <= cluster.gpu.memory:
@@ -222,10 +222,10 @@ def search(stage: TrainStage, cluster: Cluster, network: float = NETWORK, best: 
 
 def _layouts(stage: TrainStage, gpus: int) -> Iterator[Layout]:
     """FSDP, HSDP by nodes, and either with tensor parallelism inside a node, where the model divides."""
-    model, learns = stage.model, isinstance(stage, LearnStage)
+    model, whole = stage.model, isinstance(stage, LearnStage) or stage.train.loss_chunk > 0  # as checks.py has it
     divisible = (model.n_heads, model.kv_heads, model.ffn_dim, model.vocab_size, stage.seq_len // 2)
     for tensor in (1, 2, 4, 8):
-        if gpus % tensor or any(size % tensor for size in divisible) or (tensor > 1 and learns):
+        if gpus % tensor or any(size % tensor for size in divisible) or (tensor > 1 and whole):
             continue
         for replicate in sorted({1, max(1, gpus // NODE)}):
             shard = gpus // tensor // replicate

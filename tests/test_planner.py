@@ -102,6 +102,9 @@ def test_search_prefers_what_recomputes_and_sends_least() -> None:
     assert search(large, Cluster(1, "a100")) == []
     fast = search(large, Cluster(256, "h100"), network=1e15)[0]
     slow = search(large, Cluster(256, "h100"), network=1e9)[0]
+    chunked = shipped("7b_gstack", "train.loss_chunk=1024").train_stages[-1]
+    assert {c.layout.tensor for c in search(chunked, Cluster(256, "h100"), best=99)} == {1}
+    assert {c.layout.tensor for c in search(large, Cluster(256, "h100"), best=99)} == {1, 2, 4, 8}
     assert slow.slowdown > fast.slowdown
 
 

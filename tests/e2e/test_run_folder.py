@@ -5,9 +5,11 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 from launch import Workplace, losses, records, weights
 
 from stackgrow import seal
+from stackgrow.report.isoflop import read_run
 
 BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
 KEYS = {"stage", "step", "position", "tokens", "flops", "loss", "grad_norm", "lr", "tps"}
@@ -100,3 +102,12 @@ def test_second_call_does_nothing(workplace: Workplace, reference: Path) -> None
     output = workplace.run("run.folder=reference")
     assert output.count("done before") == 3
     assert {p: p.stat().st_mtime_ns for p in reference.glob("stage-*/**/*") if p.is_file()} == before
+
+
+def test_a_run_is_a_point_of_a_sweep(reference: Path) -> None:
+    """What tools/fit_guidelines.py takes from a run: its timing or factor, and C = 6 N D, base included."""
+    timing, factor = (read_run(reference, variable) for variable in ("timing", "factor"))
+    assert (timing.at, factor.at) == (20 * 1024, 2)
+    spent = json.loads((reference / "ledger.json").read_text())["total"]["flops"]
+    assert timing.flops[-1] == pytest.approx(spent * timing.parameters / (timing.parameters - 512 * 64))
+    assert timing.loss[-1] < timing.loss[0]
