@@ -1,0 +1,66 @@
+"""Two nodes on one machine, started as a user starts them; a worker that dies is replaced by torchelastic."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from launch import REPOSITORY, Workplace, environment, losses, steps_logged, weights
+
+CLUSTER = REPOSITORY / "tools" / "cluster"
+TARGET = "stage-2-train-4L"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def node(workplace: Workplace, port: int, log: Path, *sets: str) -> subprocess.Popen:
+    """One node of two, with one rank."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    here = {"PATH": path, "NODES": "2", "GPUS": "1", "HEAD": "localhost", "PORT": str(port)}
+    here |= {"ADDRESS": "127.0.0.1", "RESTARTS": "2"}
+    arguments = [a for s in (f"data.path={workplace.folder}/store", *sets) for a in ("--set", s)]
+    command = [str(CLUSTER / "node.sh"), str(workplace.folder / "tiny.toml"), *arguments]
+    with log.open("w") as stream:
+        return subprocess.Popen(command, env={**environment(), **here}, stdout=stream, stderr=stream)
+
+
+def test_a_killed_worker_is_restarted_on_both_nodes(workplace: Workplace, reference_fsdp: Path, tmp_path: Path) -> None:
+    run, port, logs = tmp_path / "run", free_port(), [tmp_path / f"node-{i}.log" for i in range(2)]
+    nodes = [node(workplace, port, log, f"run.folder={run}") for log in logs]
+    try:
+        deadline = time.monotonic() + 90
+        while steps_logged(run, TARGET) < 6:
+            assert all(n.poll() is None for n in nodes), "\n".join(log.read_text() for log in logs)
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        worker = next(p for p in psutil.Process(nodes[1].pid).children() if "run_recipe.py" in " ".join(p.cmdline()))
+        os.kill(worker.pid, signal.SIGKILL)
+        assert [n.wait(90) for n in nodes] == [0, 0], "\n".join(log.read_text() for log in logs)
+    finally:
+        for n in nodes:
+            n.kill()
+    assert losses(run) == losses(reference_fsdp)
+    final = Path(TARGET) / "checkpoint" / "step-20"
+    assert weights(run / final) == weights(reference_fsdp / final)
+    assert "done before" in "".join(log.read_text() for log in logs)  # the base, in the ranks' second life
+
+
+@pytest.mark.parametrize("script", ["node.sh", "slurm.sbatch"])
+def test_scripts_are_valid(script: str) -> None:
+    done = subprocess.run(["bash", "-n", str(CLUSTER / script)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_a_node_needs_is_asked_for() -> None:
+    done = subprocess.run([str(CLUSTER / "node.sh")], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "how many nodes" in done.stderr
