@@ -223,7 +223,7 @@ class _Local(LocalPipelineExecutor):
             for rank in ranks:
                 self._run_for_rank(rank)
             return
-        context = multiprocessing.get_context("forkserver")
+        context = multiprocessing.get_context("spawn")  # a forkserver would outlive a killed preparation
         try:
             with ProcessPoolExecutor(min(self.workers, len(ranks)), context, _start_worker) as pool:
                 for _ in pool.map(self._run_for_rank, ranks):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -171,8 +172,11 @@ def test_killed_with_its_workers_and_gone_on(corpus: Path, out: Path, monkeypatc
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)  # it alone: its workers end with it
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    os.kill(process.pid, signal.SIGKILL)  # it alone
     process.wait()
+    assert not psutil.wait_procs(children, timeout=20)[1], "its workers end with it"
     before = {path: path.stat().st_mtime_ns for path in records.glob("*.json")}
     assert not out.exists()
     time.sleep(0.5)
