@@ -72,10 +72,10 @@ def together() -> Iterator[None]:
     try:
         yield
     except (RunError, OSError) as error:
-        known = disk_error(error) if isinstance(error, OSError) else error
+        known = error if isinstance(error, RunError) else disk_error(error)
         with suppress(dist.DistError):
             known.teller, _ = _first_word(dist.get_rank(), known.exit_code)
-        raise known from error
+        raise known from error.__cause__
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise

@@ -97,7 +97,7 @@ def test_sigterm_saves_and_ends_with_75(workplace: Workplace, short_computed: Pa
     for point, where in (
         ("train.step 5", f"{BASE}, step 5"),
         ("validate 1", f"{BASE}, step 9"),  # asked after step 8, before its end
-        ("grow.computed 3", f"growing {GROW}"),
+        ("grow.computed 1", f"growing {GROW}"),
         ("load 1", f"{TARGET}, loading"),
         ("seal.hashed 1", f"{TARGET}, step 4"),
     ):

@@ -32,7 +32,7 @@ FAULTY = Path(__file__).parent / "faulty.py"
 FINAL = "stage-2-train-4L/checkpoint/step-12"
 SHORTER = ("budget.tokens=24Ki", "growth[0].timing=12Ki", "checkpoint.interval=3 steps", "log.tensorboard=false")
 TARGETS = ["start", "base train", "target train", *PHASES]
-TORCHRUN = 0.08  # the share of attempts that start torchrun for real
+TORCHRUN = 0.05  # the share of attempts that start torchrun for real
 LONGEST = 12  # kills of one run, then it is let go to its end
 
 
