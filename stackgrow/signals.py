@@ -21,13 +21,19 @@ _received: list[str] = []
 
 def watch() -> None:
     """From now on signals are requests. Call in the main thread."""
+    if signal.getsignal(SIGNALS[0]) is _noted:
+        return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing)
     for number in SIGNALS:
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, _noted)
     threading.Thread(target=_listen, args=(reading,), daemon=True).start()
     os.register_at_fork(after_in_child=_in_child)
+
+
+def _noted(*_: object) -> None:
+    """The listener has it; without a handler of Python's it would get nothing."""
 
 
 def _listen(reading: int) -> None:
