@@ -144,7 +144,11 @@ class Torture:
             check(run, references[ranks])
             shutil.rmtree(run)
             self.runs += 1
-            print(f"{self.kills.total():4} kills, {self.runs} runs finished and equal", flush=True)
+            print(f"{self.kills.total():4} kills, {self.runs} runs finished and equal; {table(self.kills)}", flush=True)
+
+
+def table(counter: Counter[str]) -> str:
+    return "  ".join(f"{name}: {n}" for name, n in counter.most_common())
 
 
 def check(run: Path, reference: Path) -> None:
@@ -174,8 +178,7 @@ def main() -> None:
         torture.torture(arguments.kills)
     minutes = (time.monotonic() - started) / 60
     print(f"{torture.kills.total()} kills in {torture.runs} runs, seed {arguments.seed}, {minutes:.1f} minutes")
-    for counter in (torture.kills, torture.how):
-        print("  ".join(f"{name}: {n}" for name, n in counter.most_common()))
+    print(table(torture.kills), table(torture.how), sep="\n")
     print("every run ended with the weights and losses of the undisturbed one, bit for bit")
 
 
