@@ -20,7 +20,9 @@ def start(workplace: Workplace, place: Path, *options: str, ranks: int) -> subpr
     at = command.index("--standalone")
     command[at:at] = options
     output = (place.parent / "output.txt").open("a")
-    return subprocess.Popen(command, cwd=workplace.folder, env=environment(), stdout=output, stderr=output)
+    # As tools/cluster/node.sh does: else ranks that start again may find the addresses of those that died.
+    env = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen(command, cwd=workplace.folder, env=env, stdout=output, stderr=output)
 
 
 def until(condition: Callable[[], bool]) -> None:
