@@ -22,6 +22,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 PRELOAD = ["stackgrow.run", "stackgrow.titan.session", "stackgrow.titan.trainer", "stackgrow.growth.standalone"]
+PRELOAD += ["matplotlib.figure", "matplotlib.backends.backend_svg", "torch.utils.tensorboard"]  # a run draws its report
 
 
 class Warm:
