@@ -13,7 +13,7 @@ quickstart: $(RUNTIME)  ## prepare a small corpus and grow a small model on it, 
 test: check  ## everything that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
 
-torture: $(DEV)  ## 200 kills of complete runs at random moments, 2000 mutated checkpoints; half an hour
+torture: $(DEV)  ## 200 kills of complete runs at random moments, 2000 mutated checkpoints; 20 minutes
 	STACKGROW_FUZZ=2000 $(BIN)/python -m pytest tests/growth/test_dcp_fuzz.py
 	$(BIN)/python tests/e2e/torture.py --kills 200
 

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,6 +270,6 @@ class TokenStore:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: at exit there is no os
         for descriptor in self.__dict__.get("_files", {}).values():
-            os.close(descriptor)
+            close(descriptor)
