@@ -189,7 +189,8 @@ def test_killed_with_its_workers_and_gone_on(corpus: Path, out: Path, monkeypatc
 
     with pytest.raises(StoreError):  # for finish did nothing
         prepare([Source(str(corpus))], out, tokenizer=400)
-    assert before.items() <= after.items(), "what was completed is not done again"
+    # Each of the two workers may have been killed between a part and datatrove's mark that it is complete.
+    assert len(before.items() - after.items()) <= 2 < len(before), "what was completed is not done again"
     assert len(after) > len(before)
 
 
