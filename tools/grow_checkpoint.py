@@ -108,7 +108,7 @@ def chosen(arguments: argparse.Namespace, prefix: str) -> dict[str, Any]:
 
 def stage_of(source: Model, arguments: argparse.Namespace) -> GrowStage:
     """What the options ask for, of this source."""
-    from stackgrow.growth.standalone import widened
+    from stackgrow.parts import resized
 
     n, factor, layer_map, widths = source.n_layers, arguments.factor, arguments.layer_map, chosen(arguments, "target_")
     if factor is None and layer_map is None and not widths:
@@ -117,7 +117,7 @@ def stage_of(source: Model, arguments: argparse.Namespace) -> GrowStage:
         raise GrowthError(f"more than {MAX_LAYERS} layers: choose a smaller --factor")
     if factor:
         layer_map = tuple((interleave_map if arguments.order == "interleave" else stack_map)(n, n * factor))
-    target = widened(source, len(layer_map) if layer_map else n, widths)
+    target = resized(source, widths, len(layer_map) if layer_map else n)
     drawn = arguments.noise, arguments.seed
     return GrowStage(0, source, target, arguments.operator, layer_map, *drawn, optimizer=arguments.optimizer)
 

@@ -5,7 +5,6 @@ All is written in ``<target>.tmp``, on which the ranks work together; one rename
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -223,10 +222,3 @@ def _finish(
     grown.rename(target)
     seal.sync_folder(target.absolute().parent)
     return growth
-
-
-def widened(source: Model, n_layers: int, widths: Mapping[str, Any]) -> Model:
-    """``source`` with another depth and other widths; key/value heads follow the heads where there are as many."""
-    if "n_heads" in widths and source.n_kv_heads == source.n_heads:
-        widths = {"n_kv_heads": widths["n_heads"], **widths}
-    return dataclasses.replace(source, n_layers=n_layers, **widths)

@@ -177,7 +177,10 @@ def test_killed_with_its_workers_and_gone_on(corpus: Path, out: Path, monkeypatc
     os.kill(process.pid, signal.SIGKILL)  # it alone
     process.wait()
     assert not psutil.wait_procs(children, timeout=20)[1], "its workers end with it"
-    before = {path: path.stat().st_mtime_ns for path in records.glob("*.json")}
+    # Completed is what datatrove has marked: a worker may have been killed between its part and the mark.
+    marked = {path.name for path in (records.parent / "log" / "completions").iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in records.glob("*.json") if path.stem in marked}
+    assert before
     assert not out.exists()
     time.sleep(0.5)
     monkeypatch.setattr(prepare_module, "TASK_BYTES", 10**5)
@@ -189,8 +192,7 @@ def test_killed_with_its_workers_and_gone_on(corpus: Path, out: Path, monkeypatc
 
     with pytest.raises(StoreError):  # for finish did nothing
         prepare([Source(str(corpus))], out, tokenizer=400)
-    # Each of the two workers may have been killed between a part and datatrove's mark that it is complete.
-    assert len(before.items() - after.items()) <= 2 < len(before), "what was completed is not done again"
+    assert before.items() <= after.items(), "what was completed is not done again"
     assert len(after) > len(before)
 
 
