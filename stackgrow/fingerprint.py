@@ -63,7 +63,7 @@ def _cpu_sum(bits: np.ndarray, first: int, row_stride: int) -> int:
     for i, row in enumerate(bits):
         for start in range(0, row.size, CPU_CHUNK):
             part = row[start : start + CPU_CHUNK]
-            if not part.any():  # as all of what G_zero makes
+            if not part[0] and not part.any():  # as all of what G_zero makes
                 continue
             a, b = factor[: part.size], other[: part.size]
             np.add(mixed[: part.size], _signed((first + i * row_stride + start) * _MIX), out=a)
@@ -72,7 +72,7 @@ def _cpu_sum(bits: np.ndarray, first: int, row_stride: int) -> int:
             np.multiply(a, _MIX, out=a)
             np.bitwise_or(a, 1, out=a)
             np.copyto(b, part)
-            total += int(np.dot(a, b))
+            total += int(np.multiply(a, b, out=b).sum())  # in two steps, which numpy vectorizes
     return _signed(total)
 
 

@@ -274,8 +274,9 @@ def _share(source: meta.Metadata, rules: Rules, rank: int, world_size: int) -> l
         loads[least] += costs[name]
         if least == rank:
             mine.append(name)
-    # In the model's order, two of the largest do not follow each other, and so are not in memory together.
-    return [name for name in computed if name in mine]
+    # Those of one size follow each other, in memory that they can reuse; the two largest are far apart, as one of them
+    # is still written when the next is computed.
+    return mine[::2] + mine[1::2][::-1]
 
 
 def _part(source: meta.Metadata, rank: int) -> str:

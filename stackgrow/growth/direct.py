@@ -9,8 +9,11 @@ import errno
 import fcntl
 import mmap
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 DIRECT = getattr(os, "O_DIRECT", 0)
 BLOCK = 1 << 24  # bytes written at a time
@@ -18,13 +21,18 @@ ALIGNED = 4096  # direct writes are multiples of a disk's sector, from memory th
 
 
 class DirectFile:
-    """Takes bytes in any portions. ``position``: how many so far. Complete, and on the disk, after ``finish``."""
+    """Takes bytes in any portions. ``position``: how many so far. Complete, and on the disk, after ``finish``.
+
+    One block is written while the next is filled: what fails is raised by a later call."""
 
     def __init__(self, path: Path):
         self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         with suppress(OSError):
             fcntl.fcntl(self.handle, fcntl.F_SETFL, DIRECT)
-        self.block, self.filled, self.position = mmap.mmap(-1, BLOCK), 0, 0
+        self.block, self.spare = (np.frombuffer(mmap.mmap(-1, BLOCK), np.uint8) for _ in range(2))  # page-aligned
+        self.filled = self.position = 0
+        self.thread, self.sending = ThreadPoolExecutor(1), Future[None]()
+        self.sending.set_result(None)
 
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data).cast("B")
@@ -39,16 +47,21 @@ class DirectFile:
     def _fill(self, part: memoryview) -> None:
         room = BLOCK - self.filled
         for piece in (part[:room], part[room:]):
-            self.block[self.filled : self.filled + len(piece)] = piece
+            np.copyto(self.block[self.filled : self.filled + len(piece)], np.frombuffer(piece, np.uint8))
             self.filled += len(piece)
             if self.filled == BLOCK:
                 self._send(BLOCK)
 
     def _send(self, size: int) -> None:
+        self.sending.result()
+        self.sending = self.thread.submit(self._write, self.block, size)
+        self.block, self.spare, self.filled = self.spare, self.block, 0
+
+    def _write(self, block: np.ndarray, size: int) -> None:
         sent = 0
         while sent < size:
             try:
-                sent += os.write(self.handle, memoryview(self.block)[sent:size])
+                sent += os.write(self.handle, memoryview(block)[sent:size])
             except OSError as error:
                 if error.errno != errno.EINVAL or not fcntl.fcntl(self.handle, fcntl.F_GETFL) & DIRECT:
                     raise
@@ -56,10 +69,10 @@ class DirectFile:
                 fcntl.fcntl(self.handle, fcntl.F_SETFL, 0)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        self.filled = 0
 
     def finish(self) -> None:
         self._send(-(-self.filled // ALIGNED) * ALIGNED)
+        self.sending.result()
         os.ftruncate(self.handle, self.position)
         os.fsync(self.handle)
 
@@ -67,4 +80,5 @@ class DirectFile:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.thread.shutdown()
         os.close(self.handle)

@@ -8,10 +8,12 @@ torchtitan's query head i reads key/value head i // r, and rotates channels 2p a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from stackgrow.growth.draw import generator
+from stackgrow.growth.reused import Reused
 from stackgrow.growth.rules import Alias, Compute, GrowthError, Moment, Rule, Rules
 from stackgrow.recipe import Model
 
@@ -35,7 +37,7 @@ AXES = {
     "norm": ("stream",),
     "output": ("vocab", "stream"),
 }
-ROWS = 256  # made at a time: new memory is slow, and what is made in the cache is not
+ROWS = 64  # made at a time: new memory is slow, and what is made in the cache is not
 GRID = 4096  # fan-in shares are multiples of 1/GRID: they add up to 1 exactly, in any floating-point type
 
 
@@ -60,8 +62,9 @@ def split_rules(source: Model, target: Model, seed: int, moment: Moment | None =
     if source.norm_eps != target.norm_eps:
         raise GrowthError(f"a split keeps norm_eps: {source.norm_eps:g}, not {target.norm_eps:g}")
     channels, have, want = copied_channels(source, target), source.tensors(), target.tensors()
+    memory = Reused()
     targets = {
-        name: _split(name, shape, [channels[axis] for axis in AXES[kind(name)]], seed, moment)
+        name: _split(name, shape, [channels[axis] for axis in AXES[kind(name)]], seed, moment, memory)
         for name, shape in have.items()
     }
     return Rules(targets, have, want)
@@ -134,7 +137,9 @@ def head_channels(heads: Sequence[int], inside: Sequence[int], width: int) -> li
     return [head * width + channel for head in heads for channel in inside]
 
 
-def _split(name: str, have: tuple[int, ...], axes: list[list[int]], seed: int, moment: Moment | None) -> Rule:
+def _split(
+    name: str, have: tuple[int, ...], axes: list[list[int]], seed: int, moment: Moment | None, memory: Reused
+) -> Rule:
     """``have`` is the source's shape; ``axes`` the source index of each target index, per dimension."""
     if all(axis == list(range(n)) for axis, n in zip(axes, have, strict=True)):
         return Alias(name)
@@ -149,17 +154,31 @@ def _split(name: str, have: tuple[int, ...], axes: list[list[int]], seed: int, m
         if not columns:
             wide = times(tensor[rows], factor)
         else:
-            wide = tensor.new_empty(len(rows), len(columns[0]))
+            wide = memory.empty((len(rows), len(columns[0])), tensor.dtype)
             shares = _shares(columns[0], have[1], generator(seed, "split", name)) ** power
-            for some, part in zip(rows.split(ROWS), wide.split(ROWS), strict=True):
-                torch.index_select(tensor.index_select(0, some), 1, columns[0], out=part)
-                if kind(name) != "tok_embeddings":
-                    part *= shares
+            with one_thread():
+                for some, part in zip(rows.split(ROWS), wide.split(ROWS), strict=True):
+                    torch.index_select(tensor.index_select(0, some), 1, columns[0], out=part)
+                    if kind(name) != "tok_embeddings":
+                        part *= shares
         for dimension, copies in enumerate(again):
             wide.index_fill_(dimension, torch.tensor(copies, dtype=torch.long), 0)
         return wide
 
     return Compute((name,), fn, "split" if len(axes) > 1 else "split norm")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For many small steps: several threads would meet after each, spinning, on cores that write and hash meanwhile."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def first_of(axis: Sequence[int]) -> list[int]:
