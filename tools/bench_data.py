@@ -22,21 +22,21 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow
-import torch
 
-from stackgrow.data.loader import TokenLoader, WindowDataset
 from stackgrow.data.prepare import prepare
 from stackgrow.data.read import Skipped, Source, list_files, read_file, stdlib_source
 from stackgrow.data.store import TokenStore
 from stackgrow.data.tokenizer import train_tokenizer
-from stackgrow.titan import device
+
+# Not torch: the processes that prepare load what this one does, and in tools/prepare_data.py that is without it.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SEQ_LEN, BATCH, VOCABULARY = 2048, 8, 4096
-Batches = Iterator[torch.Tensor]  # int64 [BATCH, SEQ_LEN]
 
 
 def main() -> int:
@@ -98,7 +98,7 @@ def loading(texts: list[str], folder: Path, rounds: int, seconds: float) -> dict
     return found
 
 
-def rate(batches: Batches, seconds: float) -> float:
+def rate(batches: Iterator[Tensor], seconds: float) -> float:
     began, count = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - began) < seconds:
         for _ in range(4):
@@ -107,13 +107,18 @@ def rate(batches: Batches, seconds: float) -> float:
     return count * BATCH * SEQ_LEN / elapsed
 
 
-def stackgrow_batches(store: TokenStore) -> Batches:
+def stackgrow_batches(store: TokenStore) -> Iterator[Tensor]:
+    """int64 [BATCH, SEQ_LEN], as from all of them."""
+    from stackgrow.data.loader import TokenLoader, WindowDataset
+
     data = WindowDataset([store], [1.0], SEQ_LEN, seed=1)
     loader = TokenLoader(data, global_batch=BATCH, micro_batch=BATCH, dp_rank=0, dp_world_size=1)
     return (inputs["input"] for inputs, _ in loader)
 
 
-def memmap_batches(shard: Path) -> Batches:
+def memmap_batches(shard: Path) -> Iterator[Tensor]:
+    import torch
+
     tokens = np.load(shard, mmap_mode="r")
     starts = np.random.default_rng(1).integers(0, len(tokens) - SEQ_LEN - 1, 1 << 16)
     while True:
@@ -124,7 +129,9 @@ def memmap_batches(shard: Path) -> Batches:
             yield torch.from_numpy(inputs)
 
 
-def torchtitan_batches(folder: Path) -> Batches:
+def torchtitan_batches(folder: Path) -> Iterator[Tensor]:
+    from stackgrow.titan import device
+
     device.install()
     from datasets import load_dataset
     from torchtitan.components.tokenizer import HuggingFaceTokenizer
@@ -142,7 +149,7 @@ def torchtitan_batches(folder: Path) -> Batches:
     return (inputs["input"] for inputs, _ in loader)
 
 
-def litdata_batches(store: TokenStore, folder: Path) -> Batches:
+def litdata_batches(store: TokenStore, folder: Path) -> Iterator[Tensor]:
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
 
     part = 1 << 18
@@ -160,7 +167,9 @@ class TokenParts:
     def __init__(self, store: TokenStore, size: int):
         self.store, self.size = store, size
 
-    def __call__(self, start: int) -> Iterator[torch.Tensor]:
+    def __call__(self, start: int) -> Iterator[Tensor]:
+        import torch
+
         yield torch.from_numpy(self.store.tokens(start, start + self.size).astype(np.int64))
 
 
