@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--kernels", nargs="+", choices=("sdpa", "flash_attn", "flex"), default=["sdpa", "flash_attn"])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--precision", choices=("bf16", "float8"), default="bf16")
     parser.add_argument("--activation-checkpoint", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--loss-chunk", type=int, default=0, metavar="TOKENS")
     parser.add_argument("--micro-batch", type=int, default=16, help="sequences, at most (default: 16)")
@@ -76,8 +77,8 @@ def main() -> int:
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    common = {"activation_checkpoint": arguments.activation_checkpoint, "loss_chunk": arguments.loss_chunk}
-    common |= {"step_tokens": arguments.step_tokens, "steps": arguments.steps, "micro_batch": arguments.micro_batch}
+    names = ("precision", "activation_checkpoint", "loss_chunk", "step_tokens", "steps", "micro_batch")
+    common = {name: getattr(arguments, name) for name in names}
     if arguments.small:
         common |= {"step_tokens": 512, "micro_batch": 4}
     for shape in ["small"] if arguments.small else arguments.shapes:
@@ -137,6 +138,7 @@ def stage_of(
     shape: str,
     kernel: str,
     mode: str,
+    precision: str,
     activation_checkpoint: str,
     loss_chunk: int,
     step_tokens: int,
@@ -152,6 +154,7 @@ def stage_of(
     stage = plan.train_stages[index]
     options: dict[str, Any] = {
         "compile": MODES[mode],
+        "precision": precision,
         "attention": kernel,
         "activation_checkpoint": activation_checkpoint,
     }
@@ -193,14 +196,17 @@ def version(package: str) -> str:
 
 def render(report: dict[str, Any]) -> str:
     """The table for the README."""
-    lines = ["| shape | attention | mode | micro-batch | tokens/s | MFU | peak GiB | to torchtitan |", "|---" * 8 + "|"]
+    lines = [
+        "| shape | precision | attention | mode | micro-batch | tokens/s | MFU | peak GiB | to torchtitan |",
+        "|---" * 9 + "|",
+    ]
     ratios = {
         (c["shape"], c["kernel"], c["mode"]): c.get("ratio", c.get("error")) for c in report["cases"] if c["pair"]
     }
     for c in report["cases"]:
         if c["pair"]:
             continue
-        cells = [c["shape"], c["kernel"], c["mode"], c["micro_batch"]]
+        cells = [c["shape"], c["precision"], c["kernel"], c["mode"], c["micro_batch"]]
         if "error" in c:
             cells += [c["error"], "", ""]
         else:

@@ -25,7 +25,6 @@ _HF_NAMES = {
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_OUR_NAMES = {theirs: ours for ours, theirs in _HF_NAMES.items()}
 # A Model's numbers in config.json, with what transformers takes where one is absent.
 _NUMBERS: dict[str, tuple[str, Any]] = {
     "dim": ("hidden_size", None),
@@ -55,19 +54,10 @@ _WRITTEN = ("architectures", "hidden_act", "attention_bias", "mlp_bias", "tie_wo
 
 def hf_name(name: str) -> str:
     """transformers' name of a torchtitan parameter; KeyError for what is none."""
-    return _renamed(name, "layers.", "model.layers.", _HF_NAMES)
-
-
-def our_name(name: str) -> str:
-    """torchtitan's name of a transformers parameter; KeyError for what is none."""
-    return _renamed(name, "model.layers.", "layers.", _OUR_NAMES)
-
-
-def _renamed(name: str, prefix: str, other: str, names: Mapping[str, str]) -> str:
-    if not name.startswith(prefix):
-        return names[name]
-    index, _, rest = name.removeprefix(prefix).partition(".")
-    return f"{other}{index}.{names[rest]}"
+    if not name.startswith("layers."):
+        return _HF_NAMES[name]
+    index, _, rest = name.removeprefix("layers.").partition(".")
+    return f"model.layers.{index}.{_HF_NAMES[rest]}"
 
 
 def to_hf(tensor: Tensor, name: str, model: Model) -> Tensor:

@@ -32,6 +32,7 @@ from stackgrow.growth.dcp import METADATA, CheckpointError, is_model_key, places
 from stackgrow.growth.direct import DirectFile
 from stackgrow.growth.rules import Alias, Compute, Rule, Rules, Zeros
 from stackgrow.growth.sealed import Reader
+from stackgrow.seal import sync_folder
 from stackgrow.signals import stop_if_asked
 
 # What file systems answer that cannot link, or not this file, or not once more.
@@ -119,9 +120,9 @@ def commit(source: Path, target: Path, rules: Rules, world_size: int = 1) -> dic
         pickle.dump(new, stream)
         _sync(stream)
     written = sum(file.stat().st_size for file in work.iterdir() if file.name not in linked)
-    _sync_folder(work)
+    sync_folder(work)
     work.rename(target)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     return {
         "map": {name: _told(rule) for name, rule in rules.targets.items() if is_model_key(name)},
         "dropped": sorted(filter(is_model_key, rules.dropped)),
@@ -310,12 +311,3 @@ def _link(source: Path, target: Path) -> bool:
 def _sync(stream: IO[bytes]) -> None:
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    # Without this a power loss can take back the rename, or the names inside.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

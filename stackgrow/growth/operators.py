@@ -19,33 +19,29 @@ PAPER = "https://arxiv.org/abs/2405.15319"
 
 @dataclass(frozen=True)
 class Operator:
-    """``preserves``: when the grown model computes what its source did; "" where that is not claimed.
-
-    ``width``, ``depth`` and ``whole`` name functions of this package, "module:function", and what they take;
-    those that make anything but copies take a Moment too.
-    """
+    """``width``, ``depth`` and ``whole`` name functions of this package, "module:function", and what they take;
+    those that make anything but copies take a Moment too."""
 
     name: str
     title: str
     equations: str  # of PAPER, appendix A
     directions: tuple[str, ...]
-    preserves: str = ""
     width: str = ""  # (source, target, seed, moment)
     depth: str = ""  # (layer_map, source, target), and (seed, moment) if ``seeded``
     whole: str = ""  # (source, target, network): width and depth in one, from matrices trained first
     seeded: bool = False
 
 
-ANY, PADDED = ("depth", "width", "both"), "in width where the target's norm_eps is the source's * d / D"
+ANY = ("depth", "width", "both")
 _TABLE = (
     Operator("stack", "G_direct depthwise (G_stack): whole layers are copied", "Algorithm 1",
              ("depth",), depth="depth:depth_rules"),
     Operator("split", "G_direct widthwise: neurons are copied and their fan-out split; layers, if any, are stacked",
-             "eqs. 4-11", ("width", "both"), "in width, up to RMSNorm", "width:split_rules", "depth:depth_rules"),
+             "eqs. 4-11", ("width", "both"), "width:split_rules", "depth:depth_rules"),
     Operator("zero", "G_zero: new parameters whose outputs are zero", "eqs. 12-19",
-             ANY, f"exactly; {PADDED}", "zero:zero_width_rules", "zero:zero_depth_rules"),
+             ANY, "zero:zero_width_rules", "zero:zero_depth_rules"),
     Operator("random", "G_random: new random parameters, whose outputs training unmasks", "eqs. 20-36",
-             ANY, f"with mask 0; {PADDED}", "zero:random_width_rules", "zero:random_depth_rules", seeded=True),
+             ANY, "zero:random_width_rules", "zero:random_depth_rules", seeded=True),
     Operator("learn", "G_learn (LiGO): learned linear maps of all weights", "eqs. 37-42",
              ANY, whole="learned:learned_rules"),
 )  # fmt: skip

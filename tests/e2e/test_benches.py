@@ -7,7 +7,14 @@ from pathlib import Path
 
 from launch import REPOSITORY, Workplace, environment
 
-CASE = {"shape": "small", "kernel": "sdpa", "mode": "eager", "activation_checkpoint": "none", "loss_chunk": 100}
+CASE = {
+    "shape": "small",
+    "kernel": "sdpa",
+    "mode": "eager",
+    "precision": "bf16",
+    "activation_checkpoint": "none",
+    "loss_chunk": 100,
+}
 
 
 def test_bench_gpu_writes_a_table(tmp_path: Path) -> None:
@@ -24,8 +31,8 @@ def test_bench_gpu_writes_a_table(tmp_path: Path) -> None:
     matmul = layers * (2 * D * D + 2 * D * D // 2 + 3 * D * F + 2 * D) + D + V * D
     assert sdpa["flops_per_token"] == 6 * matmul + 12 * layers * D * S
     assert flex["error"].startswith('train.attention: "flex" needs a GPU')
-    assert table[2].startswith("| small | sdpa | eager | 4 |")
-    assert {line.count("|") for line in table[:4]} == {9}
+    assert table[2].startswith("| small | bf16 | sdpa | eager | 4 |")
+    assert {line.count("|") for line in table[:4]} == {10}
     assert report["torchtitan"] in table[-1]
 
 

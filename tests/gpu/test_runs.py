@@ -112,7 +112,14 @@ def tool(name: str, *arguments: str, folder: Path) -> str:
 def test_memory_is_what_the_planner_says(tmp_path: Path, device: str) -> None:
     if device == "cpu":
         pytest.skip("what a CPU process holds is not what tensors take")
-    case = {"shape": "410M", "kernel": "sdpa", "mode": "eager", "activation_checkpoint": "none", "loss_chunk": 0}
+    case = {
+        "shape": "410M",
+        "kernel": "sdpa",
+        "mode": "eager",
+        "precision": "bf16",
+        "activation_checkpoint": "none",
+        "loss_chunk": 0,
+    }
     case |= {"step_tokens": 2**15, "micro_batch": 4}
     output = tool("bench_gpu", "--work", json.dumps({**case, "pair": False, "steps": 3}), folder=tmp_path)
     peak = json.loads(output.splitlines()[-1])["peak_gib"]
