@@ -39,3 +39,16 @@ def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest
         stream.write(b"content")
         stream.finish()
     assert (tmp_path / "file").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("blocks", [0.5, 3])
+def test_a_full_disk_is_told_though_another_thread_meets_it(monkeypatch: pytest.MonkeyPatch, blocks: float) -> None:
+    monkeypatch.setattr(direct, "BLOCK", 16384)
+
+    def fill() -> None:
+        with DirectFile(Path("/dev/full")) as stream:
+            stream.write(bytes(int(blocks * 16384)))
+            stream.finish()
+
+    with pytest.raises(OSError, match="No space left on device"):
+        fill()
