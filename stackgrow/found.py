@@ -37,6 +37,11 @@ def with_found(plan: Plan, folder: Path, data_hash: str, file: str | Path = "rec
         plan = make_plan(plan.recipe, file, found)  # which changes the hashes of later stages
 
 
+def run_of(path: Path) -> Path | None:
+    """The run that a checkpoint at ``path`` lies in, or that ``path`` itself is."""
+    return next((f for f in (path, *path.absolute().parents[:3]) if (f / "recipe.toml").is_file()), None)
+
+
 def plan_of_run(folder: Path, sets: Sequence[str] = ()) -> Plan:
     """The plan of a run, from what it wrote; ``sets`` change free keys."""
     file = folder / "recipe.toml"

@@ -10,7 +10,7 @@ from stackgrow import seal
 from stackgrow.data.order import read_order
 from stackgrow.data.store import StoreError
 from stackgrow.errors import ChangedError, DamagedError
-from stackgrow.found import plan_of_run
+from stackgrow.found import plan_of_run, run_of
 from stackgrow.plan import GrowStage, LearnStage, Plan, Stage, TrainStage
 from stackgrow.recipe import Model, Recipe
 
@@ -48,7 +48,7 @@ def choose(path: Path, stage: str | None = None, step: int | None = None, sets: 
         DamagedError: no such checkpoint.
         RecipeError: the run's recipe.toml cannot be read.
     """
-    run = next((f for f in (path, *path.absolute().parents[:3]) if (f / "recipe.toml").is_file()), None)
+    run = run_of(path)
     if run is None:
         return None
     plan = plan_of_run(run, sets)

@@ -19,7 +19,7 @@ from stackgrow.errors import RunError
 from stackgrow.evaluate.hf import CONFIG, import_hf
 from stackgrow.evaluate.hf_format import config_of, model_from_config
 from stackgrow.fingerprint import fingerprint
-from stackgrow.found import plan_of_run
+from stackgrow.found import plan_of_run, run_of
 from stackgrow.growth import convert
 from stackgrow.growth.dcp import CheckpointError, is_model_key, read_metadata, read_tensor, tensor_shapes
 from stackgrow.growth.rules import GrowthError, Rules
@@ -124,11 +124,9 @@ def _is_hf(source: Path) -> bool:
 def _known_model(source: Path) -> Model | None:
     if _is_hf(source):
         return model_from_config(seal.read_json(source / CONFIG) or {})
-    path = source.absolute()
-    run = next((f for f in path.parents[:3] if (f / "recipe.toml").is_file()), None)
-    if run is not None:
+    if run := run_of(source):
         for stage in plan_of_run(run).stages:
-            if stage.name in path.parts:
+            if stage.name in source.absolute().parts:
                 return stage.target if isinstance(stage, GrowStage) else stage.model
     config = (seal.read_seal(source) or {}).get("config")
     return model_from_config(config) if config else None
