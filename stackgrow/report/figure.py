@@ -21,7 +21,9 @@ COLORS = (
     "#b59a1c",
     "#d1495b",
     "#4aa5b8",
-)  # on white and on black
+    "#9a6b4a",
+    "#7d8790",
+)  # on white and on black; as many as the paper's eight operators and two baselines
 INK = "#1b1f23"  # stands for the page's own colour in an SVG
 PANELS = ("flops", "tokens", "speed-up")
 LABELS = {"train": "training loss", "validation": "validation loss"}
