@@ -6,9 +6,8 @@ import math
 import weakref
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a plan checks a growth by its rules, and needs neither for that
+    import numpy as np
     import torch
 
 
@@ -20,6 +19,7 @@ class Reused:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Like torch.empty, on the CPU."""
+        import numpy as np
         import torch
 
         size = math.prod(shape) * dtype.itemsize
