@@ -36,6 +36,8 @@ from stackgrow.data.tokenizer import train_tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    Batches = Iterator[Tensor]  # int64 [BATCH, SEQ_LEN]
+
 SEQ_LEN, BATCH, VOCABULARY = 2048, 8, 4096
 
 
@@ -98,7 +100,7 @@ def loading(texts: list[str], folder: Path, rounds: int, seconds: float) -> dict
     return found
 
 
-def rate(batches: Iterator[Tensor], seconds: float) -> float:
+def rate(batches: Batches, seconds: float) -> float:
     began, count = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - began) < seconds:
         for _ in range(4):
@@ -107,8 +109,7 @@ def rate(batches: Iterator[Tensor], seconds: float) -> float:
     return count * BATCH * SEQ_LEN / elapsed
 
 
-def stackgrow_batches(store: TokenStore) -> Iterator[Tensor]:
-    """int64 [BATCH, SEQ_LEN], as from all of them."""
+def stackgrow_batches(store: TokenStore) -> Batches:
     from stackgrow.data.loader import TokenLoader, WindowDataset
 
     data = WindowDataset([store], [1.0], SEQ_LEN, seed=1)
@@ -116,7 +117,7 @@ def stackgrow_batches(store: TokenStore) -> Iterator[Tensor]:
     return (inputs["input"] for inputs, _ in loader)
 
 
-def memmap_batches(shard: Path) -> Iterator[Tensor]:
+def memmap_batches(shard: Path) -> Batches:
     import torch
 
     tokens = np.load(shard, mmap_mode="r")
@@ -129,7 +130,7 @@ def memmap_batches(shard: Path) -> Iterator[Tensor]:
             yield torch.from_numpy(inputs)
 
 
-def torchtitan_batches(folder: Path) -> Iterator[Tensor]:
+def torchtitan_batches(folder: Path) -> Batches:
     from stackgrow.titan import device
 
     device.install()
@@ -149,7 +150,7 @@ def torchtitan_batches(folder: Path) -> Iterator[Tensor]:
     return (inputs["input"] for inputs, _ in loader)
 
 
-def litdata_batches(store: TokenStore, folder: Path) -> Iterator[Tensor]:
+def litdata_batches(store: TokenStore, folder: Path) -> Batches:
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
 
     part = 1 << 18

@@ -112,6 +112,7 @@ def test_names_are_those_of_transformers() -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config_of(MODEL)))
     theirs = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert {hf_name(name): shape for name, shape in MODEL.tensors().items()} == theirs
+    assert len(theirs) == len(MODEL.tensors()), "no two have one name"
     for name in ("freqs_cis", "layers.0.attention.wq.bias", "layers.0"):
         with pytest.raises(KeyError):
             hf_name(name)
