@@ -236,6 +236,9 @@ def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the workers of a killed preparation end with it
+        parent = multiprocessing.parent_process()
+        if parent and os.getppid() != parent.pid:  # killed before the request: no signal would come
+            os._exit(1)
 
 
 def _submit(work: Path, out: Path, tasks: int, options: dict[str, Any]) -> None:

@@ -196,6 +196,30 @@ def test_killed_with_its_workers_and_gone_on(corpus: Path, out: Path, monkeypatc
     assert len(after) > len(before)
 
 
+def test_killed_while_a_worker_starts(corpus: Path, out: Path) -> None:
+    """The worker asks for its parent's end to be its own when the parent is gone already."""
+    pids, script = out.parent / "pids", out.parent / "kill.py"
+    pids.mkdir(parents=True)
+    script.write_text(
+        "import multiprocessing, os, pathlib, sys, threading, time\nfrom stackgrow.data import prepare as p\n"
+        "p.TASK_BYTES, pids, start = 100, pathlib.Path(sys.argv[3]), p._start_worker\n"
+        "def start_late():\n    (pids / str(os.getpid())).touch()\n"
+        "    while os.getppid() == multiprocessing.parent_process().pid:\n        time.sleep(0.01)\n    start()\n"
+        "p._start_worker = start_late\n"
+        "def die():\n    while not any(pids.iterdir()):\n        time.sleep(0.01)\n    os.kill(os.getpid(), 9)\n"
+        "if __name__ == '__main__':\n    threading.Thread(target=die).start()\n"
+        "    p.prepare([p.Source(sys.argv[1])], sys.argv[2], tokenizer=400, workers=2)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    arguments = [str(corpus), str(out), str(pids)]
+    done = subprocess.run([sys.executable, script, *arguments], env=environment, stderr=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while alive := [path.name for path in pids.iterdir() if psutil.pid_exists(int(path.name))]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.01)
+
+
 def test_killed_worker_is_told_of(corpus: Path, out: Path) -> None:
     script = out.parent / "kill.py"
     out.parent.mkdir()
