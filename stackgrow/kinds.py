@@ -107,6 +107,11 @@ def human(amount: float) -> str:
     return f"{amount:.3g}"
 
 
+def printable(text: str) -> str:
+    """What a stranger's file says must neither steer the terminal nor fill it."""
+    return "".join(c if c.isprintable() else "?" for c in text[:2000])
+
+
 def _require(condition: bool, rule: str) -> None:
     if not condition:
         raise ValueError(rule)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
+LONGEST = 1 << 20  # characters of a line; an audit may read a stranger's file
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -22,7 +23,7 @@ def iter_records(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
     with path.open() as stream:
-        for line in stream:
+        for line in iter(lambda: stream.readline(LONGEST), ""):
             try:
                 yield json.loads(line)
             except ValueError:

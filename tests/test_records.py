@@ -23,3 +23,11 @@ def test_torn_last_line_is_left_out(tmp_path: Path) -> None:
     assert read_records(path) == [{"step": 1}, {"step": 2}]
     RecordWriter(path, 9).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_an_endless_line_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    with path.open("r+b") as stream:
+        stream.truncate(1 << 40)  # a hole: of zeros, and no newline
+    assert read_records(path) == [{"step": 1}]

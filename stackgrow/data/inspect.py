@@ -12,7 +12,8 @@ import numpy as np
 
 from stackgrow.data.order import read_order
 from stackgrow.data.store import AGAIN, Manifest, StoreError, TokenStore, read_manifest
-from stackgrow.data.tokenizer import Tokenizer
+from stackgrow.data.tokenizer import store_tokenizer
+from stackgrow.kinds import printable
 from stackgrow.recipe import Recipe
 
 
@@ -36,10 +37,10 @@ def summary(manifest: Manifest, what: str) -> str:
         lines.append(f"  {name}: {counts}")
     lines.append(f"  vocabulary: {manifest.vocab_size:,}, tokenizer {manifest.tokenizer_sha256}")
     for corpus in manifest.raw.get("corpora", []):
-        lines += [f"  from {source['root']}/{source['pattern']}" for source in corpus["sources"]]
-        for why, entry in corpus["skipped"].items():
+        lines += [f"  from {source['root']}/{source['pattern']}" for source in corpus.get("sources", [])]
+        for why, entry in corpus.get("skipped", {}).items():
             lines.append(f"  left out, {why}: {entry['count']:,}, such as {', '.join(entry['names'][:3])}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def sequence(recipe: Recipe, position: int) -> str:
@@ -51,7 +52,7 @@ def sequence(recipe: Recipe, position: int) -> str:
     order, S = read_order(recipe.data, recipe.seed), recipe.data.seq_len
     which, window = order.windows([position])[0]
     store = TokenStore.open(order.manifests[which].folder)
-    tokenizer = Tokenizer.load(store.manifest.folder / store.manifest.tokenizer)
+    tokenizer = store_tokenizer(store.manifest)
     tokens = store.tokens(window * S, window * S + S)
     epoch = (order.sequences(position + 1)[which] - 1) // order.n_windows[which]
     lines = [f"position {position}: window {window} of {store.manifest.folder}, epoch {epoch}"]

@@ -28,6 +28,8 @@ class WindowDataset(torch.utils.data.Dataset):
 
     def __init__(self, stores: Sequence[TokenStore], weights: Sequence[float], seq_len: int, seed: int):
         self.stores, self.seq_len = tuple(stores), seq_len
+        for store in stores:  # a process may open so many files, whatever the number of stores
+            store.open_files = max(1, store.open_files // len(stores))
         self.order = Order([store.manifest for store in stores], weights, seq_len, seed)
 
     @classmethod

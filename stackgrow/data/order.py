@@ -122,7 +122,8 @@ def read_order(data: Data, seed: int) -> Order:
 
 def apportion(weights: Sequence[float], total: int) -> list[int]:
     """Whole numbers in proportion to ``weights`` that add up to ``total``: the largest remainders are rounded up."""
-    exact = [weight / sum(weights) * total for weight in weights]
+    scaled = [weight / max(weights) for weight in weights]  # a sum of huge ones would be infinite
+    exact = [weight / sum(scaled) * total for weight in scaled]
     shares = [int(share) for share in exact]
     order = sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i))
     for i in order[: total - sum(shares)]:

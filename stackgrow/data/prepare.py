@@ -34,7 +34,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from stackgrow.data.read import INPUTS, File, PrepareError, Reader, Skipped, Source, list_files, read_file
 from stackgrow.data.store import DTYPES, FORMAT, MANIFEST, Manifest, TokenStore, read_manifest
-from stackgrow.data.tokenizer import Tokenizer, train_tokenizer
+from stackgrow.data.tokenizer import Tokenizer, store_tokenizer, train_tokenizer
 from stackgrow.data.write import PARTS, STORE, TokenWriter, fraction, write_file
 from stackgrow.load import canonical_hash
 from stackgrow.seal import read_json, sync_folder, write_json
@@ -106,7 +106,7 @@ def prepare(
     work = out.with_name(f".{out.name}.partial")
     if existing := _existing(out, inputs, append):
         if (read_json(work / INPUTS) or {}).get("fingerprint") == inputs["fingerprint"]:
-            shutil.rmtree(work)  # a kill came between the last two steps
+            shutil.rmtree(work, ignore_errors=True)  # a kill came between the last two steps, or its owner is there
         return existing, False
     with _locked(work, out):
         _begin(work, inputs, known)
@@ -123,7 +123,7 @@ def _known_tokenizer(tokenizer: int | str | Path | None, before: Manifest | None
     if before is None:
         assert tokenizer is not None
         return tokenizer if isinstance(tokenizer, int) else Tokenizer.load(tokenizer)
-    known = Tokenizer.load(before.folder / before.tokenizer)
+    known = store_tokenizer(before)
     if tokenizer is not None and (isinstance(tokenizer, int) or Tokenizer.load(tokenizer).sha256 != known.sha256):
         raise PrepareError(f"{before.folder} has a tokenizer of its own, and what is added needs it; name no other")
     return known
@@ -327,4 +327,4 @@ def _put_in_place(work: Path, out: Path, manifest: dict[str, Any]) -> None:
         write_json(store / MANIFEST, manifest)
         store.rename(out)
         sync_folder(out.parent)
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)  # another preparation may find it and delete it, too

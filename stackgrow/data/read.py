@@ -91,7 +91,8 @@ def list_files(sources: Sequence[Source], skipped: Skipped) -> list[File]:
             elif real in seen:
                 skipped.add("same file found twice", name)
             else:
-                files.append(_file(number, name, info if info["type"] == "file" else _info(folder, name)))
+                whole = info["type"] == "file" and info.get("size") is not None  # a listing over HTTP has no sizes
+                files.append(_file(number, name, info if whole else _info(folder, name)))
             seen.add(real)
     if not files:
         where = ", ".join(f"{source.root}/{source.pattern}" for source in sources)

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stackgrow.errors import DamagedError
 from stackgrow.seal import file_records
 
 if TYPE_CHECKING:
@@ -34,11 +35,11 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "manifest.json"
 DTYPES = {"uint16": 2**16, "uint32": 2**32}  # name -> how many ids fit
-OPEN_SHARDS = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # a 750B-token store has thousands
+OPEN_SHARDS = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # at a time; a 750B-token store has thousands
 AGAIN = "prepare the store again with tools/prepare_data.py, or copy it again"
 
 
-class StoreError(ValueError):
+class StoreError(DamagedError, ValueError):
     """A token store that is absent, incomplete, damaged or too small; the message says what to do."""
 
 
@@ -119,20 +120,16 @@ def _parse(folder: Path, raw: Any) -> Manifest:
     files = [shard.file for split in splits.values() for shard in split.shards]
     if len(files) > len(set(files)):
         raise ValueError(f"it names {next(file for file in files if files.count(file) > 1)} twice")
+    for corpus in raw.get("corpora", []):
+        _plain(corpus["list"]["file"])
     tokenizer = _plain(raw["tokenizer"]["file"])
     return Manifest(folder, dtype, vocab_size, bos_id, tokenizer, str(raw["tokenizer"]["sha256"]), splits, raw)
 
 
 def _parse_split(name: str, raw: dict[str, Any]) -> Split:
     shards = tuple(
-        Shard(
-            file=_plain(shard["file"]),
-            tokens=_count(shard["tokens"]),
-            documents=_count(shard["documents"]),
-            sha256=str(shard["sha256"]),
-            bytes=_count(shard["bytes"]),
-        )
-        for shard in raw["shards"]
+        Shard(_plain(s["file"]), _count(s["tokens"]), _count(s["documents"]), str(s["sha256"]), _count(s["bytes"]))
+        for s in raw["shards"]
     )
     total = sum(shard.tokens for shard in shards)
     if total != raw["tokens"]:
@@ -156,7 +153,7 @@ def _count(value: Any) -> int:
 class TokenStore:
     """One split of a token store, whose files are opened when first needed.
 
-    It pickles without them, so that loader workers open their own.
+    It keeps ``open_files`` of them open, and pickles without them, so that loader workers open their own.
     """
 
     def __init__(self, manifest: Manifest, split: str):
@@ -164,7 +161,7 @@ class TokenStore:
         self.split = split
         self.shards = manifest.splits[split].shards
         self.n_tokens = manifest.splits[split].tokens
-        self.manifest_hash = manifest.hash(split)
+        self.open_files = OPEN_SHARDS
         self._starts = list(itertools.accumulate((shard.tokens for shard in self.shards), initial=0))
         self._files: dict[int, int] = {}
 
@@ -212,6 +209,8 @@ class TokenStore:
         """Reads every byte; raises StoreError at the first file whose content the manifest does not state."""
         stated = {shard.file: shard.sha256 for shard in self.shards}
         stated[self.manifest.tokenizer] = self.manifest.tokenizer_sha256
+        lists = [corpus["list"] for corpus in self.manifest.raw.get("corpora", [])]
+        stated |= {made["file"]: made["sha256"] for made in lists}
         with ThreadPoolExecutor() as pool:  # hashing leaves other threads alone
             hashes = pool.map(lambda name: file_records(self.manifest.folder, [name])[name]["sha256"], stated)
             for (name, sha256), found in zip(stated.items(), hashes, strict=True):
@@ -250,14 +249,16 @@ class TokenStore:
             shard = self.shards[index]
             path = self.manifest.folder / shard.file
             self._check_size(shard)
-            if len(self._files) >= OPEN_SHARDS:
+            if len(self._files) >= self.open_files:
                 os.close(self._files.pop(next(iter(self._files))))
-            descriptor = self._files[index] = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY)
             descr = {"uint16": "<u2", "uint32": "<u4"}[self.manifest.dtype]
             header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({shard.tokens},), }}"
             if not os.pread(descriptor, 256, 0)[10:].startswith(header.encode()):
+                os.close(descriptor)
                 raise StoreError(f"{path} does not hold {shard.tokens} tokens of {self.manifest.dtype}; {AGAIN}")
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead: the next window is elsewhere
+            self._files[index] = descriptor
         return self._files[index]
 
     def _check_size(self, shard: Shard) -> None:

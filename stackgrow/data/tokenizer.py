@@ -12,6 +12,8 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from stackgrow.data.store import AGAIN, Manifest, StoreError
+
 # SentencePiece writes a space as U+2581, so that a real U+2581 would come back as a space.
 SPACE = "\u2581"
 LONG = 2**20  # characters; a longer text is encoded in parts, since encoders hold some 100 bytes per character
@@ -75,6 +77,15 @@ class Tokenizer:
             start = end + (found is not None and self.adds_prefix)  # the next part's own prefix stands for its space
 
 
+def store_tokenizer(manifest: Manifest) -> Tokenizer:
+    """The tokenizer of a token store. Raises StoreError where the file is not the one that made its tokens."""
+    path = manifest.folder / manifest.tokenizer
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != manifest.tokenizer_sha256:
+        raise StoreError(f"{path} is missing or damaged (SHA-256 differs); {AGAIN}")
+    return Tokenizer.load(path)
+
+
 class SentencePiece(Tokenizer):
     """``decode(encode(text)) == text`` for every text when the model is one of ``train_tokenizer``; a model from
     elsewhere may normalise what it reads."""
@@ -100,16 +111,13 @@ class SentencePiece(Tokenizer):
         return str(self._model.decode(list(ids)))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        batch: list[list[int]] = [self._model.encode(text) for text in texts]
-        if self._space_ids is not None:
-            for i, text in enumerate(texts):
-                if SPACE in text:
-                    batch[i] = self._encode_with_space_sign(text, self._space_ids)
-        return batch
+        return [self._encode_parts(text) if SPACE in text else self._model.encode(text) for text in texts]
 
-    def _encode_with_space_sign(self, text: str, space_ids: list[int]) -> list[int]:
+    def _encode_parts(self, text: str) -> list[int]:
+        if self._space_ids is None:
+            return list(self._model.encode(text))
         first, *rest = self._model.encode(text.split(SPACE))
-        return [*first, *(i for part in rest for i in (*space_ids, *part))]
+        return [*first, *(i for part in rest for i in (*self._space_ids, *part))]
 
 
 class HfTokenizer(Tokenizer):

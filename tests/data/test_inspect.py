@@ -1,7 +1,10 @@
 """Looking into stores: every training sequence is traced to the files it came from."""
 
+import json
+import shutil
 import subprocess
 import sys
+from ast import literal_eval
 from pathlib import Path
 
 import pytest
@@ -63,9 +66,23 @@ def test_tool_shows_the_sequence_that_is_trained(folder: Path) -> None:
     text = Tokenizer.load(folder / "data" / "tiny" / "tokenizer.model").decode(
         store.tokens(window * 64, window * 64 + 64).tolist()
     )
-    assert all(part.strip()[1:-1] in text for part in done.stdout.splitlines() if part.startswith("    '"))
+    shown = [literal_eval(line.strip()) for line in done.stdout.splitlines() if line.startswith(("    '", '    "'))]
+    assert shown
+    assert all(part in text for part in shown)
     assert "train: " in done.stdout
     assert f"from {folder}/b/**/*" in done.stdout
+
+
+def test_nothing_of_a_strangers_manifest_steers_the_terminal(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "data" / "tiny", tmp_path / "tiny")
+    raw = json.loads((tmp_path / "tiny" / "manifest.json").read_text())
+    raw["corpora"] = [
+        {**raw["corpora"][0], "skipped": {"\x1b[2J": {"count": 1, "names": ["\udcff.txt"]}}},
+        {"list": raw["corpora"][0]["list"]},
+    ]
+    (tmp_path / "tiny" / "manifest.json").write_text(json.dumps(raw))
+    told = tool(tmp_path, "inspect", "tiny").stdout
+    assert "left out, ?[2J: 1, such as ?.txt" in told
 
 
 def test_tool_verifies(folder: Path, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import json
 import os
 import pickle
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
@@ -186,6 +188,14 @@ def test_iterating_draws_nothing_from_the_global_generator(store: TokenStore) ->
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_open_files_do_not_grow_with_the_number_of_stores(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stackgrow.data.store.OPEN_SHARDS", 9)
+    data = WindowDataset([TokenStore.open(store.manifest.folder) for _ in range(3)], [1.0, 1.0, 1.0], S, 7)
+    assert len(store.shards) > 4
+    data.__getitems__(list(range(300)))
+    assert [len(s._files) for s in data.stores] == [3, 3, 3]
+
+
 def test_workers_really_load(store: TokenStore) -> None:
     """Batches come from other processes, and those end with the iterator."""
     source = loader(store, num_workers=2)
@@ -195,9 +205,10 @@ def test_workers_really_load(store: TokenStore) -> None:
     assert len(pids) == 2
     assert os.getpid() not in pids
     del iterator
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    deadline = time.monotonic() + 60
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 class Recorder(WindowDataset):

@@ -118,6 +118,7 @@ def test_apportion() -> None:
     assert apportion([0.67, 0.15, 0.045, 0.045, 0.045, 0.045], BLOCK) == [6700, 1500, 450, 450, 450, 450]
     assert apportion([1, 1, 1], 10) == [4, 3, 3]
     assert apportion([3], 7) == [7]
+    assert apportion([1e308, 1e308, 1e308, 1e308], 8) == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -139,9 +140,9 @@ def test_any_position_of_any_corpus_costs_the_same() -> None:
     def seconds(order: Order) -> float:
         best = 1.0
         for start in range(0, 10**6, 10**5):
-            began = time.perf_counter()
+            began = time.thread_time()  # not the clock: the machine may be busy
             order.windows(range(start, start + 512))
-            best = min(best, time.perf_counter() - began)
+            best = min(best, time.thread_time() - began)
         return best
 
     small, huge = Order([manifest(3 * 10**5 * 8 + 1)], [1], 8, 7), Order([manifest(3 * 10**8 * 2048 + 1)], [1], 2048, 7)
