@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from run_recipe import tell
+
 from stackgrow.audit.chain import Case, audit_run, open_case
 from stackgrow.audit.report import Look
 from stackgrow.audit.same import same_run
@@ -34,12 +36,15 @@ def main() -> int:
     if arguments.against:
         further["against"] = lambda case: same_run(case, open_case(arguments.against))
     try:
-        if os.environ.get("RANK", "0") != "0":  # only trains along
-            return len(list(further["replay"](open_case(arguments.run, arguments.data)))) if arguments.replay else 0
+        if os.environ.get("RANK", "0") != "0":
+            if arguments.replay:  # trains along, and finds nothing
+                list(further["replay"](open_case(arguments.run, arguments.data)))
+            return 0
         audit = audit_run(arguments.run, arguments.data, full=arguments.full, further=further)
-    except (RunError, RecipeError) as error:
-        print(f"audit_run: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, RunError) else DamagedError.exit_code
+    except RecipeError as error:  # which a run wrote itself
+        return tell(DamagedError(error))
+    except RunError as error:
+        return tell(error)
     print(json.dumps(audit.to_dict(), indent=1) if arguments.json else audit.render())
     return DamagedError.exit_code if audit.findings else 0
 

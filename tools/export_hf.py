@@ -11,7 +11,6 @@ from pathlib import Path
 
 from stackgrow.data.tokenizer import TokenizerError
 from stackgrow.errors import RunError
-from stackgrow.load import RecipeError
 
 
 def main() -> int:
@@ -27,7 +26,7 @@ def main() -> int:
 
         options = {"stage": arguments.stage, "step": arguments.step, "dtype": arguments.dtype}
         print(export_run(arguments.source, arguments.target, **options))
-    except (RecipeError, RunError, TokenizerError) as error:
+    except (RunError, TokenizerError) as error:
         print(f"export_hf: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, RunError) else 2
     return 0

@@ -182,6 +182,8 @@ def _stages(case: Case) -> Look:
         elif missing:
             yield f"{where}{DONE}", f"is there, but {missing[0]} before it is not finished"
         if stored is None:
+            if done is not None:
+                yield f"{where}{STAGE_FILE}", "is missing"
             continue
         for change in differences(stored["stage"], identity(stage)):
             yield f"{where}{STAGE_FILE}", f"is of another recipe: {change}"

@@ -193,15 +193,16 @@ def data(case: Case, full: bool) -> Look:
     for name in ("manifest_hash", "validation_hash", "tokenizer_sha256"):
         if stated[name] != found[name]:
             yield ", ".join(map(str, stores)), f"its {name} is not the run's"
-    gave = [seen["tokens"] for seen in (seal.read_json(case.run / "ledger.json") or {}).get("data", {}).values()]
-    if gave and gave != (due := [seen["tokens"] for seen in order.seen(case.plan.sequences).values()]):
-        yield "ledger.json", f"states {gave} tokens of each store, the order of the data gives {due}"
+    if ledger := seal.read_json(case.run / "ledger.json"):
+        gave, due = (list(seen.values()) for seen in (ledger["data"], order.seen(case.plan.sequences)))
+        if gave != due:
+            yield "ledger.json", f"states {gave} of the stores, the order of the data gives {due}"
     files: dict[Path, str] = {}
     for manifest in manifests:
         shards = [shard for split in manifest.splits.values() for shard in split.shards]
         files |= {manifest.folder / shard.file: shard.sha256 for shard in shards}
         files[manifest.folder / manifest.tokenizer] = manifest.tokenizer_sha256
-    chosen = sorted(files) if full else random.Random(0).sample(sorted(files), min(SAMPLED, len(files)))
+    chosen = sorted(files) if full else random.sample(sorted(files), min(SAMPLED, len(files)))
     for file in chosen:
         if not file.is_file() or seal.file_records(file.parent, [file.name])[file.name]["sha256"] != files[file]:
             yield str(file), "is damaged or missing"

@@ -15,15 +15,18 @@ from pathlib import Path
 from stackgrow import provenance, seal
 from stackgrow.audit.chain import Case
 from stackgrow.audit.report import Look, WrongRequest
+from stackgrow.checks import world_problems
 from stackgrow.kinds import MAX_INT, Duration
+from stackgrow.logs import log_to
 from stackgrow.plan import TrainStage
 from stackgrow.recipe import Recipe
 from stackgrow.records import METRICS, VALIDATION, iter_records
-from stackgrow.run import log_to, stage_job
+from stackgrow.run import stage_job
 
 # Relative, where the run was made on other ranks, another mesh, machine or software: sums in another order.
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
-WEIGHT_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # ||difference|| / ||tensor|| of every tensor of the model
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "float8": 1e-2}
+# ||difference|| / ||tensor|| of every tensor of the model.
+WEIGHT_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "float8": 5e-2}
 CIRCUMSTANCES = ("world_size", "mesh", "hardware", "packages", "environment")
 COMPARED = ("loss", "grad_norm", "lr")
 
@@ -37,6 +40,8 @@ def replay(case: Case, request: str) -> Look:
     from stackgrow.titan.trainer import run_stage
 
     stage, first, last = _requested(case, request)
+    if problems := list(world_problems(case.plan, int(os.environ.get("WORLD_SIZE", "1")))):
+        raise WrongRequest(f"{request} needs other ranks: {'; '.join(map(': '.join, problems))}")
     recipe = _undisturbed(case.plan.recipe)
     train = replace(stage.train, horizon=Duration(stage.horizon_steps, "steps"))
     short = replace(stage, steps=last, train=train, until=None)
@@ -65,6 +70,10 @@ def _requested(case: Case, request: str) -> tuple[TrainStage, int, int]:
     kept = [0, *seal.sealed_steps(case.path(stage) / "checkpoint")]
     if first not in kept or not first < last <= stage.steps:
         raise WrongRequest(f"{request!r}: {stage.name} has {stage.steps} steps, and can be gone on with at {kept}")
+    recorded = [row["step"] for row in iter_records(case.path(stage) / METRICS)]
+    if last not in kept and not any(first < step <= last for step in recorded):
+        what = f"{stage.name} wrote down none of these steps, and kept no checkpoint of step {last}"
+        raise WrongRequest(f"{request!r}: there is nothing to compare with: {what}")
     return stage, first, last
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from stackgrow.errors import LockedError, RunError
+from stackgrow.kinds import printable
 from stackgrow.load import Problem
 
 Look: TypeAlias = Generator[Problem, None, str]  # yields (place, what is wrong), returns what was looked at
@@ -35,21 +36,20 @@ class Audit:
     checks: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
-    def look(self, check: str, steps: Look) -> bool:
-        """Takes a check's findings; whether there were none. A run folder can hold anything, so that whatever a
-        check cannot read is a finding too."""
-        before, self.checks[check] = len(self.findings), "incomplete"
+    def look(self, check: str, steps: Look) -> None:
+        """Takes a check's findings. A run folder can hold anything, so that whatever a check cannot read is a finding
+        too."""
+        self.checks[check] = "incomplete"
         try:
             while True:
-                self.findings.append(Finding(check, *map(_printable, next(steps))))
+                self.findings.append(Finding(check, *map(printable, next(steps))))
         except StopIteration as end:
-            self.checks[check] = _printable(end.value)
+            self.checks[check] = printable(end.value)
         except (LockedError, WrongRequest):
             raise  # nothing is wrong with the run
         except Exception as error:
             what = f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"
-            self.findings.append(Finding(check, "", _printable(what)))
-        return len(self.findings) == before
+            self.findings.append(Finding(check, "", printable(what)))
 
     def to_dict(self) -> dict[str, Any]:
         return {"ok": not self.findings, **dataclasses.asdict(self)}
@@ -59,8 +59,3 @@ class Audit:
         verdict = f"{len(found)} finding{'s' if len(found) > 1 else ''}" if found else "nothing found"
         checked = [f"  {name:<13}{what}" for name, what in self.checks.items()]
         return "\n".join([f"{self.run}   {self.title}".rstrip(), *checked, verdict, *found])
-
-
-def _printable(text: str) -> str:
-    """What a stranger's file says must neither steer the terminal nor fill it."""
-    return "".join(c if c.isprintable() else "?" for c in text[:2000])

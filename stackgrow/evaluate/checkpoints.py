@@ -8,7 +8,8 @@ from pathlib import Path
 
 from stackgrow import seal
 from stackgrow.data.order import read_order
-from stackgrow.data.store import StoreError
+from stackgrow.data.store import MANIFEST
+from stackgrow.data.tokenizer import store_tokenizer
 from stackgrow.errors import ChangedError, DamagedError
 from stackgrow.found import plan_of_run, run_of
 from stackgrow.plan import GrowStage, LearnStage, Plan, Stage, TrainStage
@@ -35,7 +36,8 @@ class Chosen:
 
     @property
     def train_stage(self) -> TrainStage:
-        """The stage itself, or the one that trains the grown model."""
+        """The stage itself, or the first train stage after it: of a grown model the one that trains it, of an imported
+        one perhaps that of another model."""
         after = self.plan.stages[self.plan.stages.index(self.stage) :]
         return next(stage for stage in after if isinstance(stage, TrainStage))
 
@@ -53,6 +55,8 @@ def choose(path: Path, stage: str | None = None, step: int | None = None, sets: 
         return None
     plan = plan_of_run(run, sets)
     if run != path:
+        if stage or step is not None:
+            raise DamagedError(f"{path} is a checkpoint already; leave out --stage and --step, or name the run {run}")
         return Chosen(run, plan, _stage(plan, path.absolute().parts), path)
     chosen = _stage(plan, [stage] if stage else _finished(plan, run))
     return Chosen(run, plan, chosen, _checkpoint(run / chosen.name, chosen, step))
@@ -88,13 +92,14 @@ def _checkpoint(folder: Path, stage: Stage, step: int | None) -> Path:
 
 
 def tokenizer_of(recipe: Recipe, run: Path) -> Path | None:
-    """The store's tokenizer; None where there is no store. ChangedError for a store that is not the run's."""
-    try:
-        order = read_order(recipe.data, recipe.seed)
-    except StoreError:
+    """The store's tokenizer; None where there is no store. ChangedError for a store that is not the run's, StoreError
+    for a damaged one."""
+    if not all((Path(store) / MANIFEST).is_file() for store, _ in recipe.data.stores):
         return None
+    order = read_order(recipe.data, recipe.seed)
     data = (seal.read_json(run / "provenance.json") or {}).get("data", {})
     manifest = order.manifests[0]
     if data.get("manifest_hash") != order.data_hash:
         raise ChangedError(f"{manifest.folder} is not the token store that {run} was trained on; move it away or back")
+    store_tokenizer(manifest)
     return manifest.folder / manifest.tokenizer

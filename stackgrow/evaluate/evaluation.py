@@ -21,13 +21,13 @@ from stackgrow import seal
 from stackgrow.checks import world_problems
 from stackgrow.data.loader import WindowDataset
 from stackgrow.data.store import StoreError, read_manifest
-from stackgrow.data.tokenizer import Tokenizer
+from stackgrow.data.tokenizer import store_tokenizer
 from stackgrow.errors import DamagedError
 from stackgrow.evaluate import tasks
 from stackgrow.evaluate.checkpoints import choose, tokenizer_of
 from stackgrow.load import RecipeError
 from stackgrow.logs import log_to
-from stackgrow.plan import TrainStage
+from stackgrow.plan import LearnStage, TrainStage
 from stackgrow.recipe import Eval, Recipe
 
 FOLDER = "eval"
@@ -47,12 +47,12 @@ class Evaluation:
         return self.recipe.eval
 
     def due(self, stage: TrainStage, step: int) -> bool:
-        """Whether the stage is to be evaluated after ``step`` and has not been. Collective where it might be."""
+        """Whether the stage is to be evaluated after ``step`` and has not been. Every rank must call it."""
         target = self.wanted.after == "each" or stage.model == self.recipe.model
         within = self.wanted.interval and step and step % stage.every(self.wanted.interval) == 0
         if not within and not (target and step == stage.steps):
             return False
-        missing = [(seal.read_json(self._file(f"{stage.name}-step-{step}")) or {}).get("stage_hash") != self.stage_hash]
+        missing = [not set(self._names) <= set(self._before(self._file(f"{stage.name}-step-{step}")).get("asked", []))]
         dist.broadcast_object_list(missing)  # rank 0's view counts: the file is of a moment ago
         return missing[0]
 
@@ -63,13 +63,14 @@ class Evaluation:
         if dist.get_rank() != 0:
             return
         file = self._file(grown or f"{stage.name}-step-{step}")
-        before = seal.read_json(file) or {}
-        kept = before["tasks"] if before.get("stage_hash") == self.stage_hash else {}
-        name, every = grown or stage.name, {**kept, **results}
+        before = self._before(file)
+        name, every = grown or stage.name, {**before.get("tasks", {}), **results}
         record = {
             **stage.place(step),
             "stage": name,
             "stage_hash": self.stage_hash,
+            "asked": sorted({*before.get("asked", []), *self._names}),
+            "limit": self.wanted.limit,
             "tasks": every,
             "seven_task_mean": tasks.seven_task_mean(every),
         }
@@ -80,8 +81,18 @@ class Evaluation:
         told = [f"{task} {best} {m[best]:.4f}" for task, m in results.items() if (best := tasks.headline(task, m))]
         print(f"{name}  step {step}  {', '.join(told)}", flush=True)
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return tasks.task_names(self.wanted.tasks)
+
+    def _before(self, file: Path) -> dict[str, Any]:
+        """Earlier results for the same weights."""
+        found = seal.read_json(file) or {}
+        return found if found.get("stage_hash") == self.stage_hash else {}
+
     def _file(self, checkpoint: str) -> Path:
-        return self.folder / FOLDER / f"{checkpoint}.json"
+        """A try on a few examples has a file of its own: it replaces no result, and none replaces it."""
+        return self.folder / FOLDER / f"{checkpoint}{f'-limit-{n}' if (n := self.wanted.limit) else ''}.json"
 
     def _results(self, score: Callable[..., Any], max_length: int) -> dict[str, dict[str, float]]:
         from lm_eval.evaluator import evaluate
@@ -89,8 +100,8 @@ class Evaluation:
         from stackgrow.evaluate.lm import StageLM
 
         manifest = read_manifest(self.recipe.data.stores[0][0])
-        lm = StageLM(score, Tokenizer.load(manifest.folder / manifest.tokenizer), max_length)
-        loaded = tasks.load_tasks(tasks.task_names(self.wanted.tasks), self.wanted.include)
+        lm = StageLM(score, store_tokenizer(manifest), max_length)
+        loaded = tasks.load_tasks(self._names, self.wanted.include)
         # lm-eval's progress bars come from every rank; its warnings are in the logs.
         with unchanged_generators(), contextlib.redirect_stderr(io.StringIO()):
             limit = self.wanted.limit or None
@@ -111,7 +122,8 @@ def unchanged_generators() -> Iterator[None]:
 
 
 def _metrics(values: Mapping[str, Any], examples: int) -> dict[str, float]:
-    """lm-eval's {"acc,none": 0.5, ...} with plain names, the number of examples, and accuracies' standard errors."""
+    """lm-eval's {"acc,none": 0.5, ...} with plain names, the number of examples, and accuracies' standard errors; of
+    a group that has no mean, nothing."""
     metrics = {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()
@@ -122,7 +134,7 @@ def _metrics(values: Mapping[str, Any], examples: int) -> dict[str, float]:
         for name, p in metrics.items()
         if name.startswith("acc") and examples > 1
     }
-    return {**metrics, **errors, "examples": examples}
+    return {**metrics, **errors, "examples": examples} if metrics else {}
 
 
 def _to_tensorboard(folder: Path, results: Mapping[str, Mapping[str, float]], step: int) -> None:
@@ -153,6 +165,9 @@ def evaluate_run(
     if chosen is None:
         raise DamagedError(f"{path} is neither a run nor a checkpoint of one; name one")
     recipe, train = chosen.plan.recipe, chosen.train_stage
+    if train.model != chosen.model or isinstance(train, LearnStage):
+        what = '"start" grows the imported model before any stage trains it; export it and use lm_eval'
+        raise RecipeError(chosen.run / "recipe.toml", [("growth[0].timing", what)])
     wanted = dataclasses.replace(recipe.eval or Eval(tasks=("paper",)), **options)
     plan = chosen.plan
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -27,10 +27,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
 from stackgrow import seal
-from stackgrow.data.tokenizer import SPACE, HfTokenizer, Tokenizer
+from stackgrow.data.tokenizer import HfTokenizer, Tokenizer
 from stackgrow.evaluate.hf_format import config_of, from_hf, hf_name, read_config, to_hf
 from stackgrow.fingerprint import fingerprint
+from stackgrow.growth.convert import append
 from stackgrow.growth.dcp import METADATA, CheckpointError, is_model_key, read_metadata, read_tensor, tensor_shapes
+from stackgrow.growth.direct import DirectFile
 from stackgrow.load import canonical_hash
 from stackgrow.recipe import Model
 
@@ -54,9 +56,10 @@ def export_hf(
 ) -> None:
     """Writes the model in DCP folder ``checkpoint`` as a Llama folder that transformers loads.
 
-    A shard holds at most ``shard_bytes``, or a single tensor. ``tokenizer`` is a SentencePiece model, ``seq_len`` the
-    length that was trained on, ``card`` the text of README.md. ``fold`` writes a growth's mask into each tensor (see
-    growth/mask.py). The tensors of a sealed checkpoint are compared with the fingerprints in its seal.
+    A shard holds at most ``shard_bytes``, or a single tensor. ``tokenizer`` is a SentencePiece model or a
+    tokenizer.json, ``seq_len`` the length that was trained on, ``card`` the text of README.md. ``fold`` writes a
+    growth's mask into each tensor (see growth/mask.py). The tensors of a sealed checkpoint are compared with the
+    fingerprints in its seal.
 
     Raises:
         CheckpointError: the checkpoint is damaged, has not the tensors of ``model``, or ``target`` exists.
@@ -208,39 +211,25 @@ def _write_tokenizer(work: Path, tokenizer: Tokenizer, seq_len: int | None) -> d
     Returns the ids for config.json. transformers still has its own way with a literal U+2581, with special tokens
     spelled out in a text, and, where the tokenizer puts a space before every text, with one that begins with a space.
     """
-    if isinstance(tokenizer, HfTokenizer):
-        return _write_tokenizer_json(work, tokenizer, seq_len)
-    (work / "tokenizer.model").write_bytes(tokenizer.model)
-    pieces = SentencePieceProcessor(model_proto=tokenizer.model)
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": pieces.unk_id()}
-    config = {
-        "tokenizer_class": "LlamaTokenizer",
-        **{f"{name}_token": pieces.id_to_piece(i) if i >= 0 else None for name, i in ids.items()},
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "add_prefix_space": pieces.encode("a", out_type=str)[0].startswith(SPACE),
-        "legacy": False,
-        "clean_up_tokenization_spaces": False,
-        **({"model_max_length": seq_len} if seq_len else {}),
-    }
-    seal.write_json(work / "tokenizer_config.json", config)
-    return {f"{name}_token_id": ids[name] if ids[name] >= 0 else None for name in ("bos", "eos")}
-
-
-def _write_tokenizer_json(work: Path, tokenizer: HfTokenizer, seq_len: int | None) -> dict[str, int | None]:
-    model = tokenizers.Tokenizer.from_buffer(tokenizer.model)
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-    names = {name: model.id_to_token(i) for name, i in ids.items() if i >= 0}
-    if model.encode("").ids != [tokenizer.bos_id]:
-        special = [(names["bos"], tokenizer.bos_id)]
-        model.post_processor = TemplateProcessing(single=f"{names['bos']} $A", special_tokens=special)
-    model.save(str(work / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{f"{name}_token": token for name, token in names.items()},
-        "clean_up_tokenization_spaces": False,
-        **({"model_max_length": seq_len} if seq_len else {}),
-    }
+    config: dict[str, Any] = {"clean_up_tokenization_spaces": False}
+    if seq_len:
+        config["model_max_length"] = seq_len
+    if isinstance(tokenizer, HfTokenizer):
+        model = tokenizers.Tokenizer.from_buffer(tokenizer.model)
+        config |= {f"{name}_token": model.id_to_token(i) for name, i in ids.items() if i >= 0}
+        if model.encode("").ids != [tokenizer.bos_id]:
+            bos = config["bos_token"]
+            model.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)])
+        model.save(str(work / tokenizer.file))
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    else:
+        pieces = SentencePieceProcessor(model_proto=tokenizer.model)
+        every = {**ids, "unk": pieces.unk_id()}
+        config |= {f"{name}_token": pieces.id_to_piece(i) if i >= 0 else None for name, i in every.items()}
+        config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False}
+        config["add_prefix_space"] = tokenizer.adds_prefix
+        (work / tokenizer.file).write_bytes(tokenizer.model)
     seal.write_json(work / "tokenizer_config.json", config)
     return {f"{name}_token_id": i if i >= 0 else None for name, i in ids.items()}
 
@@ -300,13 +289,13 @@ def _write_dcp(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """A DCP checkpoint of whole tensors in one file, as one rank would save it, written as they come."""
     entries: dict[str, Any] = {}
     places: dict[meta.MetadataIndex, _StorageInfo] = {}
-    with (folder / DATA).open("wb") as stream:
+    with DirectFile(folder / DATA) as stream:
         for name, tensor in tensors:
-            start = stream.tell()
-            torch.save(tensor, stream)
+            _, start, size = append(tensor, stream)
             chunk = meta.ChunkStorageMetadata(torch.Size([0] * tensor.dim()), tensor.shape)
             entries[name] = meta.TensorStorageMetadata(meta.TensorProperties(tensor.dtype), tensor.shape, [chunk])
-            places[meta.MetadataIndex(name, chunk.offsets)] = _StorageInfo(DATA, start, stream.tell() - start)
+            places[meta.MetadataIndex(name, chunk.offsets)] = _StorageInfo(DATA, start, size)
+        stream.finish()
     planner = {name: (name,) for name in entries}
     metadata = meta.Metadata(entries, planner, places, meta.StorageMeta(), CURRENT_DCP_VERSION)
     (folder / METADATA).write_bytes(pickle.dumps(metadata))

@@ -139,8 +139,14 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
     "another parent": (
         lambda r: edit_json(r / GROW / "DONE", lambda d: d.update(parent_hash="0" * 64)), "stages", f"{GROW}/DONE", "parent_hash"),
     "edited stage.json": (lambda r: edit(r / BASE / "stage.json", '"steps": 20', '"steps": 21'), "stages", "stage.json", "steps: 21 -> 20"),
+    "removed stage.json, forged DONE": (
+        lambda r: ((r / TARGET / "stage.json").unlink(), edit_json(r / TARGET / "DONE", lambda d: d.update(parent_hash="0" * 64))),
+        "stages", f"{TARGET}/stage.json", "is missing"),
+    "edited ledger, its data": (
+        lambda r: edit_json(r / "ledger.json", lambda x: x["data"]["store"].update(epochs=9.0)), "data", "ledger.json", "9.0"),
+    "removed data of the ledger": (lambda r: edit_json(r / "ledger.json", lambda x: x.update(data={})), "data", "ledger.json", "[]"),
     "foreign stage": (lambda r: shutil.copytree(r / GROW, r / "stage-3-grow"), "stages", "stage-3-grow", "no stage"),
-    "edited growth.json": (lambda r: edit(r / GROW / "growth.json", '"seconds": ', '"seconds": 1'), "records", "growth.json", "edited"),
+    "edited growth.json": (lambda r: edit(r / GROW / "growth.json", '"seed": ', '"seed": 1'), "records", "growth.json", "edited"),
     "edited growth.json, its tensors": (
         lambda r: edit_json(r / GROW / "growth.json", lambda g: g["tensors"].update({"norm.weight": "0" * 16})),
         "growth", "growth.json", "norm.weight"),
@@ -229,7 +235,7 @@ def test_command_line_for_machines(workplace: Workplace, run: Path) -> None:
     damage = {"where": f"{TARGET}/checkpoint/step-20", "message": "__0_0.distcp is damaged (SHA-256 differs)"}
     assert found["findings"] == [{"check": "checkpoints", **damage}]
     assert found["ok"] is False
-    assert found["checks"]["against"] == "reference: 50 losses and the weights of every stage"
+    assert found["checks"]["against"] == "reference: 50 losses, and the weights at the end of 3 stages"
 
 
 def test_two_runs_are_the_same_or_not(run: Path, tmp_path: Path) -> None:
@@ -260,7 +266,7 @@ def test_replay_on_other_ranks_finds_a_forged_loss(workplace: Workplace, run: Pa
     row = json.loads(metrics.read_text().splitlines()[2])
     edit(metrics, f'"loss": {row["loss"]}', f'"loss": {row["loss"] - 0.01}')
     output = command_line(workplace, run, "--json", "--replay", f"{BASE}:0+20", ranks=2, code=65)
-    found = json.loads(output[output.index("\n{") :])
+    found, _ = json.JSONDecoder().raw_decode(output, output.index("\n{") + 1)
     (forged,) = (f for f in found["findings"] if f["check"] == "replay")
     assert forged["where"] == f"{BASE}/metrics.jsonl"
     assert forged["message"].startswith("step 3 differs when trained again: {'loss':")
@@ -274,6 +280,16 @@ def test_replay_on_other_ranks_finds_a_forged_loss(workplace: Workplace, run: Pa
 def test_replay_of_what_is_not_there(run: Path, request_: str) -> None:
     with pytest.raises(WrongRequest, match=r"is not STAGE:STEP|can be gone on with at"):
         audit_run(run, further={"replay": lambda case: replay(case, request_)})
+
+
+def test_replay_that_could_compare_nothing_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        drop_line(run / BASE / "metrics.jsonl", 16)
+    with pytest.raises(WrongRequest, match=r":16\+2': there is nothing to compare with: .* and kept no checkpoint of step 18"):
+        audit_run(run, further={"replay": lambda case: replay(case, f"{BASE}:16+2")})
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(WrongRequest, match=r"needs other ranks: .* cannot be shared equally by 3 data ranks"):
+        audit_run(run, further={"replay": lambda case: replay(case, f"{BASE}:16+4")})
 
 
 class Payload:

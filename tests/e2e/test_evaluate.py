@@ -105,12 +105,14 @@ def test_evaluation_within_a_run_changes_nothing_and_is_done_again_where_it_is_m
     assert any(b"eval/local_rolling/word_perplexity" in content for content in written)
 
     # As if killed between the last save and the end of the evaluation: the same command does it, and trains nothing.
-    (run / TARGET / "DONE").unlink()
-    (run / "eval" / f"{TARGET}-step-20.json").unlink()
-    assert f"{TARGET}  step 20  local_choice" in workplace.run(*sets)
-    again = seal.read_json(run / "eval" / f"{TARGET}-step-20.json")
-    assert again is not None
-    assert again["tasks"] == record["tasks"]
+    # So it does where fewer tasks were asked for then.
+    for before in (None, {**record, "asked": [TASKS[0]], "tasks": {TASKS[0]: {"acc": 0.0}}}):
+        (run / TARGET / "DONE").unlink()
+        (run / "eval" / f"{TARGET}-step-20.json").unlink()
+        if before:
+            seal.write_json(run / "eval" / f"{TARGET}-step-20.json", before)
+        assert f"{TARGET}  step 20  local_choice" in workplace.run(*sets)
+        assert seal.read_json(run / "eval" / f"{TARGET}-step-20.json") == record
 
 
 def test_tool_evaluates_a_grown_checkpoint_and_adds_to_its_results(
@@ -127,6 +129,12 @@ def test_tool_evaluates_a_grown_checkpoint_and_adds_to_its_results(
     assert record is not None
     assert_same_metrics(record, metrics(exported(workplace, grown, tmp_path / "hf", monkeypatch)))
     assert record["tokens"] == 20480
+    code, output = workplace.tool("evaluate", grown, "--include", LOCAL, "--tasks", TASKS[0], "--limit", 3)
+    assert code == 0, output
+    assert seal.read_json(reference_fsdp / "eval" / f"{GROW}.json") == record, "a try replaces no result"
+    tried = seal.read_json(reference_fsdp / "eval" / f"{GROW}-limit-3.json")
+    assert tried is not None
+    assert (tried["tasks"][TASKS[0]]["examples"], tried["tasks"].keys()) == (3, {TASKS[0]})
     after = {
         p: p.stat().st_mtime_ns for p in reference_fsdp.glob("stage-*/**/*") if p.is_file() and "tb" not in p.parts
     }
@@ -135,5 +143,9 @@ def test_tool_evaluates_a_grown_checkpoint_and_adds_to_its_results(
     wrong = workplace.tool("evaluate", reference_fsdp, "--include", LOCAL, "--tasks", "local_generation")
     assert wrong[0] == 2
     assert 'eval.tasks: "local_generation" generates text' in wrong[1]
+    code, told = workplace.tool("evaluate", reference_fsdp, "--limit", 0)
+    assert (code, "0 is not a number of at least 1" in told) == (2, True)
+    code, told = workplace.tool("evaluate", grown, "--stage", BASE)
+    assert (code, "is a checkpoint already; leave out --stage and --step" in told) == (65, True)
     code, told = workplace.tool("evaluate", "store")
     assert (code, "neither a run nor a checkpoint of one" in told) == (65, True)

@@ -86,6 +86,7 @@ def test_metrics_have_plain_names_and_the_standard_error_of_a_mean() -> None:
     expected = {"acc": 0.25, "perplexity": 3.0, "em,strict": 1.0, "acc_stderr": pytest.approx(error), "examples": 8}
     assert _metrics(values, 8) == expected
     json.dumps(_metrics(values, 8))
+    assert _metrics({"alias": "a group without a mean"}, 8) == {}
 
 
 def test_random_generators_are_left_as_they_were() -> None:
