@@ -37,8 +37,3 @@ def training_flops(parameters: float, tokens: float) -> float:
 def attention_flops(n_layers: int, dim: int, seq_len: int, tokens: float) -> float:
     """The attention products that 6 N D leaves out: 12 L D S per token (PaLM, appendix B; not halved)."""
     return 12.0 * n_layers * dim * seq_len * tokens
-
-
-def speed_up(scratch_flops: float, grown_flops: float) -> float:
-    """Iso-loss speed-up: FLOPs(scratch) / FLOPs(grown, base included) - 1 at equal smoothed loss (B.2)."""
-    return scratch_flops / grown_flops - 1

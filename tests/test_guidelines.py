@@ -31,7 +31,3 @@ def test_flops() -> None:
     assert guidelines.training_flops(7e9, 300e9) == 6 * 7e9 * 300e9
     # Forward: scores and values, 2 products x 2 S D FLOPs per token and layer; backward twice that.
     assert guidelines.attention_flops(32, 4096, 2048, 1) == 3 * 2 * 2 * 2048 * 4096 * 32
-
-
-def test_speed_up_of_the_headline() -> None:
-    assert round(100 * guidelines.speed_up(300, 194), 1) == 54.6

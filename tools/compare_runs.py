@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from stackgrow.errors import RunError
-from stackgrow.load import RecipeError
 
 
 def main() -> int:
@@ -40,9 +39,9 @@ def main() -> int:
             from stackgrow.report.html import write_report
 
             write_report(arguments.runs, arguments.html)
-    except (RecipeError, RunError) as error:
+    except RunError as error:
         print(f"compare_runs: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, RunError) else 2
+        return error.exit_code
     return 0
 
 

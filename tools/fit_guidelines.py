@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from stackgrow.errors import RunError
+from stackgrow.errors import RunError, disk_error
 from stackgrow.report.guideline_table import draw_fits, render_fits, render_toml
 from stackgrow.report.isoflop import Fit, fit_law, fit_timing, read_run, read_table, valleys
 
@@ -53,9 +53,10 @@ def main() -> int:
             arguments.out.write_text(json.dumps(plain, indent=2))
         if arguments.plot:
             draw_fits(runs, found, fit, laws, arguments.plot)
-    except RunError as error:
-        print(f"fit_guidelines: {error}", file=sys.stderr)
-        return error.exit_code
+    except (RunError, OSError) as error:
+        known = error if isinstance(error, RunError) else disk_error(error)
+        print(f"fit_guidelines: {known}", file=sys.stderr)
+        return known.exit_code
     return 0
 
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from stackgrow.errors import RunError
-from stackgrow.load import RecipeError
 
 
 def main() -> int:
@@ -22,9 +21,9 @@ def main() -> int:
         from stackgrow.report.html import write_report
 
         write_report(arguments.runs, target)
-    except (RecipeError, RunError) as error:
+    except RunError as error:
         print(f"report: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, RunError) else 2
+        return error.exit_code
     print(target)
     return 0
 

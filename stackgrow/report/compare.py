@@ -11,17 +11,18 @@ from stackgrow import seal
 from stackgrow.evaluate.tasks import headline
 from stackgrow.kinds import human
 from stackgrow.report.curves import DEFINITION, WINDOW, Curve, SpeedUp, common_span, read_curves, speed_ups
+from stackgrow.report.plan_table import aligned
 
 SMOOTHING = {
     "train": f"training loss, smoothed by straight lines over the records within {WINDOW:.0%} of a point's FLOPs",
-    "validation": "validation loss, as it is",
+    "validation": "validation loss, the mean of the seeds, not smoothed",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """``curves`` of which the first is the baseline; the others' speed-ups by name, at ``losses`` where any were asked
-    for; benchmarks by run and task."""
+    """``curves`` of which the first is the baseline; the others' speed-ups by name, of those that have come to their
+    target models, at ``losses`` where any were asked for; benchmarks by run and task."""
 
     loss: str
     losses: Sequence[float]
@@ -41,10 +42,10 @@ def compare(runs: Sequence[Path], loss: str = "train", losses: Sequence[float] =
         DamagedError: a folder that is no run, or without records.
     """
     curves = read_curves(runs, loss)
-    against = {curve.name: speed_ups(curves[0].target, curve.target, losses) for curve in curves[1:]}
-    names = [
-        run.absolute().name for run in runs
-    ]  # a comparison is published: folders by their full path only if needed
+    there = [curve for curve in curves[1:] if curves[0].arrived and curve.arrived]
+    against = {curve.name: speed_ups(curves[0].target, curve.target, losses) for curve in there}
+    names = [run.absolute().name for run in runs]
+    # Folder names alone, since a comparison is published; full paths only where names are equal.
     unique = [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
     evaluations = {name: last_evaluation(run) for name, run in zip(unique, runs, strict=True)}
     return Comparison(loss, losses, curves, against, {run: found for run, found in evaluations.items() if found})
@@ -55,7 +56,7 @@ def last_evaluation(run: Path) -> dict[str, float]:
     records = [r for file in (run / "eval").glob("*.json") if (r := seal.read_json(file))]
     if not records:
         return {}
-    record = max(records, key=lambda r: (r["tokens"], r["step"]))
+    record = max(records, key=lambda r: (r["tokens"], r["step"], not r.get("limit")))
     best = {task: headline(task, metrics) for task, metrics in record["tasks"].items()}
     found = {f"{task} {name}": record["tasks"][task][name] for task, name in best.items() if name}
     mean = {"mean of seven": record["seven_task_mean"]} if record["seven_task_mean"] is not None else {}
@@ -79,6 +80,8 @@ def speed_up_rows(found: Sequence[SpeedUp]) -> list[tuple[str, ...]]:
 
 def verdict(comparison: Comparison, curve: Curve) -> str:
     """Both at as many FLOPs; and, where there is no loss that both reach, that there is none."""
+    if early := [c.name for c in (comparison.baseline, curve) if not c.arrived]:
+        return f"no speed-up: {' and '.join(early)} has not come to its target model"
     base, run = comparison.baseline.target, curve.target
     flops = min(base.flops[-1], run.flops[-1])
     equal = f"at {flops:.3g} FLOPs each: loss {run.loss_at(flops):.4f} against {base.loss_at(flops):.4f}"
@@ -102,10 +105,10 @@ def _lines(comparison: Comparison) -> Iterator[str]:
     for curve in comparison.curves[1:]:
         seeds = "".join(f", {c.seeds} seeds of {c.name}" for c in (comparison.baseline, curve) if c.seeds > 1)
         yield from ("", f"{curve.name} against {comparison.baseline.name}{seeds}", verdict(comparison, curve))
-        if rows := speed_up_rows(comparison.speed_ups[curve.name]):
-            yield from table([HEAD, *rows])
+        if rows := speed_up_rows(comparison.speed_ups.get(curve.name, [])):
+            yield from aligned([HEAD, *rows])
     if comparison.evaluations:
-        yield from ("", *table(evaluation_rows(comparison.evaluations)))
+        yield from ("", *aligned(evaluation_rows(comparison.evaluations)))
 
 
 def evaluation_rows(evaluations: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
@@ -113,12 +116,6 @@ def evaluation_rows(evaluations: Mapping[str, Mapping[str, float]]) -> list[tupl
     names = list(dict.fromkeys(name for found in evaluations.values() for name in found))
     rows = [(run, *(f"{f[n]:.4f}" if n in f else "-" for n in names)) for run, f in evaluations.items()]
     return [("run", *names), *rows]
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns to the right, two spaces between."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:

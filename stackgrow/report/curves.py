@@ -9,6 +9,7 @@ of a smoothed curve is the value of the straight line fitted to the records of i
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from stackgrow.errors import DamagedError
+from stackgrow.found import plan_of_run
 from stackgrow.load import canonical_hash, load_recipe, to_dict
 from stackgrow.records import read_records
 
@@ -41,6 +43,7 @@ class Part:
     loss: np.ndarray
     seed: np.ndarray
     smooth: np.ndarray
+    window: float = WINDOW
 
     @property
     def span(self) -> tuple[float, float]:
@@ -68,15 +71,20 @@ class Part:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run trained, stage by stage; the last part is the target model's."""
+    """What a run trained, stage by stage; the last part is the target model's where it has ``arrived`` at that."""
 
     name: str
     parts: tuple[Part, ...]
-    seeds: int = 1
+    arrived: bool = True
 
     @property
     def target(self) -> Part:
         return self.parts[-1]
+
+    @property
+    def seeds(self) -> int:
+        """How many runs the last part is from."""
+        return len(np.unique(self.target.seed))
 
     def loss_at(self, flops: float) -> float:
         """The smoothed loss of whichever stage was trained at an amount of FLOPs."""
@@ -87,7 +95,7 @@ class Curve:
 def read_curves(runs: Sequence[Path], loss: str = "train") -> list[Curve]:
     """One curve for each recipe, in the order given: runs of one recipe that differ in the seed alone are pooled.
 
-    ``loss``: "train", or "validation", which is of the same text at every point and is not smoothed.
+    ``loss``: "train", or "validation", which is of the same text at every point: the seeds' mean, not smoothed.
 
     Raises:
         DamagedError: a folder that is no run or has no records of this loss.
@@ -114,25 +122,27 @@ def _curve(name: str, runs: Sequence[Path], file: str, window: float) -> Curve:
     found: dict[str, list[tuple[float, float, float, int]]] = {}
     for seed, run in enumerate(runs):
         for path in sorted(run.glob(f"stage-*/{file}"), key=lambda path: int(path.parent.name.split("-")[1])):
-            rows = [(r["flops"], r["tokens"], r["loss"], seed) for r in read_records(path)]
+            rows = [(r["flops"], r["tokens"], r["loss"], seed) for r in read_records(path) if math.isfinite(r["loss"])]
             found.setdefault(path.parent.name, []).extend(rows)
     parts = [make_part(stage, np.array(sorted(rows)), window) for stage, rows in found.items() if rows]
     if not parts:
         raise DamagedError(f"{runs[0]} has no {file} with records")
-    return Curve(name, tuple(parts), len(runs))
+    return Curve(name, tuple(parts), parts[-1].stage == plan_of_run(runs[0]).train_stages[-1].name)
 
 
 def make_part(stage: str, rows: np.ndarray, window: float = WINDOW) -> Part:
     """A part from rows (FLOPs, tokens, loss, seed), [records, 4], in order of FLOPs."""
     flops, tokens, loss, seed = rows.T
-    return Part(stage, tokens, flops, loss, seed.astype(int), smooth(flops, loss, window=window))
+    return Part(stage, tokens, flops, loss, seed.astype(int), smooth(flops, loss, window=window), window)
 
 
 def smooth(x: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None, window: float = WINDOW) -> np.ndarray:
-    """``y`` at each ``x``, rising and positive, on the straight line fitted to the points within ``window`` * x."""
-    if not window:
-        return y.copy()
+    """``y`` at each ``x``, rising and positive, on the straight line fitted to the points within ``window`` * x; with
+    no window the mean of those at ``x``."""
     weight = np.ones_like(y) if weight is None else weight
+    if not window:
+        _, place = np.unique(x, return_inverse=True)
+        return (np.bincount(place, weight * y) / np.bincount(place, weight))[place]
     index = np.arange(len(x))
     first = np.minimum(np.searchsorted(x, x * (1 - window)), np.maximum(index - NEIGHBOURS, 0))
     end = np.maximum(np.searchsorted(x, x * (1 + window), side="right"), np.minimum(index + NEIGHBOURS + 1, len(x)))
@@ -175,15 +185,15 @@ def common_span(baseline: Part, run: Part) -> tuple[float, float] | None:
     return (high, low) if low <= high else None
 
 
-def speed_ups(baseline: Part, run: Part, losses: Sequence[float] = (), points: int = 5) -> list[SpeedUp]:
-    """The speed-up at each of ``losses`` that both reach, or at ``points`` losses evenly spread, in the baseline's
-    FLOPs, over all that both reach; [] where there is none."""
+def speed_ups(baseline: Part, run: Part, losses: Sequence[float] = ()) -> list[SpeedUp]:
+    """The speed-up at each of ``losses`` that both reach, or at five losses evenly spread, in the baseline's FLOPs,
+    over all that both reach; [] where there is none."""
     if not (span := common_span(baseline, run)):
         return []
     high, low = span
     if not losses:
         ends = [place[0] for level in span if (place := baseline.at_loss(level))]
-        levels = np.linspace(ends[0], ends[-1], points + 1)[1:]
+        levels = np.linspace(ends[0], ends[-1], 6)[1:]
         losses = [*(min(high, max(low, baseline.loss_at(flops))) for flops in levels[:-1]), low]
     found = [_speed_up(baseline, run, loss) for loss in losses]
     rng = np.random.default_rng(0)
@@ -199,10 +209,14 @@ def _speed_up(baseline: Part, run: Part, loss: float) -> SpeedUp | None:
 def _resampled(part: Part, rng: np.random.Generator) -> Part:
     """The part as it might have been: seeds drawn with replacement, and of every record's distance from the smoothed
     curve the sign (wild bootstrap, which keeps its size, larger early in training than late)."""
-    seeds = int(part.seed.max()) + 1
-    drawn = np.bincount(rng.integers(seeds, size=seeds), minlength=seeds)[part.seed]
-    loss = part.smooth + (part.loss - part.smooth) * rng.choice([-1.0, 1.0], size=len(part.loss))
-    return dataclasses.replace(part, smooth=smooth(part.flops, loss, drawn.astype(float)))
+    seeds, seed = np.unique(part.seed, return_inverse=True)
+    drawn = np.bincount(rng.integers(len(seeds), size=len(seeds)), minlength=len(seeds))[seed]
+    loss = part.loss
+    if part.window:
+        loss = part.smooth + (loss - part.smooth) * rng.choice([-1.0, 1.0], size=len(loss))
+    kept = drawn > 0
+    smoothed = smooth(part.flops[kept], loss[kept], drawn[kept].astype(float), part.window)
+    return dataclasses.replace(part, flops=part.flops[kept], tokens=part.tokens[kept], smooth=smoothed)
 
 
 def _with_interval(speed_up: SpeedUp, again: Sequence[tuple[Part, Part]]) -> SpeedUp:

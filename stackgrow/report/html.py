@@ -59,10 +59,11 @@ def write_report(runs: Sequence[Path], target: Path) -> None:
     """
     comparison = compare(runs)
     title = " and ".join(curve.name for curve in comparison.curves)
+    parts = [f"<h1>{escape(title)}</h1>"]
     if len(runs) == 1:
-        parts = [f"<h1>{escape(title)}</h1>", *_overview(runs[0]), *_together(comparison), *_identity(runs[0])]
+        parts += [*_overview(runs[0]), *_together(comparison), *_identity(runs[0])]
     else:
-        parts = [f"<h1>{escape(title)}</h1>", *_together(comparison)]
+        parts += _together(comparison)
         for run in runs:
             parts += [f"<h2>{escape(run.absolute().name)}</h2>", *_overview(run), *_identity(run)]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
@@ -95,7 +96,7 @@ def _together(comparison: Comparison) -> Iterator[str]:
         yield f'<p class="faint">{escape(DEFINITION)}</p>'
     for curve in comparison.curves[1:]:
         yield f"<h3>{escape(curve.name)}</h3><p>{escape(verdict(comparison, curve))}</p>"
-        if rows := speed_up_rows(comparison.speed_ups[curve.name]):
+        if rows := speed_up_rows(comparison.speed_ups.get(curve.name, [])):
             yield _table([HEAD, *rows])
     panels = PANELS if any(comparison.speed_ups.values()) else PANELS[:2]
     pictures = "".join(f"<figure>{panel_svg(comparison, panel)}</figure>" for panel in panels)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stackgrow.errors import DamagedError, MissingExtraError
+from stackgrow.errors import DamagedError
 from stackgrow.load import load_recipe
 from stackgrow.report.curves import make_part, read_curves
 
@@ -62,14 +62,17 @@ class Fit:
 
 
 def read_run(folder: Path, variable: str) -> Run:
-    """A finished run; ``variable`` "timing" or "factor"."""
+    """A run; ``variable`` "timing" or "factor". Raises DamagedError where it has not come to its target model."""
     (curve,) = read_curves([folder])
+    if not curve.arrived:
+        raise DamagedError(f"{folder} has not come to its target model; let it finish")
     recipe = load_recipe(folder / "recipe.toml", trusted=True)
     n, embedding = recipe.model.parameters(), recipe.model.vocab_size * recipe.model.dim
     at = None
-    if len(curve.parts) > 1:
+    bases = [part for part in curve.parts[:-1] if "-learn-" not in part.stage]  # whose steps are the growth's
+    if bases:
         layers = recipe.base.n_layers if recipe.base and recipe.base.n_layers else recipe.model.n_layers
-        at = curve.parts[-2].tokens[-1] if variable == "timing" else recipe.model.n_layers / layers
+        at = bases[-1].tokens[-1] if variable == "timing" else recipe.model.n_layers / layers
     # Records count 6 N without the input embedding.
     return Run(str(folder), n, at, curve.target.flops * n / (n - embedding), curve.target.smooth)
 
@@ -170,33 +173,21 @@ def _solve(good: Sequence[Valley]) -> np.ndarray | None:
 
 def _shifted(v: Valley, shift: dict[tuple[float, float], float]) -> Valley:
     curve = np.polyval(v.parabola, np.log10(v.tried))
-    return _valley(
-        v.parameters,
-        v.flops,
-        v.tried,
-        [loss + shift[v.parameters, at] for at, loss in zip(v.tried, curve, strict=True)],
-    )
+    losses = [loss + shift[v.parameters, at] for at, loss in zip(v.tried, curve, strict=True)]
+    return _valley(v.parameters, v.flops, v.tried, losses)
 
 
 def fit_law(runs: Sequence[Run]) -> Fit | None:
-    """L = a C^b through the final losses, the lowest one of each size; None for fewer than two sizes."""
+    """L = a C^b through the final losses, the lowest one of each size, fitted to their logarithms; None for fewer than
+    two sizes."""
     from_size = {r.parameters: r for r in sorted(runs, key=lambda r: -r.loss[-1])}
     ends = [(float(r.flops[-1]), float(r.loss[-1])) for r in from_size.values()]
     if len(ends) < 2:
         return None
-    try:
-        from scipy.optimize import curve_fit
-    except ImportError:
-        raise MissingExtraError('fits need scipy: pip install "stackgrow[report]"') from None
-    flops, losses = np.array(ends).T
-    b, log_a = np.polyfit(np.log(flops), np.log(losses), 1)
-    errors = np.full(2, math.nan)
+    flops, losses = np.log(np.array(ends)).T
+    b, log_a = np.polyfit(flops, losses, 1)
+    values, errors = {"a": math.exp(log_a), "b": float(b)}, {"a": math.nan, "b": math.nan}
     if len(ends) > 2:
-        # In units of the largest C, for a is the loss at C = 1 and hangs on b.
-        unit = flops.max()
-        (at_unit, b), spread = curve_fit(lambda c, a, b: a * c**b, flops / unit, losses, p0=(losses.min(), b))
-        log_a = math.log(at_unit) - b * math.log(unit)
-        slope = np.array([1 / at_unit, -math.log(unit)])
-        errors = np.array([math.exp(log_a) * math.sqrt(slope @ spread @ slope), math.sqrt(spread[1, 1])])
-    values = {"a": math.exp(log_a), "b": float(b)}
-    return Fit(values, dict(zip("ab", map(float, errors), strict=True)), points=len(ends))
+        spread = np.sqrt(np.diag(np.polyfit(flops, losses, 1, cov=True)[1]))
+        errors = {"a": values["a"] * float(spread[1]), "b": float(spread[0])}
+    return Fit(values, errors, points=len(ends))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 from runs_for_tests import SCRATCH, written_run
 
+from stackgrow.errors import DamagedError
 from stackgrow.report.compare import as_dict, compare, evaluation_rows, render
+from stackgrow.report.isoflop import read_run
 
 NAME = ('name = "tiny"', 'name = "scratch"')
 TOOL = Path(__file__).parents[2] / "tools" / "compare_runs.py"
@@ -47,11 +50,22 @@ def test_plain_values_are_exact_and_json(runs: list[Path]) -> None:
     assert found["verdicts"]["tiny"].endswith("; not reached by both: loss 0.5")
 
 
-def test_validation_loss_is_compared_as_it_is(runs: list[Path]) -> None:
+def test_validation_loss_is_not_smoothed(runs: list[Path]) -> None:
     comparison = compare(runs, loss="validation")
     target = comparison.curves[1].target
     assert (target.smooth == target.loss).all()
-    assert "validation loss, as it is" in render(comparison)
+    assert "validation loss, the mean of the seeds, not smoothed" in render(comparison)
+
+
+def test_a_run_that_has_not_come_to_its_target_model_has_no_speed_up(runs: list[Path]) -> None:
+    shutil.rmtree(sorted(runs[1].glob("stage-*"))[-1])
+    for order in (runs, runs[::-1]):
+        text = render(comparison := compare(order))
+        assert "no speed-up: tiny has not come to its target model" in text
+        assert not comparison.speed_ups
+        json.dumps(as_dict(comparison))
+    with pytest.raises(DamagedError, match="has not come to its target model"):
+        read_run(runs[1], "timing")
 
 
 def test_curves_that_never_meet_are_told_with_their_spans(runs: list[Path], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from recipes_for_tests import RECIPE, edited
 
 from stackgrow.errors import DamagedError
 from stackgrow.load import load_recipe, to_toml
-from stackgrow.report.curves import Part, make_part, read_curves, smooth, speed_ups
+from stackgrow.report.curves import Part, SpeedUp, make_part, read_curves, smooth, speed_ups
 
 RECORDS = 6000
 
@@ -55,6 +55,12 @@ def test_losses_asked_for_and_those_that_one_does_not_reach() -> None:
     assert [s.baseline_flops for s in found] == pytest.approx([0.3e21, 0.9e21], rel=3e-3)
 
 
+def test_speed_up_of_the_headline() -> None:
+    """7B, 194B tokens instead of 300B (paper, Figure 5 and abstract)."""
+    found = SpeedUp(2.0, baseline_flops=300.0, baseline_tokens=300.0, flops=194.0, tokens=194.0)
+    assert round(100 * found.in_flops, 1) == round(100 * found.in_tokens, 1) == 54.6
+
+
 def test_curves_that_never_meet_have_no_speed_up() -> None:
     late = part(30.0, start=0.5e21)
     assert late.span[0] < part(1.0).span[1]
@@ -71,6 +77,28 @@ def test_seeds_are_pooled_and_their_spread_widens_the_interval() -> None:
         if (s := speed_ups(part(1.0), p)[2]).interval
     ]  # fmt: skip
     assert widths[1] > 3 * widths[0]
+
+
+def test_seeds_that_differ_evenly_are_no_speed_up_without_smoothing_either() -> None:
+    """Of validation losses: the mean of two seeds is the baseline's curve."""
+    two = part(1.0, seeds=2)
+    rows = np.stack([two.flops, two.tokens, two.loss + np.where(two.seed, 0.01, -0.01), two.seed], axis=1)
+    rows = rows[np.lexsort(rows.T[::-1])]
+    one = part(1.0)
+    baseline = make_part("s", np.stack([one.flops, one.tokens, one.loss, one.seed], axis=1), window=0.0)
+    found = speed_ups(baseline, make_part("s", rows, window=0.0))
+    assert [s.in_flops for s in found] == pytest.approx([0.0] * 5, abs=1e-9)
+    assert all(s.interval and s.interval[0] < 0 < s.interval[1] for s in found[:2])
+
+
+def test_a_seed_that_has_not_come_so_far_is_left_out_where_it_is_not(recwarn: pytest.WarningsRecorder) -> None:
+    two = part(1.5, start=0.02e21, noise=0.01, seeds=2)
+    rows = np.stack([two.flops, two.tokens, two.loss, two.seed], axis=1)
+    short = make_part("s", rows[(two.seed == 0) | (two.flops < 0.3e21)])
+    found = speed_ups(part(1.0), short)
+    assert found[0].in_flops == pytest.approx(0.5, abs=0.05)
+    assert found[0].interval
+    assert not recwarn.list
 
 
 def test_smoothing_keeps_a_straight_line_to_its_ends_and_is_as_stated() -> None:
