@@ -1,22 +1,23 @@
 """Grow a checkpoint without a recipe.
 
 python tools/grow_checkpoint.py runs/mine/stage-0-train-8L/checkpoint/step-500 grown --operator stack --factor 4
-python tools/grow_checkpoint.py TinyLlama_v1.1 grown --operator zero --layer-map 0,0,1,1,2,2,3,3
+python tools/grow_checkpoint.py TinyLlama_v1.1 grown --operator zero --factor 2 --order interleave
 torchrun --standalone --nproc-per-node 8 tools/grow_checkpoint.py base grown --operator split \\
     --dim 4096 --heads 32 --ffn-dim 11264 --source-heads 16
 
 SRC is a DCP checkpoint, or a Hugging Face Llama folder with safetensors. DST becomes a DCP checkpoint with a seal
 (MANIFEST.json) and growth.json; tools/export_hf.py makes a Hugging Face folder of it. Exit codes: 2 for a growth that
-is not defined, 65 for a checkpoint that is damaged or in the way, 1 for anything else.
+is not defined, 65 for a checkpoint that is damaged or in the way, 74 for a disk that is full or fails.
 """
 
 import argparse
 import os
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from run_recipe import tell
 
 from stackgrow.checks import MAX_LAYERS
 from stackgrow.errors import RunError
@@ -24,8 +25,6 @@ from stackgrow.growth.depth import interleave_map, stack_map
 from stackgrow.growth.rules import GrowthError
 from stackgrow.plan import GrowStage
 from stackgrow.recipe import Model
-
-TOLD_AFTER_SECONDS = 3  # torchrun kills the other ranks when one fails: they wait until rank 0 has told the reason
 
 
 def main() -> int:
@@ -49,11 +48,7 @@ def main() -> int:
         if ranks.rank == 0:
             print(summary(arguments.target, growth))
     except RunError as error:
-        if ranks.rank == 0:
-            print(f"grow_checkpoint: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(TOLD_AFTER_SECONDS)
-        return error.exit_code
+        return tell(error)
     finally:
         if ranks.size > 1:
             dist.destroy_process_group()

@@ -12,7 +12,7 @@ from stackgrow.errors import RunError
 from stackgrow.evaluate.hf import CONFIG
 from stackgrow.growth.dcp import read_metadata, tensor_shapes
 from stackgrow.growth.rules import GrowthError
-from stackgrow.growth.standalone import Ranks, grow_folder, source_model, tells_geometry
+from stackgrow.growth.standalone import Ranks, grow_folder, known_model, source_model
 from stackgrow.load import Problem, canonical_hash
 from stackgrow.plan import GrowStage, ImportStage
 from stackgrow.recipe import Model
@@ -40,7 +40,7 @@ def import_problems(stage: ImportStage) -> list[Problem]:
 
 def _told(folder: Path, wanted: Model) -> dict[str, Any]:
     """What the tensors of a bare checkpoint do not tell."""
-    return {} if tells_geometry(folder) else {n: getattr(wanted, n) for n in ("n_heads", "norm_eps", "rope_theta")}
+    return {} if known_model(folder) else {n: getattr(wanted, n) for n in ("n_heads", "norm_eps", "rope_theta")}
 
 
 def take_over(stage: ImportStage, target: Path, rank: int, world_size: int) -> str:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint.metadata as meta
@@ -47,7 +47,7 @@ def grow_checkpoint(source: Path, target: Path, rules: Rules) -> dict[str, Any]:
     anything is written, when the source's model tensors are not exactly the rules' own, or ``target`` exists.
 
     Several ranks on one file system call instead: ``begin`` on rank 0; a barrier; ``write_part`` on every
-    rank; a barrier; ``commit`` on rank 0, which returns the same record with its own seconds.
+    rank; a barrier; ``commit`` on rank 0, which returns the same record without seconds.
     """
     started = time.perf_counter()
     begin(source, target, rules)
@@ -93,7 +93,7 @@ def write_part(
             tensor = _compute(read, rules, name)
             for job in last:
                 job.result()
-            last = jobs[name] = threads.submit(_append, tensor, stream), threads.submit(fingerprint, tensor)
+            last = jobs[name] = threads.submit(append, tensor, stream), threads.submit(fingerprint, tensor)
         index = {name: (*place.result(), mark.result()) for name, (place, mark) in jobs.items()}
         stream.finish()
     _index(target, rank).write_text(json.dumps(index))  # last: it vouches for the part
@@ -101,7 +101,6 @@ def write_part(
 
 def commit(source: Path, target: Path, rules: Rules, world_size: int = 1) -> dict[str, Any]:
     """Join the ranks' parts, link the data files, write the metadata, and rename it all to ``target``."""
-    started = time.perf_counter()
     old, work = _read_source(source, rules), _work(target)
     new = dataclasses.replace(
         old,
@@ -118,7 +117,8 @@ def commit(source: Path, target: Path, rules: Rules, world_size: int = 1) -> dic
     linked = [name for name in files if _link(source / name, work / name)]
     with (work / METADATA).open("wb") as stream:
         pickle.dump(new, stream)
-        _sync(stream)
+        stream.flush()
+        os.fsync(stream.fileno())
     written = sum(file.stat().st_size for file in work.iterdir() if file.name not in linked)
     sync_folder(work)
     work.rename(target)
@@ -130,7 +130,6 @@ def commit(source: Path, target: Path, rules: Rules, world_size: int = 1) -> dic
         "linked_files": linked,
         "copied_files": [name for name in files if name not in linked],
         "bytes_written": written,
-        "seconds": time.perf_counter() - started,
     }
 
 
@@ -231,8 +230,8 @@ def _compute(read: Reader, rules: Rules, name: str) -> torch.Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _append(tensor: torch.Tensor, stream: DirectFile) -> tuple[str, int, int]:
-    """The dtype's name, and the place in the part."""
+def append(tensor: torch.Tensor, stream: DirectFile) -> tuple[str, int, int]:
+    """Writes a tensor; returns the dtype's name, and the place: offset and length."""
     offset, checked = stream.position, torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)  # torch never compares it, and the seal has a SHA-256
     try:
@@ -306,8 +305,3 @@ def _link(source: Path, target: Path) -> bool:
     with target.open("rb") as stream:
         os.fsync(stream.fileno())
     return False
-
-
-def _sync(stream: IO[bytes]) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-
-class Initialized(Protocol):
-    """A model's geometry, the recipe's or torchtitan's."""
-
-    @property
-    def init(self) -> str: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def n_layers(self) -> int: ...
+    from stackgrow.recipe import Model
+    from stackgrow.titan.model import LlamaArgs
 
 
 def generator(*key: object) -> torch.Generator:
@@ -30,7 +22,7 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def draw(name: str, shape: tuple[int, ...], model: Initialized, rng: torch.Generator) -> Tensor:
+def draw(name: str, shape: tuple[int, ...], model: Model | LlamaArgs, rng: torch.Generator) -> Tensor:
     """The initial value of a tensor of ``model``, by its ``init``: a matrix [d_out, d_in] or [vocabulary, D], or
     an RMSNorm weight (ones). float32 on the CPU."""
     import torch

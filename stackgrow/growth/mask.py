@@ -25,10 +25,8 @@ def kept_outputs(source: Model, target: Model, layer_map: tuple[int, ...] | None
     sub-block of a new layer."""
     import torch
 
-    kept: dict[str, Tensor] = {}
-    if source.dim != target.dim or source.ffn_dim != target.ffn_dim or source.n_heads != target.n_heads:
-        new = new_outputs(replace(source, n_layers=target.n_layers), target)
-        kept |= {name.removesuffix(".weight"): (~mask).float() for name, mask in new.items()}
+    new = new_outputs(replace(source, n_layers=target.n_layers), target)
+    kept = {name.removesuffix(".weight"): (~mask).float() for name, mask in new.items()}
     for layer in new_layers(layer_map, source.n_layers) if layer_map else []:
         kept |= {f"layers.{layer}.{block}": torch.zeros(1) for block in SUB_BLOCKS}
     return kept

@@ -14,8 +14,6 @@ from stackgrow.recipe import Model
 if TYPE_CHECKING:
     import torch
 
-PAPER = "https://arxiv.org/abs/2405.15319"
-
 
 @dataclass(frozen=True)
 class Operator:
@@ -23,8 +21,6 @@ class Operator:
     those that make anything but copies take a Moment too."""
 
     name: str
-    title: str
-    equations: str  # of PAPER, appendix A
     directions: tuple[str, ...]
     width: str = ""  # (source, target, seed, moment)
     depth: str = ""  # (layer_map, source, target), and (seed, moment) if ``seeded``
@@ -33,18 +29,18 @@ class Operator:
 
 
 ANY = ("depth", "width", "both")
-_TABLE = (
-    Operator("stack", "G_direct depthwise (G_stack): whole layers are copied", "Algorithm 1",
-             ("depth",), depth="depth:depth_rules"),
-    Operator("split", "G_direct widthwise: neurons are copied and their fan-out split; layers, if any, are stacked",
-             "eqs. 4-11", ("width", "both"), "width:split_rules", "depth:depth_rules"),
-    Operator("zero", "G_zero: new parameters whose outputs are zero", "eqs. 12-19",
-             ANY, "zero:zero_width_rules", "zero:zero_depth_rules"),
-    Operator("random", "G_random: new random parameters, whose outputs training unmasks", "eqs. 20-36",
-             ANY, "zero:random_width_rules", "zero:random_depth_rules", seeded=True),
-    Operator("learn", "G_learn (LiGO): learned linear maps of all weights", "eqs. 37-42",
-             ANY, whole="learned:learned_rules"),
-)  # fmt: skip
+_TABLE = (  # equations of appendix A of the paper, https://arxiv.org/abs/2405.15319
+    # G_direct depthwise (G_stack, Algorithm 1): whole layers are copied.
+    Operator("stack", ("depth",), depth="depth:depth_rules"),
+    # G_direct widthwise (eqs. 4-11): neurons are copied and their fan-out split; layers, if any, are stacked.
+    Operator("split", ("width", "both"), "width:split_rules", "depth:depth_rules"),
+    # G_zero (eqs. 12-19): new parameters whose outputs are zero.
+    Operator("zero", ANY, "zero:zero_width_rules", "zero:zero_depth_rules"),
+    # G_random (eqs. 20-36): new random parameters, whose outputs training unmasks.
+    Operator("random", ANY, "zero:random_width_rules", "zero:random_depth_rules", seeded=True),
+    # G_learn (LiGO, eqs. 37-42): learned linear maps of all weights.
+    Operator("learn", ANY, whole="learned:learned_rules"),
+)
 OPERATORS: Mapping[str, Operator] = {operator.name: operator for operator in _TABLE}
 
 
@@ -69,6 +65,8 @@ def growth_rules(
         if network is None or layer_map is not None:
             raise GrowthError(f"{name!r} takes a trained network, which says how layers mix, and no layer map")
         return _call(operator.whole, source, target, network)
+    if layer_map is None and wide == source:
+        raise GrowthError("nothing grows: the target has the source's layers and widths")
     wider = bool(operator.width) and any(getattr(source, key) != getattr(wide, key) for key in GEOMETRY)
     direction = ("both" if wider else "depth") if layer_map is not None else "width"
     if direction not in operator.directions:

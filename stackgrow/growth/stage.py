@@ -39,7 +39,9 @@ def grow(
     barrier()  # before rank 0 changes what the others look at
     if done:
         return f"{stage.name}  grown before"
-    rules, marks = rules_of(stage, network), marks_of(seal.read_seal(source))
+    before = seal.read_seal(source)
+    assert before is not None, "run.py hands over sealed checkpoints only"
+    rules, marks = rules_of(stage, network), marks_of(before)
     if unknown := {fqn for rule in rules.targets.values() for fqn in rule.sources} - marks.keys():
         raise convert.CheckpointError(f"{source}: its seal has no fingerprint of {min(unknown)}; train its stage again")
     if rank == 0:
@@ -52,7 +54,14 @@ def grow(
     line = ""
     if rank == 0:
         record = convert.commit(source, target, rules, world_size)
-        _seal_grown(stage, stage_hash, source, target, rules, record, network, session)
+        growth, facts = growth_record(stage, source, before, rules, record), {}
+        if network is not None and (learned := seal.read_seal(network)):
+            # The maps were trained on data that the source has not seen: the data go on from there.
+            facts = {"position": learned["position"]}
+            growth["network"] = {"checkpoint": str(network), "stage_hash": learned["stage_hash"], **facts}
+        seal.write_json(target.parent / GROWTH, growth)
+        records = seal.file_records(target.parent, [GROWTH])
+        seal_grown(target, stage_hash, before, growth, session=session, records=records, **facts)
         line = f"{stage.name}  {stage.operator} {stage.change}, {record['bytes_written']} bytes written"
     barrier()
     return line
@@ -74,32 +83,9 @@ def rules_of(stage: GrowStage, network: Path | None = None) -> Rules:
     return with_moments(rules, stage.optimizer == "asymmetric") if stage.optimizer else rules()
 
 
-def marks_of(manifest: Mapping[str, Any] | None) -> dict[str, str]:
+def marks_of(manifest: Mapping[str, Any]) -> dict[str, str]:
     """The fingerprint of every tensor in a sealed checkpoint, the optimizer's included."""
-    assert manifest is not None, "run.py hands over sealed checkpoints only"
     return {**manifest["tensors"], **manifest.get("moments", {})}
-
-
-def _seal_grown(
-    stage: GrowStage,
-    stage_hash: str,
-    source: Path,
-    target: Path,
-    rules: Rules,
-    record: dict[str, Any],
-    network: Path | None,
-    session: str,
-) -> None:
-    before = seal.read_seal(source)
-    assert before is not None
-    growth, facts = growth_record(stage, source, before, rules, record), {}
-    if network is not None and (learned := seal.read_seal(network)):
-        # The maps were trained on data that the source has not seen: the data go on from there.
-        facts = {"position": learned["position"]}
-        growth["network"] = {"checkpoint": str(network), "stage_hash": learned["stage_hash"], **facts}
-    seal.write_json(target.parent / GROWTH, growth)
-    records = seal.file_records(target.parent, [GROWTH])
-    seal_grown(target, stage_hash, before, growth, session=session, records=records, **facts)
 
 
 def growth_record(

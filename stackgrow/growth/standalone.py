@@ -15,16 +15,16 @@ from typing import Any, TypeVar
 from torch import distributed as dist
 
 from stackgrow import seal
-from stackgrow.errors import RunError
+from stackgrow.errors import RunError, disk_error
 from stackgrow.evaluate.hf import CONFIG, import_hf
 from stackgrow.evaluate.hf_format import config_of, model_from_config
 from stackgrow.fingerprint import fingerprint
 from stackgrow.found import plan_of_run, run_of
 from stackgrow.growth import convert
-from stackgrow.growth.dcp import CheckpointError, is_model_key, read_metadata, read_tensor, tensor_shapes
+from stackgrow.growth.dcp import CheckpointError, is_model_key, read_item, read_metadata, read_tensor, tensor_shapes
 from stackgrow.growth.rules import GrowthError, Rules
 from stackgrow.growth.stage import GROWTH, growth_record, marks_of, rules_of, seal_grown
-from stackgrow.load import RecipeError, canonical_hash
+from stackgrow.load import canonical_hash
 from stackgrow.plan import GrowStage, identity
 from stackgrow.recipe import Model
 
@@ -49,18 +49,15 @@ class Ranks:
         result, failure = None, None
         try:
             result = work() if self.rank == 0 or not alone else None
-        except (RunError, GrowthError, RecipeError, OSError) as error:
-            code = error.exit_code if isinstance(error, RunError) else 1 if isinstance(error, OSError) else 2
-            failure = (code, str(error))
+        except (RunError, GrowthError, OSError) as error:
+            known = disk_error(error) if isinstance(error, OSError) else error
+            failure = (getattr(known, "exit_code", 2), str(known))
         if failures := [f for f in self.gather(failure) if f]:
-            raise _failed(*failures[0])
+            code, message = failures[0]
+            failed = RunError(message)
+            failed.exit_code = code
+            raise failed
         return result  # type: ignore[return-value]  # None on the other ranks, where alone
-
-
-def _failed(code: int, message: str) -> RunError:
-    error = RunError(message)
-    error.exit_code = code
-    return error
 
 
 def grow_folder(
@@ -104,7 +101,7 @@ def grow_folder(
 def source_model(source: Path, given: Mapping[str, Any]) -> Model:
     """The geometry of a checkpoint: config.json's, its run's, that in its seal, or what its tensors' shapes tell
     together with ``given``. RunError, or GrowthError where something is missing or given without need."""
-    known = _known_model(source)
+    known = known_model(source)
     if known is None:
         return _model_of_shapes(source, given)
     if given:
@@ -112,16 +109,12 @@ def source_model(source: Path, given: Mapping[str, Any]) -> Model:
     return known
 
 
-def tells_geometry(source: Path) -> bool:
-    """Whether a checkpoint says itself what its model is."""
-    return _known_model(source) is not None
-
-
 def _is_hf(source: Path) -> bool:
     return (source / CONFIG).is_file()
 
 
-def _known_model(source: Path) -> Model | None:
+def known_model(source: Path) -> Model | None:
+    """What a checkpoint says itself of its model."""
     if _is_hf(source):
         return model_from_config(seal.read_json(source / CONFIG) or {})
     if run := run_of(source):
@@ -145,8 +138,8 @@ def _model_of_shapes(source: Path, given: Mapping[str, Any]) -> Model:
     width = dim // given["n_heads"]
     if width * given["n_heads"] != dim or key_rows % width:
         raise GrowthError(
-            f"--source-heads {given['n_heads']}: heads of dim / heads channels must divide dim = {dim} and the "
-            f"{key_rows} rows of attention.wk"
+            f"{given['n_heads']} attention heads do not fit {source}: heads of dim / heads channels must divide dim = "
+            f"{dim} and the {key_rows} rows of attention.wk"
         )
     sizes = {"dim": dim, "n_layers": len(layers), "n_kv_heads": key_rows // width, "ffn_dim": ffn}
     return Model(family="llama2", vocab_size=vocabulary, **{**sizes, **given})
@@ -164,7 +157,10 @@ def _prepare(
         raise CheckpointError(f"{target} cannot be made: there is no folder {target.parent}")
     if target.resolve().is_relative_to(source.resolve()):
         raise CheckpointError(f"{target} lies in {source}, which would change it: grow into another folder")
+    _refuse_masked(source)
     stage = describe(source_model(source, given))
+    if stage.optimizer and not (seal.read_seal(source) or {"moments": True}).get("moments"):
+        raise GrowthError(f"{source} has no optimizer state to grow: leave out --optimizer")
     if stage.optimizer and _is_hf(source):
         raise GrowthError(f"{source} has weights alone, and no optimizer state to grow: leave out --optimizer")
     for which, model in (("source", stage.source), ("grown", stage.target)):
@@ -174,6 +170,26 @@ def _prepare(
                 "heads must divide dim into even widths, key/value heads must divide heads"
             )
     return stage, rules_of(stage)
+
+
+def _refuse_masked(source: Path) -> None:
+    """Where the mask of "random" has not come to 1, the weights alone are another function than the model's."""
+    if _is_hf(source):
+        return
+    metadata, c = read_metadata(source), 1.0
+    if "train_state.mask" in metadata.state_dict_metadata:
+        c = float(read_item(source, metadata, "train_state.mask"))
+    elif any(stage.mask and stage.name in source.absolute().parts for stage in _grow_stages(source)):
+        c = 0.0
+    if c < 1:
+        raise GrowthError(
+            f"{source} is masked, at {c:.2f}: export it with tools/export_hf.py, and grow what that makes"
+        )
+
+
+def _grow_stages(source: Path) -> list[GrowStage]:
+    run = run_of(source)
+    return [stage for stage in plan_of_run(run).stages if isinstance(stage, GrowStage)] if run else []
 
 
 def _begin(source: Path, work: Path, rules: Rules) -> None:

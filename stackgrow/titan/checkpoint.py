@@ -55,6 +55,7 @@ class StageCheckpoints(CheckpointManager):
         """Loads the newest verified checkpoint of this stage, or its input, or nothing for a base stage."""
         folder = self._newest_verified() or self.job.resume
         if folder is None and self.job.parent is None:
+            self._begin_moments()
             return False
         source = folder or self.job.parent
         assert source is not None
@@ -72,7 +73,7 @@ class StageCheckpoints(CheckpointManager):
         if grown_moments:
             self.states[OPTIMIZER].load_state_dict({**optimizer, **states[OPTIMIZER]})
         self._check_loaded(source, manifest)
-        if self.job.stage.freeze and folder is None and not grown_moments:
+        if folder is None and not grown_moments:
             self._begin_moments()
         logger.info("Loaded and verified %s", source)
         return True
@@ -201,7 +202,7 @@ class StageCheckpoints(CheckpointManager):
 
     def _begin_moments(self) -> None:
         """Gives every parameter the state that AdamW would make in its first step: a checkpoint then holds those of
-        the frozen ones too."""
+        frozen ones too, and all where no step has made an update yet."""
         for name, state in self._moments().items():
             if name.endswith(".step"):
                 state.zero_()

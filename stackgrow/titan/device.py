@@ -1,4 +1,4 @@
-"""A CPU device for torchtitan 0.2.2, which knows only accelerators, and the process group that all stages share.
+"""A CPU device for torchtitan 0.2.2, which knows only accelerators; and whether a plan fits the device that is there.
 
 torchtitan asks torch for an accelerator when it is imported, falls back to "cuda", and then calls functions that
 ``torch.cpu`` lacks. ``install`` answers those calls on a machine without an accelerator and does nothing elsewhere.

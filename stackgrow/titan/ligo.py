@@ -116,7 +116,7 @@ class LigoLlama(ModelProtocol):
 
 
 def parallelize_ligo(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
-    """FSDP2, or HSDP, over the maps as one unit: they are small. plan.py refuses what else torchtitan offers."""
+    """FSDP2, or HSDP, over the maps as one unit: they are small. checks.py refuses what else torchtitan offers."""
     if parallel_dims.fsdp_enabled:
         names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
         policy = MixedPrecisionPolicy(reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce])

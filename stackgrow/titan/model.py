@@ -24,6 +24,8 @@ from stackgrow.titan.attention import causal_mask, document_mask, use_flash_atte
 from stackgrow.titan.loss import ChunkedHead, chunk_head
 from stackgrow.titan.shards import shard_of
 
+# Blocks of every width that a run grows through are compiled from the same code: 8 are not enough.
+torch._dynamo.config.recompile_limit = 64
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # put into names by torch.compile and recomputation
 
 
@@ -78,27 +80,8 @@ class _Masked:
         return output * self.growth_mask.to(output.dtype)
 
 
-class _MaskedEmbedding(_Masked, nn.Embedding):
-    pass
-
-
-class _MaskedLinear(_Masked, nn.Linear):
-    pass
-
-
-class _MaskedAttention(_Masked, Attention):
-    pass
-
-
-class _MaskedFeedForward(_Masked, FeedForward):
-    pass
-
-
-MASKED: dict[type, type] = {
-    nn.Embedding: _MaskedEmbedding,
-    nn.Linear: _MaskedLinear,
-    Attention: _MaskedAttention,
-    FeedForward: _MaskedFeedForward,
+MASKED = {
+    cls: type(f"Masked{cls.__name__}", (_Masked, cls), {}) for cls in (nn.Embedding, nn.Linear, Attention, FeedForward)
 }
 
 

@@ -45,6 +45,7 @@ class StageTrainer(Trainer):
     @record
     def __init__(self, job: StageJob):
         self.stage_job = job
+        torch.use_deterministic_algorithms(job.stage.train.deterministic)  # torchtitan only switches it on
         super().__init__(job_config(job))
         self.guard = StepGuard(job.stage.name, job.stage.train, job.stage.parallel.tensor)
         self.checkpointer = StageCheckpoints(
@@ -61,8 +62,9 @@ class StageTrainer(Trainer):
     def train(self) -> None:
         """Runs the steps that are left of the stage."""
         comm = self.job_config.comm
-        # A stage before this one may have left the shorter timeout behind; the first step can compile for minutes.
-        self._set_timeout(comm.init_timeout_seconds)
+        self._set_timeout(
+            comm.init_timeout_seconds
+        )  # groups begin with torch's; the first step can compile for minutes
         session.at(f"{self.stage_job.stage.name}, loading")
         self.checkpointer.load()
         session.stop_if_asked()
@@ -97,6 +99,7 @@ class StageTrainer(Trainer):
             if self.step == first:
                 self._set_timeout(comm.train_timeout_seconds)
         self.checkpointer.finish()
+        self._set_timeout(comm.init_timeout_seconds)  # growing takes its time too
 
     def post_dataloading_process(
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
@@ -112,6 +115,7 @@ class StageTrainer(Trainer):
         loss = self._backward(batches)
         parameters = [p for m in self.model_parts for p in m.parameters()]
         norm = dist_utils.clip_grad_norm_(parameters, self.job_config.training.max_norm, foreach=True)
+        norm = norm.to(self.device)  # on the CPU, where FSDP offloads
         verdict = self.guard.check(self.step, loss, norm)
         if verdict.update:
             self.checkpointer.maybe_wait_for_staging()

@@ -134,6 +134,8 @@ def test_checkpoint_of_a_run(workplace: Workplace, reference: Path, tmp_path: Pa
     linked = json.loads((tmp_path / "grown" / "growth.json").read_text())["linked_files"]
     assert {name: after["files"][name] for name in linked} == {name: before["files"][name] for name in linked}
     assert "6 -> 12 layers" in tool(tmp_path / "grown", tmp_path / "more", *STACK)
+    told = tool(tmp_path / "grown", tmp_path / "no", *STACK, "--optimizer", "copy", code=2)
+    assert "has no optimizer state to grow" in told
     told = tool(step, tmp_path / "no", *STACK, "--source-heads", 4, code=2)
     assert "tells its own geometry" in told
 
@@ -203,8 +205,9 @@ def test_a_full_disk_is_told_in_one_line(source: Path) -> None:
         [*command, *map(str, SPLIT), "--source-heads", "4"], env=environment(), capture_output=True, text=True,
         timeout=100, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)),
     )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr == "grow_checkpoint: [Errno 27] File too large\n"
+    assert done.returncode == 74
+    assert done.stderr.startswith("disk full: ")
+    assert done.stderr.endswith("File too large; make room, then give the same command again\n")
     assert names(source.parent) == ["source"]
 
 
@@ -214,7 +217,6 @@ def test_bench_growth(tmp_path: Path) -> None:
     assert list(by_case) == ["stack", "zero-depth", "split-width"]
     assert by_case["stack"]["weight_bytes_written"] == 0
     assert by_case["stack"]["ratio"] is None
-    assert by_case["stack"]["seconds"] < 1
     split = by_case["split-width"]
     assert split["weight_bytes_written"] > 4 * split["target_parameters"] - 1
     assert split["ratio"] == split["seconds"] / split["cp_seconds"]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import Workplace, assert_audited, losses, records, steps_logged, weights
+from launch import Workplace, assert_audited, losses, records, weights
 
 GROW, TARGET = "stage-1-grow", "stage-2-train-4L"
 NARROW = ["base.model.dim=32", "base.model.n_heads=2", "base.model.n_kv_heads=1", "base.model.ffn_dim=88"]
@@ -25,6 +25,7 @@ PRESERVING = {
     "random depth": 1e-6,
     "random both": 1e-6,
 }  # float32 rounding of a mean over 704 tokens
+STACK = ["--operator", "stack", "--factor", "2"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -57,8 +58,8 @@ def test_growth_is_the_same_after_a_kill_and_on_other_ranks(workplace: Workplace
     sets = ["budget.tokens=24Ki", "growth[0].operator=split", "base.n_layers=4", *NARROW]
     one, two = tmp_path / "one", tmp_path / "two"
     workplace.run(*sets, f"run.folder={one}")
-    workplace.kill_when(lambda: steps_logged(two, "stage-0-train-4L") >= 10, *sets, f"run.folder={two}")
-    workplace.kill_when(lambda: (two / GROW).exists(), *sets, f"run.folder={two}")
+    workplace.kill_at("train.step 11", *sets, f"run.folder={two}")
+    workplace.kill_at("grow.computed 1", *sets, f"run.folder={two}")
     workplace.run(*sets, f"run.folder={two}")
     assert weights(two / GROW / "checkpoint") == weights(one / GROW / "checkpoint")
     assert losses(two) == losses(one)
@@ -68,13 +69,18 @@ def test_masked_stage_resumes_and_compiles_alike(workplace: Workplace, tmp_path:
     sets = ["budget.tokens=32Ki", "growth[0].operator=random", "growth[0].ramp=10 steps"]
     one, two, compiled = tmp_path / "one", tmp_path / "two", tmp_path / "compiled"
     workplace.run(*sets, f"run.folder={one}")
-    workplace.kill_when(lambda: steps_logged(two, TARGET) >= 6, *sets, f"run.folder={two}")
+    workplace.kill_at("train.step 27", *sets, f"run.folder={two}")
     workplace.run(*sets, f"run.folder={two}")
     assert losses(two) == losses(one)
     assert weights(two / TARGET / "checkpoint" / "step-12") == weights(one / TARGET / "checkpoint" / "step-12")
     assert_audited(two)
     masks = [r["mask"] for key, r in records(one).items() if key[0] == TARGET]
     assert masks == [min(1.0, step / 10) for step in range(1, 13)]
+    for checkpoint, mask in ((f"{TARGET}/checkpoint/step-8", "0.80"), (f"{GROW}/checkpoint", "0.00")):
+        code, told = workplace.tool("grow_checkpoint", one / checkpoint, tmp_path / "more", *STACK)
+        assert (code, f"is masked, at {mask}: export it with" in told) == (2, True)
+    code, told = workplace.tool("grow_checkpoint", one / TARGET / "checkpoint" / "step-12", tmp_path / "more", *STACK)
+    assert (code, "4 -> 8 layers" in told) == (0, True)
     workplace.run(*sets, f"run.folder={compiled}", "train.compile=true")
     expected, found = losses(one), losses(compiled)
     assert max(abs(found[k] / expected[k] - 1) for k in expected) < 2e-6  # as in test_parallel.py

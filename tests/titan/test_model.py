@@ -29,6 +29,18 @@ def test_ffn_width_is_exact(dim: int, ffn_dim: int) -> None:
     assert llama.layers["0"].feed_forward.w1.weight.shape == (ffn_dim, dim)
 
 
+def test_many_widths_are_compiled_in_one_session() -> None:
+    """As a run does that grows in width several times, and is evaluated in between."""
+    for dim in range(16, 16 * 11, 16):
+        llama = build(Model(family="llama2", dim=dim, n_layers=1, n_heads=2, ffn_dim=32, vocab_size=8))
+        block = torch.compile(llama.layers["0"], backend="eager", fullgraph=True)
+        hidden = torch.ones(1, 8, dim)
+        block(hidden, llama.freqs_cis, None).sum().backward()
+        with torch.no_grad():
+            block(hidden, llama.freqs_cis, None)
+    torch._dynamo.reset()
+
+
 def test_tensors_are_torchtitans_own(small: Model) -> None:
     shapes = {name: tuple(p.shape) for name, p in build(small).named_parameters()}
     assert shapes == small.tensors()
