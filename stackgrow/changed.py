@@ -23,14 +23,14 @@ def refuse_changed(plan: Plan, folder: Path, hashes: dict[str, str]) -> None:
     known = {stage.name: stage for stage in plan.stages}
     for path in sorted(folder.glob("stage-*")):
         stored, done = seal.read_json(path / STAGE_FILE), seal.read_json(path / DONE)
-        if done is not None and (stored is None or stored["stage_hash"] != done["stage_hash"]):
+        if done is not None and (stored is None or stored.get("stage_hash") != done.get("stage_hash")):
             raise DamagedError(f"{path / DONE} and {path / STAGE_FILE} disagree; restore them or move {path} away")
-        if stored is None or stored["stage_hash"] == hashes.get(path.name):
+        if stored is None or stored.get("stage_hash") == hashes.get(path.name):
             continue
         changes = ["the recipe has no such stage"]
         if path.name in known:
             new = {"seed": plan.recipe.seed, **identity(known[path.name])}
-            changes = list(differences({"seed": stored["seed"], **stored["stage"]}, new))
+            changes = list(differences({"seed": stored.get("seed"), **stored.get("stage", {})}, new))
         what = "; ".join(changes[:6]) or "the data or a stage before it"
         raise ChangedError(
             f"{path} was made by another recipe: {what}. Undo the change, or use another folder "
@@ -55,9 +55,12 @@ def changed_versions(folder: Path, accept: bool) -> list[str]:
     """
     sessions = (seal.read_json(folder / "provenance.json") or {}).get("sessions") or [{}]
     old, new = sessions[-1].get("packages", {}), provenance.versions()
-    changes = {name: f"{name} {old[name]} -> {new.get(name, 'none')}" for name in old if old[name] != new.get(name)}
+    there = {name: (old.get(name, "none"), new.get(name, "none")) for name in {**old, **new}} if old else {}
+    changes = {name: f"{name} {before} -> {after}" for name, (before, after) in there.items() if before != after}
     minor = [
-        line for name, line in changes.items() if name in ENGINE and _minor(old[name]) != _minor(new.get(name, ""))
+        line
+        for name, line in changes.items()
+        if name in ENGINE and _minor(old.get(name, "")) != _minor(new.get(name, ""))
     ]
     if minor and not accept:
         raise ChangedError(

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 from stackgrow.growth import learned_shapes
 from stackgrow.growth.operators import growth_rules
@@ -47,10 +48,10 @@ def data_problems(recipe: Recipe) -> Iterator[Problem]:
         yield "data.path", "is missing; name a token store, or several with [[data.mix]]"
     if data.path and data.mix:
         yield "data.path", f'"{data.path}" stands beside [[data.mix]]; give one of the two'
-    paths = [mix.path for mix in data.mix]
+    paths = [Path(mix.path) for mix in data.mix]
     for i, path in enumerate(paths):
         if path in paths[:i]:
-            yield f"data.mix[{i}].path", f'"{path}" is in the mixture twice; add up its weights'
+            yield f"data.mix[{i}].path", f'"{data.mix[i].path}" is in the mixture twice; add up its weights'
 
 
 def base_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -62,6 +63,9 @@ def base_problems(recipe: Recipe) -> Iterator[Problem]:
     for index, growth in enumerate(recipe.growth):
         if growth.timing == "start" and (index or not base.from_):
             yield f"growth[{index}].timing", '"start" is for the first growth of a base.from; give tokens or steps'
+    if recipe.growth and recipe.growth[0].timing == "start":
+        for name in (name for name in ("train", "parallel") if getattr(base, name)):
+            yield f"base.{name}", 'has no meaning where the base grows at the "start", untrained; remove it'
 
 
 def parallel_problems(part: Part, recipe: Recipe) -> Iterator[Problem]:
@@ -165,6 +169,8 @@ def train_problems(part: Part, recipe: Recipe) -> Iterator[Problem]:
             yield part.where(name), f"{json.dumps(given)} {rule} = {json.dumps(off)}"
     if part.train.precision == "float8" and (part.learns or part.masked):
         yield part.where("precision"), '"float8" replaces the layers that "random" masks and "learn" makes; use "bf16"'
+    if part.masked and part.train.cpu_offload:
+        yield part.where("cpu_offload"), 'true is not supported with the mask of "random", which stays on the GPU'
     if recipe.data.document_mask and part.train.attention != "flex":
         rule = f'"{part.train.attention}" cannot keep documents apart, as data.document_mask = true asks for'
         yield part.where("attention"), f'{rule}; use "flex", or set data.document_mask = false'

@@ -12,7 +12,7 @@
     75  a signal asked to stop; a sealed checkpoint stands, and the same command goes on
     76  the loss, the gradient or the weights are not finite, or the loss jumped
 
-Python itself answers a second signal (128 + its number). torchrun always ends with 1 and shows the ranks' code.
+A second signal ends a process at once (128 + its number). torchrun always ends with 1 and shows the ranks' code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RunError(RuntimeError):
     """A run cannot go on; the message names the cause, the place and the remedy."""
 
     exit_code = 1
-    teller = 0  # the rank that prints it
+    teller: int | None = None  # the rank that prints it; None: the first of every node, for each may have its own
 
 
 class DamagedError(RunError):

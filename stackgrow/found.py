@@ -27,11 +27,12 @@ def with_found(plan: Plan, folder: Path, data_hash: str, file: str | Path = "rec
     while True:
         hashes, found = plan.stage_hashes(data_hash), {}
         for name, stage_hash in hashes.items():
-            record = seal.read_json(folder / name / FOUND)
-            if record and record["stage_hash"] == stage_hash:
-                found[name] = record["found"]
-                if not isinstance(record["found"], int | str):
-                    raise DamagedError(f"{folder / name / FOUND}: {record['found']!r} is nothing that a stage finds")
+            record = seal.read_json(folder / name / FOUND) or {}
+            if record.get("stage_hash") == stage_hash:
+                value = record.get("found")
+                if not isinstance(value, str if "-import-" in name else int):
+                    raise DamagedError(f"{folder / name / FOUND}: {value!r} is nothing that the stage finds")
+                found[name] = value
         if found == plan.found:
             return plan
         plan = make_plan(plan.recipe, file, found)  # which changes the hashes of later stages

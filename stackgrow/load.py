@@ -13,6 +13,7 @@ from typing import Any
 
 import tomli
 
+from stackgrow.errors import RunError
 from stackgrow.kinds import Duration, Phase, Share
 from stackgrow.recipe import Recipe
 
@@ -20,8 +21,10 @@ MAX_BYTES = 1 << 17  # a recipe is a page of text: anything larger is a mistake 
 Problem = tuple[str, str]
 
 
-class RecipeError(ValueError):
+class RecipeError(RunError, ValueError):
     """Everything that is wrong with one recipe; ``problems`` holds (TOML path, message) pairs."""
+
+    exit_code = 2
 
     def __init__(self, file: str | Path, problems: Sequence[Problem]):
         self.problems = list(problems)

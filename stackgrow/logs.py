@@ -16,6 +16,6 @@ def log_to(file: Path) -> None:
     console = logging.StreamHandler(sys.stderr)
     console.addFilter(lambda r: r.levelno >= (logging.WARNING if r.name.startswith("stackgrow") else logging.ERROR))
     logging.basicConfig(level=logging.INFO, handlers=[handler, console], force=True)
-    # A float32 recipe makes torchtitan ask for a float32 autocast, which is none.
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
+    # A float32 recipe makes torchtitan ask for a float32 autocast, which is none.
     warnings.filterwarnings("ignore", message="In .* autocast, but the target dtype is not supported")

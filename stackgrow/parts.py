@@ -37,6 +37,11 @@ class Part:
     learns: bool = False
     masked: bool = False  # by the growth before it
 
+    @property
+    def trained(self) -> bool:
+        """Not where an imported base grows at once."""
+        return self.learns or not (self.hop and self.hop.growth.timing == "start")
+
     def where(self, key: str) -> str:
         """The TOML path that this stage's value of ``key`` comes from."""
         return f"{self.table}.{key}" if key in self.own else f"train.{key}"

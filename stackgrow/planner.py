@@ -16,7 +16,7 @@ from stackgrow.checks import world_problems
 from stackgrow.data.store import StoreError, read_manifest
 from stackgrow.kinds import human
 from stackgrow.memory import FP32, Layout, Memory, layout, stage_memory
-from stackgrow.plan import GrowStage, LearnStage, Plan, TrainStage
+from stackgrow.plan import CHECKPOINT_BYTES, GrowStage, LearnStage, Plan, TrainStage
 
 MFU = 0.4  # assumed where the caller does not state it
 NETWORK = 50e9  # bytes per second and GPU between nodes, assumed: 400 Gb/s
@@ -147,7 +147,7 @@ def stage_disk(plan: Plan, stage: TrainStage | GrowStage) -> tuple[int, int]:
     """Bytes that a stage leaves on disk, and the most while it runs: a checkpoint is whole before one is dropped."""
     if isinstance(stage, GrowStage):
         links = stage.operator == "stack" and not stage.noise  # hard links to the source's bytes
-        size = 0 if links else FP32 * stage.target.parameters()
+        size = 0 if links else (CHECKPOINT_BYTES if stage.optimizer else FP32) * stage.target.parameters()
         return size, size
     written = math.ceil(stage.steps / stage.every(plan.recipe.checkpoint.interval))
     kept = min(plan.recipe.checkpoint.keep, written)

@@ -52,7 +52,10 @@ def _import_problems(plan: Plan, folder: Path) -> list[Problem]:
 def _store(recipe: Recipe, path: str, where: str, problems: list[Problem]) -> Manifest | None:
     """The manifest of one of the recipe's stores; adds to ``problems`` what is wrong with it."""
     try:
-        manifest = TokenStore.open(path).manifest  # all shards are there, in their size
+        manifest = TokenStore.open(path).manifest  # all its shards are there, in their size
+        held_out = manifest.splits["validation"].tokens
+        if recipe.validation.sequences and held_out > recipe.data.seq_len:
+            TokenStore.open(path, "validation")
     except StoreError as error:
         problems.append((where, str(error)))
         return None
@@ -68,7 +71,6 @@ def _store(recipe: Recipe, path: str, where: str, problems: list[Problem]) -> Ma
         )  # fmt: skip
     if manifest.splits["train"].tokens <= recipe.data.seq_len:
         problems.append(("data.seq_len", f"{recipe.data.seq_len} is longer than all of the store {path}"))
-    held_out = manifest.splits["validation"].tokens if "validation" in manifest.splits else 0
     if recipe.validation.sequences and held_out <= recipe.data.seq_len:
         problems.append(
             ("validation.sequences", f"{recipe.validation.sequences} cannot be taken from the store {path}, which "

@@ -23,6 +23,7 @@ from typing import Any
 from stackgrow import seal
 from stackgrow.data.order import BLOCK, Order
 from stackgrow.load import canonical_hash, recipe_hash, to_toml
+from stackgrow.memory import layout
 from stackgrow.plan import Plan
 from stackgrow.requirements import requirements
 
@@ -124,12 +125,8 @@ def data_facts(plan: Plan, order: Order) -> dict[str, Any]:
 
 def mesh(plan: Plan, world_size: int) -> dict[str, dict[str, int]]:
     """The degrees of parallelism of every train stage on this many ranks."""
-    degrees = {}
-    for stage in plan.train_stages:
-        p = stage.parallel
-        rest = world_size // (p.replicate * p.tensor)
-        degrees[stage.name] = {"replicate": p.replicate, "shard": rest if p.shard < 0 else p.shard, "tensor": p.tensor}
-    return degrees
+    found = {stage.name: layout(stage.parallel, world_size) for stage in plan.train_stages}
+    return {name: {"replicate": at.replicate, "shard": at.shard, "tensor": at.tensor} for name, at in found.items()}
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""TOML -> Recipe: the keys of a recipe and the checks that need nothing but the recipe.
+"""The keys of a recipe, each with what it may be; load.py reads them, checks.py says how they fit.
 
 The dataclasses below are the only description of the keys: parsing, defaults, ``recipe.schema.json`` and the
 reference in recipes/README.md come from them. Nothing here imports torch: a recipe is read in milliseconds.

@@ -42,9 +42,10 @@ def make_plan(recipe: Recipe, file: str | Path = "recipe", found: Mapping[str, i
     known = dict(found or {})
     hops, blocking = _resolve_growths(recipe)
     parts = parts_of(recipe, hops)
-    blocking += [problem for part in parts for problem in batch_problems(part, recipe.data.seq_len)]
+    blocking += [problem for part in parts if part.trained for problem in batch_problems(part, recipe.data.seq_len)]
     problems = [*data_problems(recipe), *geometry_problems(recipe), *base_problems(recipe), *blocking]
-    problems += [p for part in parts for p in (*parallel_problems(part, recipe), *train_problems(part, recipe))]
+    for part in parts:
+        problems += (*parallel_problems(part, recipe), *train_problems(part, recipe)) if part.trained else ()
     stages: list[Stage] = []
     earliest = stages
     if not blocking:
@@ -67,7 +68,8 @@ def _resolve_growths(recipe: Recipe) -> tuple[list[Hop], list[Problem]]:
         where, last = f"growth[{index}]", index == len(recipe.growth) - 1
         if problems := list(growth_problems(recipe, growth, source.n_layers, where)):
             return hops, problems  # the next growth's source is unknown
-        layer_map = _layer_map(growth, source.n_layers, recipe.model.n_layers if last else source.n_layers)
+        alone = len(recipe.growth) == 1  # it must lead to the target's depth; of several, each says its own
+        layer_map = _layer_map(growth, source.n_layers, recipe.model.n_layers if alone else source.n_layers)
         n_layers = len(layer_map) if layer_map else source.n_layers
         target = resized(recipe.model if last else source, growth.model, n_layers)
         if growth.operator == "learn":
@@ -105,7 +107,7 @@ def _resolve_stages(recipe: Recipe, parts: Sequence[Part], problems: list[Proble
     grown: Hop | None = None  # the growth before this part
     for part in parts:
         hop = part.hop
-        if not (hop and hop.growth.timing == "start") or part.learns:
+        if part.trained:
             stage = _train_stage(recipe, part, stages, ends)
             if stage.steps < 1:
                 problems.append(_order_problem(recipe, part, stage.start_tokens))
@@ -153,7 +155,7 @@ def _train_stage(recipe: Recipe, part: Part, stages: Sequence[Stage], ends: Ends
     if hop is None:
         return stage(batches.within(recipe.budget.tokens - tokens))
     if part.learns and hop.growth.learn_steps:
-        count, seed = hop.growth.learn_steps.steps(batches.full), recipe.seed + len(stages)
+        count, seed = stage(0).reached(hop.growth.learn_steps), recipe.seed + len(stages)
         return LearnStage(*own, count, tokens, position, flops, source=hop.source, seed=seed, **common)
     if isinstance(timing := hop.growth.timing, LossSlope):
         until = Until(timing.loss_slope, up_to(timing.min, hop), up_to(timing.max, hop))

@@ -187,9 +187,10 @@ def _done_record(
     manifest = seal.read_seal(output)
     if manifest is None:
         raise DamagedError(f"{output}: the stage ended without a sealed checkpoint; run the command again")
-    counts = (
-        {"steps": stage.steps, "tokens": stage.tokens, "flops": stage.flops} if isinstance(stage, TrainStage) else {}
-    )
+    counts = {}
+    if isinstance(stage, TrainStage):  # what was trained, whatever the plan says
+        steps = manifest["step"]
+        counts = {"steps": steps, "tokens": stage.batches.tokens(steps), "flops": stage.flops_after(steps)}
     return {
         "stage_hash": hashes[stage.name],
         "parent_hash": hashes[plan.stages[index - 1].name] if index else None,

@@ -20,7 +20,7 @@ BEGIN, END = "<!-- reference: written by `make schema` -->", "<!-- end of refere
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a recipe as parsed TOML: single keys; plan.py checks how they fit."""
+    """JSON Schema (draft 2020-12) of a recipe as parsed TOML: single keys; checks.py says how they fit."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "stackgrow recipe"}
     return {**head, **_object(Recipe)}
 

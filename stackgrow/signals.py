@@ -32,18 +32,20 @@ def watch() -> None:
     os.register_at_fork(after_in_child=_in_child)
 
 
-def _noted(*_: object) -> None:
-    """The listener has it; without a handler of Python's it would get nothing."""
+def _noted(number: int, *_: object) -> None:
+    """Where the main thread runs Python, it knows at once; without a handler the listener would get nothing."""
+    if not _received:
+        _received.append(signal.Signals(number).name)
 
 
 def _listen(reading: int) -> None:
-    first = 0.0
+    first = None
     while received := os.read(reading, 1):
         if received[0] not in SIGNALS:
             continue
-        if not _received:
+        if first is None:
             first = time.monotonic()
-            _received.append(signal.Signals(received[0]).name)
+            _noted(received[0])
         elif time.monotonic() - first > SAME_REQUEST_SECONDS:
             os._exit(128 + received[0])
 

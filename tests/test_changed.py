@@ -27,6 +27,7 @@ def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch, then: dict[str, str]
         ({"torch": "2.13.0+cpu"}, {"torch": "2.13.1+cpu"}, ["torch 2.13.0+cpu -> 2.13.1+cpu"]),
         ({"torch": "2.13.0", "numpy": "1.26.0"}, {"torch": "2.13.0", "numpy": "2.0.0"}, ["numpy 1.26.0 -> 2.0.0"]),
         ({"torch": "2.13.0", "flash-attn": "2.7"}, {"torch": "2.13.0"}, ["flash-attn 2.7 -> none"]),
+        ({"torch": "2.13.0"}, {"torch": "2.13.0", "flash-attn": "2.7"}, ["flash-attn none -> 2.7"]),
     ],
 )
 def test_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: dict, now: dict, told: list[str]) -> None:

@@ -88,6 +88,18 @@ def test_contradictions(tmp_path: Path, changes: list[tuple[str, str]], where: s
     assert part in problems[where], problems
 
 
+def test_learning_counts_its_own_batches(tmp_path: Path) -> None:
+    """As all durations do: 5 steps of 64 tokens, then of 1024."""
+    text = edited(
+        ('"10 steps"', '"10Ki"'),
+        ('warmup = "2 steps"\n', 'batch_warmup = ["64 for 5 steps"]\nwarmup = "2 steps"\n'),
+        text=LEARN,
+    )
+    learn = plan_of(tmp_path, text).stages[1]
+    assert isinstance(learn, LearnStage)
+    assert (learn.steps, learn.tokens) == (15, 5 * 64 + 10 * 1024)
+
+
 def test_compile_can_be_left_to_the_other_stages(tmp_path: Path) -> None:
     text = edited(
         ('warmup = "4 steps"', 'warmup = "4 steps"\ncompile = true'),

@@ -46,6 +46,8 @@ def test_disk_while_a_checkpoint_replaces_another(tmp_path: Path) -> None:
     assert stage_disk(plan, grow) == (0, 0)  # hard links
     noisy = plan_of(tmp_path, edited(('timing = "20K"', 'timing = "20K"\nnoise = 0.2'))).stages[1]
     assert stage_disk(plan, noisy)[0] == 4 * noisy.target.parameters()
+    carried = plan_of(tmp_path, edited(('timing = "20K"', 'timing = "20K"\nnoise = 0.2\noptimizer = "copy"'))).stages[1]
+    assert stage_disk(plan, carried)[0] == 12 * carried.target.parameters()
     first = plan_of(tmp_path, RECIPE, ["checkpoint.interval=50 steps"]).stages[0]
     assert stage_disk(plan_of(tmp_path, RECIPE, ["checkpoint.interval=50 steps"]), first) == (size, size)
     assert estimate(plan, Cluster(1, "h100")).peak_disk == sum(stage_disk(plan, s)[0] for s in plan.stages) + (

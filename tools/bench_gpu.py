@@ -1,6 +1,6 @@
 """Tokens per second, MFU and peak memory of the paper's shapes on one GPU, and the ratio to plain torchtitan.
 
-python tools/bench_gpu.py --out bench.json                       every shape, kernel, eager and compiled
+python tools/bench_gpu.py --out bench.json                       every shape, sdpa and flash_attn, eager and compiled
 python tools/bench_gpu.py --shapes 1.1B --kernels sdpa --modes compiled --pair
 python tools/bench_gpu.py --small                                a tiny shape, on any machine
 
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,9 @@ def work(pair: bool, steps: int, **case: Any) -> dict[str, Any]:
             machine["flash_attn"] = version("flash-attn")
         result: dict[str, Any] = {"machine": machine}
         if pair:
-            return result | {name: side_by_side.compare(job)[name] for name in ("ratio", "ratio_quartiles")}
+            compared = side_by_side.compare(job)
+            session.stop()
+            return result | {name: compared[name] for name in ("ratio", "ratio_quartiles")}
         trainer = side_by_side.run(job, {"stackgrow": side_by_side.TimedStage})["stackgrow"]
         tokens = stage.train.global_batch_tokens / statistics.median(trainer.seconds[side_by_side.WARM_UP :])
         flops = stage.flops_per_token + stage.attention_flops / stage.tokens
@@ -186,12 +189,6 @@ def device_name() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def version(package: str) -> str:
-    from importlib.metadata import version as installed
-
-    return installed(package)
 
 
 def render(report: dict[str, Any]) -> str:

@@ -1,10 +1,10 @@
-"""What a stage costs beside plain torchtitan, and what growth costs beside nothing.
+"""What a stage costs beside plain torchtitan. (What growth costs: bench_growth.py.)
 
 python tools/bench_overhead.py                      one process
 torchrun --standalone --nproc-per-node 2 tools/bench_overhead.py
 
 Trains the same model on the same batches, with torchtitan's own Trainer and as a stackgrow stage (data from a token
-store, metrics, progress), step by step in turns. Then grows a checkpoint by stacking and counts the bytes.
+store, metrics, progress), step by step in turns.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import stackgrow.titan  # noqa: F401  (the device comes before torchtitan)
 # isort: split
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.config import JobConfig
 from torchtitan.models.llama3 import Transformer
@@ -34,18 +33,14 @@ from torchtitan.protocols import train_spec
 from torchtitan.train import Trainer
 
 from stackgrow.data.loader import WindowDataset
-from stackgrow.growth.convert import grow_checkpoint
-from stackgrow.growth.depth import depth_rules, stack_map
 from stackgrow.load import load_recipe
 from stackgrow.plan import Plan, TrainStage
-from stackgrow.recipe import Model
 from stackgrow.resolve import make_plan
 from stackgrow.titan import job as jobs
 from stackgrow.titan import session
 from stackgrow.titan.model import model_args, parallelize
 from stackgrow.titan.trainer import StageTrainer
 
-GROWN = Model(family="llama2", dim=768, n_layers=8, n_heads=12, ffn_dim=2048, vocab_size=32000)
 WARM_UP = 3  # steps before the clock starts
 
 
@@ -64,7 +59,6 @@ def main() -> None:
         stage = dataclasses.replace(plan.train_stages[-1], steps=WARM_UP + arguments.steps + 1)
         report = compare(job_of(plan, stage, Path(folder)))
         if dist.get_rank() == 0:
-            report |= measure_growth(Path(folder))
             print(json.dumps(report, indent=1) if arguments.json else render(report))
         dist.barrier()
     session.stop()
@@ -223,23 +217,6 @@ class InMemory:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Never resumed."""
-
-
-def measure_growth(folder: Path) -> dict[str, Any]:
-    """Stacks a 100M-parameter float32 checkpoint four times over."""
-    target = dataclasses.replace(GROWN, n_layers=4 * GROWN.n_layers)
-    state = {name: torch.randn(shape) for name, shape in GROWN.tensors().items()}
-    dcp.save(state, checkpoint_id=str(folder / "source"), no_dist=True)
-    rules = depth_rules(stack_map(GROWN.n_layers, target.n_layers), GROWN, target)
-    record = grow_checkpoint(folder / "source", folder / "grown", rules)
-    metadata = (folder / "grown" / ".metadata").stat().st_size
-    return {
-        "growth_source_parameters": GROWN.parameters(),
-        "growth_target_parameters": target.parameters(),
-        "growth_seconds": round(record["seconds"], 4),
-        "growth_weight_bytes_written": record["bytes_written"] - metadata,
-        "growth_metadata_bytes": metadata,
-    }
 
 
 def render(report: dict[str, Any]) -> str:

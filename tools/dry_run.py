@@ -23,6 +23,8 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--ranks", type=int, required=True, help="how many ranks the run would have")
     arguments = parser.parse_args()
+    if arguments.ranks < 1:
+        parser.error("--ranks must be at least 1")
     try:
         plan = make_plan(load_recipe(arguments.recipe, arguments.set), arguments.recipe)
         if problems := world_problems(plan, arguments.ranks):

@@ -8,9 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from stackgrow.errors import MissingExtraError
+from stackgrow.errors import RunError
 from stackgrow.kinds import tokens
-from stackgrow.load import RecipeError, load_recipe
+from stackgrow.load import load_recipe
 from stackgrow.planner import GPUS, MFU, Cluster, estimate, search
 from stackgrow.report.cost_table import render_cost, render_cost_json
 from stackgrow.resolve import make_plan
@@ -40,9 +40,9 @@ def main() -> int:
             from stackgrow.report.plan_picture import draw_plan
 
             draw_plan(plan, arguments.plot)
-    except (RecipeError, MissingExtraError) as error:
+    except RunError as error:
         print(error, file=sys.stderr)
-        return 2
+        return error.exit_code
     return 0
 
 

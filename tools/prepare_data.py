@@ -1,6 +1,6 @@
 """Text -> a token store that recipes name as data.path.
 
-    python tools/prepare_data.py --stdlib --train-tokenizer 2048 --out data/quickstart
+    python tools/prepare_data.py --stdlib --train-tokenizer 2048 --out data/stdlib
     python tools/prepare_data.py --input corpus --pattern '**/*.jsonl.zst' --tokenizer llama2.model --out data/corpus
     python tools/prepare_data.py --input hf://datasets/cerebras/SlimPajama-627B --preset slimpajama \\
         --tokenizer llama2.model --out data/slimpajama --slurm cpu

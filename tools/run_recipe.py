@@ -10,7 +10,6 @@ import sys
 import time
 
 from stackgrow.errors import RunError
-from stackgrow.load import RecipeError
 
 # torchrun kills the other ranks when one fails: they wait, so that the reason is told by then.
 TOLD_AFTER_SECONDS = 3
@@ -30,7 +29,7 @@ def main() -> int:
             from stackgrow.run import run
 
             run(arguments.recipe, arguments.set)
-    except (RecipeError, RunError) as error:
+    except RunError as error:
         return tell(error)
     return 0
 
@@ -51,13 +50,14 @@ def show_plan(arguments: argparse.Namespace) -> None:
         print((render_plan_json if arguments.json else render_plan)(plan, order))
 
 
-def tell(error: RecipeError | RunError) -> int:
-    """One message for the whole job, from the rank that is to tell it; returns the exit code."""
-    if int(os.environ.get("RANK", "0")) == getattr(error, "teller", 0):
+def tell(error: RunError) -> int:
+    """One message for the whole job, from the rank that is to tell it, or for each node; returns the exit code."""
+    rank = "LOCAL_RANK" if error.teller is None else "RANK"
+    if int(os.environ.get(rank, "0")) == (error.teller or 0):
         print(error, file=sys.stderr, flush=True)
     else:
         time.sleep(TOLD_AFTER_SECONDS)
-    return error.exit_code if isinstance(error, RunError) else 2
+    return error.exit_code
 
 
 if __name__ == "__main__":

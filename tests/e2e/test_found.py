@@ -1,10 +1,11 @@
 """What stages find out as they run: the end that the loss calls for, and the weights of a base from elsewhere."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from launch import Workplace, assert_audited, losses, records, steps_logged, weights
+from launch import Workplace, assert_audited, losses, records, weights
 
 from stackgrow.evaluate.hf import export_hf
 from stackgrow.found import FOUND, plan_of_run
@@ -65,9 +66,10 @@ def test_batches_grow_and_the_books_balance(runs: Path) -> None:
 
 def test_killed_before_and_after_the_decision(workplace: Workplace, runs: Path, tmp_path: Path) -> None:
     run, sets = tmp_path / "run", [*SLOPE, f"run.folder={tmp_path}/run"]
-    workplace.kill_when(lambda: steps_logged(run, BASE) >= 6, *sets)  # after the first checkpoint
+    workplace.kill_at("train.step 7", *sets)  # after the first checkpoint
     assert not (run / BASE / FOUND).exists()
-    workplace.kill_when(lambda: (run / BASE / FOUND).exists(), *sets)
+    workplace.kill_at("found 1", *sets)
+    assert (run / BASE / FOUND).exists()
     assert not (run / BASE / "DONE").exists()
     workplace.run(*sets)
     reference = runs / "slope"
@@ -117,6 +119,20 @@ def test_a_base_from_elsewhere_goes_on_as_its_own_run_did(runs: Path, reference:
     assert ("files" in source) == (name == "hf"), "the SHA-256 of what was converted"
     assert json.loads((run / "ledger.json").read_text())["total"]["tokens"] == 20 * 1024
     assert_audited(run)
+
+
+def test_what_is_wrong_with_what_was_found_is_told(runs: Path, workplace: Workplace, tmp_path: Path) -> None:
+    shutil.copytree(runs / "slope", tmp_path / "run")
+    file = tmp_path / "run" / BASE / FOUND
+    for value, told in (("x", "'x' is nothing that the stage finds"), (None, "None is nothing that the stage finds")):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "found": value}))
+        assert told in workplace.run(*SLOPE, f"run.folder={tmp_path}/run", code=65)
+
+
+def test_an_imported_base_that_grows_at_once_cannot_be_evaluated(runs: Path, workplace: Workplace) -> None:
+    code, told = workplace.tool("evaluate", runs / "from_hf", "--stage", "stage-0-import-2L")
+    assert code == 2
+    assert 'growth[0].timing: "start" grows the imported model before any stage trains it; export it' in told
 
 
 def test_a_base_is_taken_over_once(runs: Path) -> None:

@@ -1,9 +1,13 @@
 """What a run refuses: one message, its own exit code, and nothing lost."""
 
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import pytest
 from launch import RECIPE, RUN_RECIPE, Workplace, environment, steps_logged
 from warm import Warm
 
@@ -44,13 +48,17 @@ def test_two_runs_on_one_folder(workplace: Workplace, tmp_path: Path) -> None:
     place = f"run.folder={tmp_path}/run"
     long = ("budget.tokens=1B", "train.horizon=stage")
     first = Warm(Path(RUN_RECIPE), workplace.arguments(place, *long), workplace.folder, environment())
-    while steps_logged(tmp_path / "run", BASE) < 2:
-        assert first.poll() is None
-        time.sleep(0.01)
-    output = workplace.run(place, *long, code=73)
-    assert f"in use by process {first.processes[0].pid}" in output
-    assert first.poll() is None, "the first run goes on"
-    first.kill()
+    try:
+        deadline = time.monotonic() + 300
+        while steps_logged(tmp_path / "run", BASE) < 2:
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        output = workplace.run(place, *long, code=73)
+        assert f"in use by process {first.processes[0].pid}" in output
+        assert first.poll() is None, "the first run goes on"
+    finally:
+        first.kill()
     workplace.run(place, "budget.tokens=24Ki", code=65)  # the lock is free; the recipe is another one
 
 
@@ -112,7 +120,24 @@ def test_missing_store_and_wrong_vocabulary(workplace: Workplace, tmp_path: Path
     assert "tools/prepare_data.py" in output
     output = workplace.run(f"run.folder={tmp_path}/run", "model.vocab_size=1000", code=2)
     assert "model.vocab_size: 1000 is not the vocabulary of the store" in output
-    assert not list(tmp_path.iterdir())
+    shutil.copytree(workplace.folder / "store", tmp_path / "torn")
+    shard = next((tmp_path / "torn").glob("validation-*.npy"))
+    for damage in (lambda: os.truncate(shard, 1), shard.unlink):
+        damage()
+        output = workplace.run(f"run.folder={tmp_path}/run", f"data.path={tmp_path}/torn", code=2)
+        assert f"data.path: {shard}" in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_each_node_tells_what_is_wrong_with_it(workplace: Workplace, local: int) -> None:
+    """Its first rank does: rank 0 may be on another node, where nothing is wrong."""
+    ranks = {"RANK": str(2 + local), "LOCAL_RANK": str(local), "WORLD_SIZE": "4"}
+    command = [sys.executable, RUN_RECIPE, "absent.toml"]
+    env = {**environment(), **ranks}
+    done = subprocess.run(command, cwd=workplace.folder, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr.count("absent.toml: 1 problem") == 1 - local
 
 
 def test_store_made_with_another_tokenizer(workplace: Workplace, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@
 # GPUS      ranks on this node (8)
 # RESTARTS  how often the ranks start again after one died (3): the run goes on from its newest checkpoint
 # JOB       name of the rendezvous, different for every run on the same HEAD and PORT (stackgrow)
+# SAVE_SECONDS  how long the ranks have to save after SIGTERM (600)
 # ADDRESS   of this node, where its host name does not lead to it
 #
 # The run folder and the data must be on a file system that all nodes share. A node that was lost for good is replaced by
