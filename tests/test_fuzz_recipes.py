@@ -242,6 +242,7 @@ def test_planned_or_refused(
     tool: ModuleType, watch: Watch, share: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # which is a write
     file, codes, slowest = tmp_path / "recipe.toml", Counter[str](), 0.0
     for case in range(share, CASES, SHARES):
         chance = random.Random(f"{SEED}-{case}")

@@ -275,7 +275,7 @@ def mutated(draw: st.DrawFn) -> bytes:
     return bytes(content)
 
 
-@settings(max_examples=400, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(content=mutated() | st.binary(max_size=64))
 def test_fuzz(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     """Whatever the file holds: a plan that can be shown and written down again, or a RecipeError."""

@@ -1,4 +1,5 @@
 import io
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,7 +47,7 @@ def test_other_ranks_are_silent() -> None:
 
 def test_rate_counts_this_sessions_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([0.0, 20.0])
-    monkeypatch.setattr("stackgrow.progress.time.monotonic", lambda: next(moments))
+    monkeypatch.setattr("stackgrow.progress.time", SimpleNamespace(monotonic=lambda: next(moments)))
     stream = io.StringIO()
     progress = Progress("stage", 100, enabled=True, stream=stream)
     progress.start(40)

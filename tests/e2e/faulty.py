@@ -2,7 +2,7 @@
 
 ``FAULT="kill seal.hashed 2"``: at the second passing of that point in rank ``FAULT_RANK`` (0), the process gets
 SIGKILL; "term" is SIGTERM, "stop" SIGSTOP, "full" an OSError "no space left", "nan" a loss that is NaN. Several are
-parted by semicolons. ``FILE_LIMIT``: bytes beyond which no file can grow. ``RNG``: tells whether training drew from
+parted by semicolons; in ``FAULT_RANK`` "all", every rank has them. "poison" makes a weight NaN, "sleep" takes 15 seconds. ``FILE_LIMIT``: bytes beyond which no file can grow. ``RNG``: tells whether training drew from
 any global random number generator.
 ``PHASE_FILE``: rank 0 keeps the phase it is in there, at most 16 bytes.
 """
@@ -19,6 +19,7 @@ import runpy
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint import filesystem
 
 from stackgrow import run, seal
 from stackgrow.growth import convert, stage
+from stackgrow.titan import trainer
 from stackgrow.titan.checkpoint import StageCheckpoints
 from stackgrow.titan.metrics import RecordWriter
 from stackgrow.titan.trainer import StageTrainer
@@ -44,6 +46,7 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "validate": (StageTrainer, "validate", "<"),
     "log": (RecordWriter, "write", "<"),
     "load": (StageCheckpoints, "dcp_load", "<"),
+    "save": (StageCheckpoints, "save", "<"),
     "save.data": (filesystem.FileSystemWriter, "write_data", "<"),
     "save.metadata": (filesystem.FileSystemWriter, "finish", "<"),
     "save.rename": (filesystem.FileSystem, "rename", "<"),
@@ -60,6 +63,7 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "grow.link": (convert, "_link", "<"),
     "grow.committed": (convert, "commit", ">"),
     "grow.sealed": (stage, "seal_grown", ">"),
+    "found": (trainer, "write_found", ">"),
     "done": (run, "_done_record", ">"),
 }
 PHASES = {
@@ -83,13 +87,19 @@ def install_fault(action: str, point: str, count: int) -> None:
     owner, name, place = POINTS[point]
     passed = 0
 
-    def reached(result: Any) -> Any:
+    def reached(result: Any, *args: Any) -> Any:
         nonlocal passed
         passed += 1
         if passed != count:
             return result
         if action == "nan":
             return result * float("nan")
+        if action == "sleep":
+            time.sleep(15)
+            return result
+        if action == "poison":
+            next(iter(args[0]._weights().values())).view(-1)[0] = float("nan")
+            return None
         if action == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), point)
         os.kill(os.getpid(), SIGNALS[action])
@@ -98,7 +108,7 @@ def install_fault(action: str, point: str, count: int) -> None:
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def inner(*args: Any, **kwargs: Any) -> Any:
             if place == "<":
-                reached(None)
+                reached(None, *args)
                 return original(*args, **kwargs)
             return reached(original(*args, **kwargs))
 
@@ -157,7 +167,7 @@ def install_phases(file: str) -> None:
 
 if __name__ == "__main__":
     rank = os.environ.get("RANK", "0")
-    if "FAULT" in os.environ and rank == os.environ.get("FAULT_RANK", "0"):
+    if "FAULT" in os.environ and os.environ.get("FAULT_RANK", "0") in (rank, "all"):
         for fault in os.environ["FAULT"].split(";"):
             action, point, count = fault.split()
             install_fault(action, point, int(count))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from stackgrow import seal
 from stackgrow.audit.chain import audit_run
 from stackgrow.records import read_records
 
+FAULTY = Path(__file__).with_name("faulty.py")
 RUN_RECIPE = str(REPOSITORY / "tools" / "run_recipe.py")
 VOCABULARY = 512
 
@@ -97,26 +99,30 @@ class Workplace:
         """Exit code and output of a script of tools/, in one process or several (see warm.py)."""
         return run_tool(name, *arguments, cwd=self.folder, ranks=ranks)
 
-    def kill_when(self, condition: Callable[[], bool], *sets: str, ranks: int = 0, warm_ranks: int = 0) -> None:
-        """Starts a run and kills it, under torchrun its whole process group, with SIGKILL as soon as ``condition``
-        holds."""
-        process: subprocess.Popen | Warm
-        if ranks:
-            process = subprocess.Popen(
-                self.command(*sets, ranks=ranks), cwd=self.folder, env=environment(), start_new_session=True,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-        else:
-            process = Warm(Path(RUN_RECIPE), self.arguments(*sets), self.folder, environment(), warm_ranks)
-        deadline = time.monotonic() + 120
-        while not condition():
-            assert process.poll() is None, "the run ended before the condition held"
-            assert time.monotonic() < deadline, "the condition never held"
-            time.sleep(0.005)
-        if isinstance(process, Warm):
-            process.kill()
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
+    def kill_at(self, point: str, *sets: str, warm_ranks: int = 0) -> None:
+        """A run whose every rank kills itself, with SIGKILL, at a point of faulty.py, such as "train.step 7": before
+        the seventh step of this session."""
+        env = {**environment(), "FAULT": f"kill {point}", "FAULT_RANK": "all"}
+        process = Warm(FAULTY, self.arguments(*sets), self.folder, env, warm_ranks)
+        process.wait(300)
+        assert -signal.SIGKILL in [p.exitcode for p in process.processes], process.output()
+
+    def kill_when(self, condition: Callable[[], bool], *sets: str, ranks: int) -> None:
+        """Starts a run under torchrun and kills torchrun, and so its workers, as soon as ``condition`` holds."""
+        process = subprocess.Popen(
+            self.command(*sets, ranks=ranks), cwd=self.folder, env=environment(), start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline, ended = time.monotonic() + 300, False
+        try:
+            while not condition() and not ended:
+                assert time.monotonic() < deadline, "the condition never held"
+                time.sleep(0.005)
+                ended = process.poll() is not None
+            assert process.poll() is None, "it was too late to kill it"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 

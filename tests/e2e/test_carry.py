@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from launch import Workplace, assert_audited, losses, records, steps_logged, weights
+from launch import Workplace, assert_audited, losses, records, weights
 
 from stackgrow import seal
 from stackgrow.load import load_recipe
@@ -77,7 +77,7 @@ def test_frozen_stages_resume_after_kills(workplace: Workplace, undisturbed: Pat
     """Killed while layers are frozen, resumed at step 4, through the switch after step 6 and the growth after it."""
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run, ignore=shutil.ignore_patterns("stage-[234]*"))
-    workplace.kill_when(lambda: steps_logged(run, FSDP) >= 5, *SETS, f"run.folder={run}", warm_ranks=2)
+    workplace.kill_at("train.step 6", *SETS, f"run.folder={run}", warm_ranks=2)
     workplace.run(*SETS, f"run.folder={run}", "validation.sequences=0", warm_ranks=2)
     assert losses(run) == losses(undisturbed)
     for last in (Path(FSDP) / "checkpoint" / "step-10", Path(TENSOR) / "checkpoint" / "step-10"):

@@ -37,14 +37,14 @@ def test_a_killed_worker_is_restarted_on_both_nodes(workplace: Workplace, refere
     run, port, logs = tmp_path / "run", free_port(), [tmp_path / f"node-{i}.log" for i in range(2)]
     nodes = [node(workplace, port, log, f"run.folder={run}") for log in logs]
     try:
-        deadline = time.monotonic() + 90
-        while steps_logged(run, TARGET) < 6:
+        deadline = time.monotonic() + 300
+        while steps_logged(run, TARGET) < 1:
             assert all(n.poll() is None for n in nodes), "\n".join(log.read_text() for log in logs)
             assert time.monotonic() < deadline
             time.sleep(0.02)
         worker = next(p for p in psutil.Process(nodes[1].pid).children() if "run_recipe.py" in " ".join(p.cmdline()))
         os.kill(worker.pid, signal.SIGKILL)
-        assert [n.wait(90) for n in nodes] == [0, 0], "\n".join(log.read_text() for log in logs)
+        assert [n.wait(300) for n in nodes] == [0, 0], "\n".join(log.read_text() for log in logs)
     finally:
         for n in nodes:
             n.kill()

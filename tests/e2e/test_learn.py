@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import Workplace, assert_audited, losses, records, steps_logged, weights
+from launch import Workplace, assert_audited, losses, records, weights
 
 from stackgrow import seal
 from stackgrow.growth.dcp import places, read_metadata
@@ -73,11 +73,11 @@ def test_one_rank_and_two_agree(workplace: Workplace, wide_fsdp: Path, tmp_path:
 
 def test_killed_while_learning_and_while_growing(workplace: Workplace, wide_fsdp: Path, tmp_path: Path) -> None:
     run, sets = tmp_path / "run", [*SETS, *NARROW, f"run.folder={tmp_path}/run"]
-    workplace.kill_when(lambda: steps_logged(run, LEARN) >= 2, *sets, warm_ranks=2)  # before its first checkpoint
+    workplace.kill_at("train.step 23", *sets, warm_ranks=2)  # before its first checkpoint
     assert not list((run / LEARN).glob("checkpoint/*/MANIFEST.json"))
-    workplace.kill_when(lambda: steps_logged(run, LEARN) >= 6, *sets, warm_ranks=2)
+    workplace.kill_at("train.step 7", *sets, warm_ranks=2)
     assert not (run / LEARN / "DONE").exists()
-    workplace.kill_when(lambda: (run / GROW).exists(), *sets, warm_ranks=2)
+    workplace.kill_at("grow.computed 1", *sets, warm_ranks=2)
     workplace.run(*sets, warm_ranks=2)
     assert losses(run) == losses(wide_fsdp)
     assert losses(run, "validation.jsonl") == losses(wide_fsdp, "validation.jsonl")
@@ -98,7 +98,7 @@ def test_bf16_is_applied_on_one_rank_and_on_two(workplace: Workplace, wide_fsdp:
 
 def test_a_damaged_source_stops_the_stage(workplace: Workplace, tmp_path: Path) -> None:
     run, sets = tmp_path / "run", [*SETS, f"run.folder={tmp_path}/run"]
-    workplace.kill_when(lambda: steps_logged(run, LEARN) >= 2, *sets)
+    workplace.kill_at("train.step 23", *sets)
     checkpoint, name = run / BASE / "checkpoint" / "step-20", "layers.1.attention.wq.weight"
     ((_, place),) = places(read_metadata(checkpoint), name)
     data = checkpoint / place.relative_path

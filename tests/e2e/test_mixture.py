@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch import REPOSITORY, Workplace, environment, losses, records, steps_logged
+from launch import REPOSITORY, Workplace, environment, losses, records
 
 MIX = "data={seq_len=64, mix=[{path='store', weight=3}, {path='other', weight=1}]}"
 
@@ -25,8 +25,7 @@ def test_run_on_a_mixture(workplace: Workplace) -> None:
         assert sum(store["tokens"] for store in row["data"].values()) == row["tokens"]
     assert rows[-1]["data"] == ledger
     stopped = workplace.folder / "mixed_stopped"
-    there = lambda: steps_logged(stopped, "stage-0-train-2L") >= 9  # noqa: E731
-    workplace.kill_when(there, "run.folder=mixed_stopped", MIX)
+    workplace.kill_at("train.step 10", "run.folder=mixed_stopped", MIX)
     workplace.run("run.folder=mixed_stopped", MIX)
     assert losses(stopped) == losses(workplace.folder / "mixed")
     assert losses(stopped, "validation.jsonl") == losses(workplace.folder / "mixed", "validation.jsonl")

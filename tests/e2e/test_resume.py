@@ -1,6 +1,7 @@
 """Kill -9 at the moments that matter, run the same command again: bit for bit the undisturbed run."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,17 @@ def test_killed_in_base_after_growth_and_in_target(
 ) -> None:
     reference: Path = request.getfixturevalue("reference_fsdp" if ranks else "reference")
     run, place = tmp_path / "run", f"run.folder={tmp_path}/run"
-    workplace.kill_when(lambda: steps_logged(run, BASE) >= 6, place, ranks=ranks)
+
+    def kill(condition: Callable[[], bool], point: str, *sets: str) -> None:
+        workplace.kill_when(condition, *sets, ranks=ranks) if ranks else workplace.kill_at(point, *sets)
+
+    kill(lambda: steps_logged(run, BASE) >= 6, "train.step 7", place)
     assert not (run / BASE / "DONE").exists()
     # Right after growth, before the first checkpoint of the grown model: torchtitan itself would go on from
     # random weights here, since the stage's checkpoint folder may exist already.
-    workplace.kill_when(lambda: steps_logged(run, TARGET) >= 2, place, ranks=ranks)
+    kill(lambda: steps_logged(run, TARGET) >= 2, "train.step 19", place, "checkpoint.interval=1000 steps")
     assert not list((run / TARGET).glob("checkpoint/*/MANIFEST.json"))
-    workplace.kill_when(lambda: steps_logged(run, TARGET) >= 9, place, ranks=ranks)
+    kill(lambda: steps_logged(run, TARGET) >= 9, "train.step 10", place)
     assert not (run / TARGET / "DONE").exists()
     workplace.run(place, ranks=ranks)
     assert_same_run(run, reference)
@@ -67,7 +72,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
 
 def test_more_ranks_on_resume_keep_the_order_of_the_data(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
     run, place = tmp_path / "run", f"run.folder={tmp_path}/run"
-    workplace.kill_when(lambda: steps_logged(run, BASE) >= 10, place)
+    workplace.kill_at("train.step 11", place)
     workplace.run(place, warm_ranks=2)
     expected, found = records(reference), records(run)
     assert [r["position"] for r in found.values()] == [r["position"] for r in expected.values()]

@@ -26,7 +26,7 @@ def start(workplace: Workplace, place: Path, *options: str, ranks: int) -> subpr
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.01)
@@ -41,11 +41,14 @@ def test_a_dead_rank_is_restarted_and_a_request_is_passed_on(
 ) -> None:
     place = tmp_path / "run"
     torchrun = start(workplace, place, "--max-restarts", "1", ranks=2)
-    until(lambda: steps_logged(place, BASE) >= 6)
-    workers(torchrun)[1].kill()
-    until(lambda: steps_logged(place, TARGET) >= 5)  # after the restart
-    torchrun.send_signal(signal.SIGTERM)
-    assert torchrun.wait(60) != 0
+    try:
+        until(lambda: steps_logged(place, BASE) >= 1)
+        next(p for p in workers(torchrun) if p.environ()["RANK"] == "1").kill()
+        until(lambda: steps_logged(place, TARGET) >= 1)  # after the restart
+        torchrun.send_signal(signal.SIGTERM)
+        assert torchrun.wait(300) != 0
+    finally:
+        torchrun.kill()
     output = (tmp_path / "output.txt").read_text()
     assert "waited in vain for another rank; silent: 1" in output
     assert f"{TARGET}, step " in output
@@ -65,5 +68,5 @@ def test_workers_die_with_torchrun(workplace: Workplace, tmp_path: Path) -> None
     (worker,) = workers(torchrun)
     os.kill(torchrun.pid, signal.SIGKILL)
     torchrun.wait()
-    worker.wait(2)
+    worker.wait(60)
     workplace.run(f"run.folder={place}", "budget.tokens=23Ki")  # the lock is free

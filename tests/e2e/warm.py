@@ -13,6 +13,9 @@ import runpy
 import socket
 import sys
 import tempfile
+import threading
+import time
+import weakref
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
@@ -23,6 +26,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 PRELOAD = ["stackgrow.run", "stackgrow.titan.session", "stackgrow.titan.trainer", "stackgrow.growth.standalone"]
 PRELOAD += ["matplotlib.figure", "matplotlib.backends.backend_svg", "torch.utils.tensorboard"]  # a run draws its report
+
+
+TURN = threading.Lock()  # multiprocessing lets no two threads start or look at processes at a time
 
 
 class Warm:
@@ -40,18 +46,22 @@ class Warm:
             _server().Process(target=_work, args=(str(script), list(arguments), str(cwd), {**env, **rank}, name))
             for rank in world
         ]
-        for process in self.processes:
-            process.start()
+        weakref.finalize(self, self._output.unlink, missing_ok=True)
+        with TURN:
+            for process in self.processes:
+                process.start()
 
     def poll(self) -> int | None:
         """None while it runs, then its exit code: the first one that is not 0."""
-        codes = [process.exitcode for process in self.processes]
+        with TURN:
+            codes = [process.exitcode for process in self.processes]
         return None if None in codes else next((code for code in codes if code), 0)
 
     def wait(self, timeout: float) -> int:
-        for process in self.processes:
-            process.join(timeout)
-        if (code := self.poll()) is None:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if code is None:
             self.kill()
             pytest.fail(f"still running after {timeout} s:\n{self.output()}")
         return code
