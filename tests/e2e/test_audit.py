@@ -285,7 +285,9 @@ def test_replay_of_what_is_not_there(run: Path, request_: str) -> None:
 def test_replay_that_could_compare_nothing_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         drop_line(run / BASE / "metrics.jsonl", 16)
-    with pytest.raises(WrongRequest, match=r":16\+2': there is nothing to compare with: .* and kept no checkpoint of step 18"):
+    with pytest.raises(
+        WrongRequest, match=r":16\+2': there is nothing to compare with: .* and kept no checkpoint of step 18"
+    ):
         audit_run(run, further={"replay": lambda case: replay(case, f"{BASE}:16+2")})
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(WrongRequest, match=r"needs other ranks: .* cannot be shared equally by 3 data ranks"):
