@@ -12,6 +12,7 @@ SentencePiece alone in a loop in as many processes. The contestants take turns; 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -48,6 +49,8 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, default=90, help="of text to prepare (default: 90)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if importlib.util.find_spec("litdata") is None:
+        parser.error('litdata is not installed: pip install "stackgrow[bench]"')
     texts = stdlib_texts()
     with tempfile.TemporaryDirectory() as folder:
         report: dict[str, Any] = {
