@@ -55,13 +55,9 @@ def changed_versions(folder: Path, accept: bool) -> list[str]:
     """
     sessions = (seal.read_json(folder / "provenance.json") or {}).get("sessions") or [{}]
     old, new = sessions[-1].get("packages", {}), provenance.versions()
-    there = {name: (old.get(name, "none"), new.get(name, "none")) for name in {**old, **new}} if old else {}
-    changes = {name: f"{name} {before} -> {after}" for name, (before, after) in there.items() if before != after}
-    minor = [
-        line
-        for name, line in changes.items()
-        if name in ENGINE and _minor(old.get(name, "")) != _minor(new.get(name, ""))
-    ]
+    pairs = {name: (old.get(name, "none"), new.get(name, "none")) for name in {**old, **new}} if old else {}
+    changes = {name: f"{name} {before} -> {after}" for name, (before, after) in pairs.items() if before != after}
+    minor = [changes[name] for name in ENGINE if name in changes and len({*map(_minor, pairs[name])}) > 1]
     if minor and not accept:
         raise ChangedError(
             f"{folder} was run with other versions: {'; '.join(minor)}. The rest would not be what it would have been, "
@@ -70,5 +66,5 @@ def changed_versions(folder: Path, accept: bool) -> list[str]:
     return list(changes.values())
 
 
-def _minor(version: str) -> list[str]:
-    return version.split("+")[0].split(".")[:2]
+def _minor(version: str) -> tuple[str, ...]:
+    return tuple(version.split("+")[0].split(".")[:2])

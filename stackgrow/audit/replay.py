@@ -70,8 +70,8 @@ def _requested(case: Case, request: str) -> tuple[TrainStage, int, int]:
     kept = [0, *seal.sealed_steps(case.path(stage) / "checkpoint")]
     if first not in kept or not first < last <= stage.steps:
         raise WrongRequest(f"{request!r}: {stage.name} has {stage.steps} steps, and can be gone on with at {kept}")
-    recorded = [row["step"] for row in iter_records(case.path(stage) / METRICS)]
-    if last not in kept and not any(first < step <= last for step in recorded):
+    recorded = iter_records(case.path(stage) / METRICS)
+    if last not in kept and not any(first < row["step"] <= last for row in recorded):
         what = f"{stage.name} wrote down none of these steps, and kept no checkpoint of step {last}"
         raise WrongRequest(f"{request!r}: there is nothing to compare with: {what}")
     return stage, first, last

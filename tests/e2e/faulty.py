@@ -2,8 +2,9 @@
 
 ``FAULT="kill seal.hashed 2"``: at the second passing of that point in rank ``FAULT_RANK`` (0), the process gets
 SIGKILL; "term" is SIGTERM, "stop" SIGSTOP, "full" an OSError "no space left", "nan" a loss that is NaN. Several are
-parted by semicolons; in ``FAULT_RANK`` "all", every rank has them. "poison" makes a weight NaN, "sleep" takes 15 seconds. ``FILE_LIMIT``: bytes beyond which no file can grow. ``RNG``: tells whether training drew from
-any global random number generator.
+parted by semicolons; in ``FAULT_RANK`` "all", every rank has them. "poison" makes a weight NaN, "sleep" takes 15
+seconds. ``FILE_LIMIT``: bytes beyond which no file can grow. ``RNG``: tells whether training drew from any global random
+number generator.
 ``PHASE_FILE``: rank 0 keeps the phase it is in there, at most 16 bytes.
 """
 

@@ -25,10 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from faulty import PHASES
-from launch import RECIPE, REPOSITORY, VOCABULARY, environment, losses, weights
+from launch import FAULTY, RECIPE, REPOSITORY, VOCABULARY, environment, losses, weights
 from warm import Warm
 
-FAULTY = Path(__file__).parent / "faulty.py"
 FINAL = "stage-2-train-4L/checkpoint/step-12"
 SHORTER = ("budget.tokens=24Ki", "growth[0].timing=12Ki", "checkpoint.interval=3 steps", "log.tensorboard=false")
 TARGETS = ["start", "base train", "target train", *PHASES]
