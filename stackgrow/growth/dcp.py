@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -168,12 +169,26 @@ def places(metadata: meta.Metadata, fqn: str) -> list[tuple[meta.ChunkStorageMet
         raise CheckpointError(f"{fqn} is not a tensor")
     chunks = {chunk.offsets: chunk for chunk in entry.chunks if math.prod(chunk.sizes)}
     infos = [metadata.storage_data.get(meta.MetadataIndex(fqn, offsets)) for offsets in chunks]
-    if None in infos or sum(math.prod(chunk.sizes) for chunk in chunks.values()) != math.prod(entry.size):
+    if None in infos or not _fill(list(chunks.values()), entry.size):
         raise CheckpointError(f"{fqn}: its {len(chunks)} stored chunks do not fill {tuple(entry.size)}")
     filled = list(zip(chunks.values(), infos, strict=True))
     if any(math.prod(chunk.sizes) * entry.properties.dtype.itemsize > info.length for chunk, info in filled):
         raise CheckpointError(f"{fqn}: a chunk is larger than what is stored of it")
     return filled
+
+
+def _fill(chunks: list[meta.ChunkStorageMetadata], size: torch.Size) -> bool:
+    """Whether chunks lie inside of a tensor, apart from each other, and leave no gap."""
+    boxes = sorted((c.offsets, [o + n for o, n in zip(c.offsets, c.sizes, strict=True)]) for c in chunks)
+    for i, (low, high) in enumerate(boxes):
+        if any(end > n for end, n in zip(high, size, strict=True)):
+            return False
+        for other_low, other_high in islice(boxes, i + 1, None):
+            if high and other_low[0] >= high[0]:
+                break  # it begins below this chunk's last row, and so do all after it
+            if all(a < d and c < b for a, b, c, d in zip(low, high, other_low, other_high, strict=True)):
+                return False
+    return sum(math.prod(chunk.sizes) for chunk in chunks) == math.prod(size)
 
 
 def read_tensor(folder: Path, metadata: meta.Metadata, fqn: str) -> torch.Tensor:
@@ -184,8 +199,6 @@ def read_tensor(folder: Path, metadata: meta.Metadata, fqn: str) -> torch.Tensor
     tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
     for chunk, info in filled:
         box = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-        if chunk.sizes != tensor[box].shape:
-            raise CheckpointError(f"{fqn}: a chunk of {tuple(chunk.sizes)} at {tuple(chunk.offsets)} overlaps its end")
         tensor[box] = _read_chunk(folder, fqn, chunk, info, tensor.dtype)
     return tensor
 

@@ -1,6 +1,8 @@
+import dataclasses
 import io
 import os
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 
 from stackgrow.growth.dcp import (
     METADATA,
@@ -16,6 +24,7 @@ from stackgrow.growth.dcp import (
     SafePlanner,
     SafeReader,
     is_model_key,
+    places,
     read_metadata,
     read_tensor,
     tensor_shapes,
@@ -197,6 +206,31 @@ def test_a_tensor_is_read_only_where_its_chunks_fill_it(folder: Path) -> None:
     del metadata.storage_data[place]
     with pytest.raises(CheckpointError, match=r"a.weight: its 1 stored chunks do not fill \(4, 3\)"):
         read_tensor(folder, metadata, "a.weight")
+
+
+@pytest.mark.parametrize(
+    ("boxes", "fill"),
+    [
+        ([((0, 0), (1, 3)), ((1, 0), (3, 3))], True),
+        ([((0, 2), (4, 1)), ((0, 0), (2, 2)), ((2, 0), (2, 2))], True),  # tensor parallel, and FSDP in one half
+        ([((0, 0), (2, 3)), ((1, 0), (2, 3))], False),  # 12 elements, one row of them twice and one never
+        ([((0, 0), (4, 2)), ((2, 1), (4, 1))], False),
+        ([((0, 0), (2, 3)), ((3, 0), (2, 3))], False),  # beyond the end
+        ([((0, 0), (4, 2))], False),
+    ],
+)
+def test_chunks_fill_a_tensor_once(
+    folder: Path, boxes: list[tuple[tuple[int, int], tuple[int, int]]], fill: bool
+) -> None:
+    metadata = read_metadata(folder)
+    entry = metadata.state_dict_metadata["a.weight"]
+    assert isinstance(entry, TensorStorageMetadata)
+    chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in boxes]
+    metadata.state_dict_metadata["a.weight"] = dataclasses.replace(entry, chunks=chunks)
+    info = metadata.storage_data[MetadataIndex("a.weight", (0, 0))]
+    metadata.storage_data |= {MetadataIndex("a.weight", chunk.offsets): info for chunk in chunks}
+    with nullcontext() if fill else pytest.raises(CheckpointError, match="do not fill"):
+        assert len(places(metadata, "a.weight")) == len(chunks)
 
 
 def test_metadata_of_a_later_python_is_read(folder: Path) -> None:
