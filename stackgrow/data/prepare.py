@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -246,7 +247,10 @@ def _submit(work: Path, out: Path, tasks: int, options: dict[str, Any]) -> None:
     options = {"qos": "", "venv_path": f"{sys.prefix}/bin/activate", "job_name": f"prepare-{out.name}", **options}
     encode = SlurmPipelineExecutor(_pipeline(work), tasks, logging_dir=str(work / "log"), **options)
     last = {"depends": encode, "skip_completed": False, "logging_dir": str(out.with_name(f".{out.name}.slurm"))}
-    SlurmPipelineExecutor([partial(finish, work, out)], 1, **last, **options).run()
+    try:
+        SlurmPipelineExecutor([partial(finish, work, out)], 1, **last, **options).run()
+    except subprocess.CalledProcessError as error:  # sbatch has said why
+        raise PrepareError("Slurm has refused the job (above); what was submitted of it waits: see squeue") from error
 
 
 def finish(work: Path, out: Path, *_: Any) -> None:
