@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -15,8 +16,10 @@ from stackgrow.errors import StoppedError
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # torchrun and Slurm each pass one request on to every process: what comes so soon is not a second one.
 SAME_REQUEST_SECONDS = 2.0
+START_SECONDS = 5.0  # after which a rank that waits for the others to start, one of which may have failed, just ends
 
 _received: list[str] = []
+_started = threading.Event()
 
 
 def watch() -> None:
@@ -46,8 +49,23 @@ def _listen(reading: int) -> None:
         if first is None:
             first = time.monotonic()
             _noted(received[0])
+            timer = threading.Timer(START_SECONDS, _end_start)
+            timer.daemon = True
+            timer.start()
         elif time.monotonic() - first > SAME_REQUEST_SECONDS:
             os._exit(128 + received[0])
+
+
+def started() -> None:
+    """From now on all ranks are there, and come to the next good place together."""
+    _started.set()
+
+
+def _end_start() -> None:
+    if not _started.is_set():
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(stopped("the start"), file=sys.stderr, flush=True)
+        os._exit(StoppedError.exit_code)
 
 
 def _in_child() -> None:

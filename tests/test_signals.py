@@ -47,6 +47,7 @@ def test_a_second_request_ends_a_process_that_sits_in_c() -> None:
     process = start(
         """
         signals.watch()
+        signals.started()
         signals.SAME_REQUEST_SECONDS = 0.1
         signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)  # the listener's thread takes them
         reading, _ = os.pipe()
@@ -62,6 +63,21 @@ def test_a_second_request_ends_a_process_that_sits_in_c() -> None:
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
     assert process.wait(timeout=1) == 128 + signal.SIGTERM
+
+
+def test_who_waits_for_ranks_that_never_come_just_ends() -> None:
+    """torchrun asks the others to stop when a rank has failed at the start; they may sit in C, waiting for it."""
+    process = start(
+        """
+        signals.watch()
+        signals.START_SECONDS = 0.3
+        reading, _ = os.pipe()
+        print('ready')
+        os.read(reading, 1)
+        """
+    )
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 75
 
 
 def test_a_forked_helper_does_not_report_to_its_parent() -> None:
