@@ -32,9 +32,11 @@ def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
         raise RecipeError(file, [("data.mix" if recipe.data.mix else "data.path", str(error))]) from error
     from stackgrow.titan import device  # torch is loaded only for a recipe that is otherwise good
 
-    folder = Path(recipe.folder).absolute()
-    plan = with_found(plan, folder, order.data_hash, file)
-    found = [*device.problems(plan), *_import_problems(plan, folder)]
+    found = list(device.problems(plan))
+    if os.environ.get("RANK", "0") == "0":  # which alone looks at the run folder: see shared.py
+        folder = Path(recipe.folder).absolute()
+        plan = with_found(plan, folder, order.data_hash, file)
+        found += _import_problems(plan, folder)
     if problems := [*found, *(tasks.problems(recipe.eval) if recipe.eval else [])]:
         raise RecipeError(file, problems)
     return plan, order

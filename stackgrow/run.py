@@ -18,13 +18,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackgrow import provenance, seal, signals
-from stackgrow.changed import DONE, STAGE_FILE, changed_versions, refuse_changed
+from stackgrow.changed import DONE, ENGINE, STAGE_FILE, changed_versions, refuse_changed
 from stackgrow.data.order import Order
-from stackgrow.errors import DamagedError, LockedError, disk_error
+from stackgrow.errors import ChangedError, DamagedError, LockedError, disk_error
 from stackgrow.found import with_found, write_found
 from stackgrow.load import to_toml
 from stackgrow.logs import log_to
@@ -34,6 +35,7 @@ from stackgrow.recipe import Recipe
 from stackgrow.report.html import finish_report
 from stackgrow.report.summary import ledger, render_summary
 from stackgrow.resolve import make_plan
+from stackgrow.shared import from_rank0, wait_for
 
 if TYPE_CHECKING:
     from stackgrow.titan.job import StageJob
@@ -62,14 +64,16 @@ def _run(file: str, sets: Sequence[str], rank: int) -> None:
     plan, order = check(file, sets)
     folder = Path(plan.recipe.folder).absolute()
     with run_lock(folder) if rank == 0 else nullcontext():  # the others work under rank 0's lock
-        refuse_changed(plan, folder, plan.stage_hashes(order.data_hash))
-        changes = changed_versions(folder, accept=plan.recipe.run.accept_versions)
+        changes: list[str] = []
+        if rank == 0:  # which alone looks at the run folder: see shared.py
+            refuse_changed(plan, folder, plan.stage_hashes(order.data_hash))
+            changes = changed_versions(folder, accept=plan.recipe.run.accept_versions)
         recorded = provenance.session(folder, plan, file, sets, order) if rank == 0 else nullcontext("")
         with recorded as session:
             if rank == 0:
                 _write_recipe(plan, folder, sets)
             log_to(folder / "logs" / f"rank-{rank}.log")
-            if changes and rank == 0:
+            if changes:
                 logger.warning("Other versions than in the session before: %s", "; ".join(changes))
             _run_stages(plan, folder, order, rank, session)
 
@@ -85,13 +89,15 @@ def _run_stages(plan: Plan, folder: Path, order: Order, rank: int, session: str)
     from stackgrow.titan.session import at, start, stop, stop_if_asked, together
 
     start(plan.recipe, folder / "logs")
+    signals.started()
     try:
         with together():
+            plan = _same_everywhere(plan, order.data_hash)
             for index in range(len(plan.stages)):
                 stage = plan.stages[index]
                 path = folder / stage.name
                 at(stage.name)
-                if seal.read_json(path / DONE) is not None:
+                if from_rank0(partial(_is_done, path)):
                     if rank == 0:
                         print(f"{stage.name}  done before", flush=True)
                 else:
@@ -105,6 +111,21 @@ def _run_stages(plan: Plan, folder: Path, order: Order, rank: int, session: str)
         print(finish_report(folder), flush=True)
 
 
+def _same_everywhere(plan: Plan, data_hash: str) -> Plan:
+    """``plan`` with what its stages have found, which rank 0 has read; refuses a rank that would train another one."""
+    versions = {name: version for name, version in provenance.versions().items() if name in ENGINE}
+    known = from_rank0(lambda: (plan.found, plan.stage_hashes(data_hash), versions))
+    plan = make_plan(plan.recipe, found=known[0])
+    if (plan.stage_hashes(data_hash), versions) != known[1:]:
+        what = "the recipe, the token stores or the versions of torch and torchtitan"
+        raise ChangedError(f"on {platform.node()} {what} are not those of rank 0; give every node the same")
+    return plan
+
+
+def _is_done(path: Path) -> bool:
+    return seal.read_json(path / DONE) is not None
+
+
 def _open_stage(plan: Plan, stage: Stage, path: Path, hashes: dict[str, str]) -> None:
     path.mkdir(exist_ok=True)
     stored = {"stage_hash": hashes[stage.name], "seed": plan.recipe.seed, "stage": identity(stage)}
@@ -113,10 +134,11 @@ def _open_stage(plan: Plan, stage: Stage, path: Path, hashes: dict[str, str]) ->
 
 def _run_stage(plan: Plan, stage: Stage, path: Path, data_hash: str, rank: int, session: str) -> Plan:
     """Runs one stage, and returns the plan with what it has found out."""
-    from torch.distributed import barrier, broadcast_object_list
+    from torch.distributed import barrier
 
     from stackgrow.evaluate.evaluation import Evaluation
     from stackgrow.growth.base import take_over
+    from stackgrow.growth.dcp import METADATA
     from stackgrow.growth.stage import grow
     from stackgrow.titan.trainer import run_stage
 
@@ -124,8 +146,9 @@ def _run_stage(plan: Plan, stage: Stage, path: Path, data_hash: str, rank: int, 
     ranks = {"rank": rank, "world_size": int(os.environ.get("WORLD_SIZE", "1"))}
     if rank == 0:
         _open_stage(plan, stage, path, hashes)
-    barrier()
-    source, network = (final_checkpoint(path.parent / s.name) if s else None for s in plan.inputs(stage))
+    made = from_rank0(lambda: [final_checkpoint(path.parent / s.name) if s else None for s in plan.inputs(stage)])
+    wait_for(path / STAGE_FILE, *(folder / name for folder in made if folder for name in (METADATA, seal.MANIFEST)))
+    source, network = made
     output = output_of(stage, path)
     if isinstance(stage, TrainStage):
         finds_end = stage.until is not None and stage.name not in plan.found
@@ -143,18 +166,18 @@ def _run_stage(plan: Plan, stage: Stage, path: Path, data_hash: str, rank: int, 
     else:
         assert source is not None
         inputs: dict[str, Any] = {"network": network, "session": session, "barrier": barrier, **ranks}
-        line = grow(stage, hashes[stage.name], source, output, **inputs)
+        line = f"{stage.name}  grown before"
+        if not from_rank0(lambda: seal.read_seal(output)):
+            line = grow(stage, hashes[stage.name], source, output, **inputs)
         if rank == 0:
             print(line, flush=True)
-            made = {"input": source, "network": network, "output": output}
-            provenance.add(path.parent, stage.name, **{k: seal.manifest_hash(v) for k, v in made.items() if v})
+            used = {"input": source, "network": network, "output": output}
+            provenance.add(path.parent, stage.name, **{k: seal.manifest_hash(v) for k, v in used.items() if v})
     if rank == 0:
         plan = with_found(plan, path.parent, data_hash)
         done = _done_record(plan, plan.stages[stage.index], path, output, hashes, time.monotonic() - started)
         seal.write_json(path / DONE, done)
-    found = [plan.found]
-    broadcast_object_list(found)  # a shared disk may show rank 0's file to the others later
-    return make_plan(plan.recipe, found=found[0])
+    return make_plan(plan.recipe, found=from_rank0(lambda: plan.found))
 
 
 def stage_job(

@@ -22,6 +22,7 @@ from stackgrow.plan import TrainStage
 from stackgrow.recipe import Recipe
 from stackgrow.records import METRICS, VALIDATION, iter_records
 from stackgrow.run import stage_job
+from stackgrow.shared import from_rank0
 
 # Relative, where the run was made on other ranks, another mesh, machine or software: sums in another order.
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "float8": 1e-2}
@@ -50,10 +51,9 @@ def replay(case: Case, request: str) -> Look:
     start(recipe, Path(tempfile.gettempdir()))
     # Rank 0's folder is everyone's: they share its file system. Progress goes where it does not mix with the result.
     with tempfile.TemporaryDirectory(prefix="replay-") as scratch, redirect_stdout(sys.stderr):
-        shared, rank = [scratch], dist.get_rank()
-        dist.broadcast_object_list(shared)
+        rank, folder = dist.get_rank(), Path(from_rank0(lambda: scratch)) / stage.name
         log_to(Path(scratch) / f"rank-{rank}.log")
-        job = stage_job(recipe, short, case.hashes[stage.name], Path(shared[0]) / stage.name, source)
+        job = stage_job(recipe, short, case.hashes[stage.name], folder, source)
         job.resume = case.path(stage) / "checkpoint" / f"step-{first}" if first else None
         job.folder.mkdir(exist_ok=True)
         run_stage(job)

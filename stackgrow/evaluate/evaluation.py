@@ -29,6 +29,7 @@ from stackgrow.load import RecipeError
 from stackgrow.logs import log_to
 from stackgrow.plan import LearnStage, TrainStage
 from stackgrow.recipe import Eval, Recipe
+from stackgrow.shared import from_rank0
 
 FOLDER = "eval"
 
@@ -52,9 +53,8 @@ class Evaluation:
         within = self.wanted.interval and step and step % stage.every(self.wanted.interval) == 0
         if not within and not (target and step == stage.steps):
             return False
-        missing = [not set(self._names) <= set(self._before(self._file(f"{stage.name}-step-{step}")).get("asked", []))]
-        dist.broadcast_object_list(missing)  # rank 0's view counts: the file is of a moment ago
-        return missing[0]
+        asked = from_rank0(lambda: self._before(self._file(f"{stage.name}-step-{step}")).get("asked", []))
+        return not set(self._names) <= set(asked)
 
     def run(self, stage: TrainStage, step: int, score: Callable[..., Any], grown: str | None = None) -> None:
         """Runs the tasks and writes their results; ``grown`` names the grow stage whose output was loaded. Other

@@ -48,7 +48,7 @@ def take_over(stage: ImportStage, target: Path, rank: int, world_size: int) -> s
     rank 0: by linking files of a DCP checkpoint, by converting those of Hugging Face. A growth that changes nothing."""
     ranks = Ranks(rank, world_size)
     folder, layers = Path(stage.folder), tuple(range(stage.source.n_layers))
-    if ranks.gather(seal.read_seal(target))[0] is None:  # as rank 0 sees it
+    if ranks.gather(rank == 0 and seal.read_seal(target) is None)[0]:
         same = GrowStage(stage.index, stage.source, stage.target, "stack", layers, 0.0, stage.seed)
         given, place = _told(folder, stage.source), stage.position
         grow_folder(folder, target, lambda _: same, given=given, ranks=ranks, tell=lambda _: None, position=place)

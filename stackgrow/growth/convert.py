@@ -33,6 +33,7 @@ from stackgrow.growth.direct import DirectFile
 from stackgrow.growth.rules import Alias, Compute, Rule, Rules, Zeros
 from stackgrow.growth.sealed import Reader
 from stackgrow.seal import sync_folder
+from stackgrow.shared import wait_for
 from stackgrow.signals import stop_if_asked
 
 # What file systems answer that cannot link, or not this file, or not once more.
@@ -79,6 +80,7 @@ def write_part(
     Raises CheckpointError when a result has not the shape of the target or the dtype of its sources, and when a
     tensor that is read has not its fingerprint in ``marks``, where they are known.
     """
+    wait_for(_work(target))
     metadata = _read_source(source, rules)
     names = _share(metadata, rules, rank, world_size)
     if not names:

@@ -81,7 +81,8 @@ def grow_folder(
         RunError: on all ranks alike; exit code 2 for a growth that is not defined.
     """
     work = target.with_name(target.name + ".tmp")
-    stage, rules = ranks.step(lambda: _prepare(source, target, describe, given))
+    ranks.step(lambda: _refuse_place(source, target), alone=True)
+    stage, rules = ranks.step(lambda: _prepare(source, describe, given))
     if ranks.rank == 0:
         tell(stage)
     try:
@@ -145,10 +146,7 @@ def _model_of_shapes(source: Path, given: Mapping[str, Any]) -> Model:
     return Model(family="llama2", vocab_size=vocabulary, **{**sizes, **given})
 
 
-def _prepare(
-    source: Path, target: Path, describe: Callable[[Model], GrowStage], given: Mapping[str, Any]
-) -> tuple[GrowStage, Rules]:
-    """The growth, refused before anything is written."""
+def _refuse_place(source: Path, target: Path) -> None:
     if not source.is_dir():
         raise CheckpointError(f"{source} is no folder: name a checkpoint, or a Hugging Face model folder")
     if target.exists():
@@ -157,6 +155,10 @@ def _prepare(
         raise CheckpointError(f"{target} cannot be made: there is no folder {target.parent}")
     if target.resolve().is_relative_to(source.resolve()):
         raise CheckpointError(f"{target} lies in {source}, which would change it: grow into another folder")
+
+
+def _prepare(source: Path, describe: Callable[[Model], GrowStage], given: Mapping[str, Any]) -> tuple[GrowStage, Rules]:
+    """The growth, refused before anything is written."""
     _refuse_masked(source)
     stage = describe(source_model(source, given))
     if stage.optimizer and not (seal.read_seal(source) or {"moments": True}).get("moments"):

@@ -24,6 +24,7 @@ from torchtitan.components.checkpoint import MODEL, OPTIMIZER, AsyncMode, Checkp
 from stackgrow import seal
 from stackgrow.errors import ChangedError, DamagedError, DiskError, DivergedError
 from stackgrow.growth.dcp import (
+    METADATA,
     OPTIMIZER_STATE,
     SafePlanner,
     SafeReader,
@@ -32,6 +33,7 @@ from stackgrow.growth.dcp import (
     tensor_shapes,
 )
 from stackgrow.growth.stage import marks_of
+from stackgrow.shared import from_rank0, wait_for
 from stackgrow.titan.job import StageJob, checkpoint_config
 from stackgrow.titan.shards import fingerprints, shard_of
 
@@ -129,14 +131,14 @@ class StageCheckpoints(CheckpointManager):
 
     def _require_space(self, step: int) -> None:
         """All ranks stop before a checkpoint is begun that does not fit on the disk."""
-        folder = Path(self.folder)
-        lack = [seal.lack_of_space(folder.parent, self.job.stage.checkpoint_bytes)]
-        dist.broadcast_object_list(lack)
-        if lack[0]:
+        if lack := from_rank0(self._lack_of_space):
             raise DiskError(
-                f"{self.job.stage.name}: disk full, the checkpoint of step {step} {lack[0]}; the one before it is "
-                f"intact. Make room ({folder.parent / 'quarantine'} may go), then give the same command again"
+                f"{self.job.stage.name}: disk full, the checkpoint of step {step} {lack}; the one before it is "
+                f"intact. Make room ({self.job.folder / 'quarantine'} may go), then give the same command again"
             )
+
+    def _lack_of_space(self) -> str | None:
+        return seal.lack_of_space(self.job.folder, self.job.stage.checkpoint_bytes)
 
     @contextmanager
     def _writing(self, step: int) -> Iterator[None]:
@@ -145,7 +147,7 @@ class StageCheckpoints(CheckpointManager):
             yield
         except CheckpointException as error:
             folder = Path(self._create_checkpoint_id(step))
-            lack = seal.lack_of_space(folder.parent, self.job.stage.checkpoint_bytes)
+            lack = self._lack_of_space()
             if dist.get_rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
             raise DiskError(
@@ -162,7 +164,8 @@ class StageCheckpoints(CheckpointManager):
         folder = Path(self._create_checkpoint_id(step))
         rank, world = dist.get_rank(), dist.get_world_size()
         parts: list[Any] = [None] * world
-        dist.all_gather_object(parts, seal.file_records(folder, seal.contents(folder)[rank::world]))
+        names = from_rank0(lambda: seal.contents(folder))
+        dist.all_gather_object(parts, seal.file_records(folder, names[rank::world]))
         if rank == 0:
             seal.seal(folder, {name: r for part in parts for name, r in part.items()}, facts)
             seal.purge(folder.parent, self.job.recipe.checkpoint.keep, always=(self.job.stage.steps,))
@@ -170,13 +173,8 @@ class StageCheckpoints(CheckpointManager):
 
     def _newest_verified(self) -> Path | None:
         """The newest sealed checkpoint whose files are whole; damaged ones are moved aside and told of."""
-        folder = Path(self.folder)
-        if dist.get_rank() == 0:
-            for moved in seal.quarantine_unsealed(folder):
-                logger.warning("Incomplete checkpoint moved to %s", moved)
-        dist.barrier()
-        for step in reversed(seal.sealed_steps(folder)):
-            path = folder / f"step-{step}"
+        while path := from_rank0(self._newest_sealed):
+            wait_for(path / seal.MANIFEST)
             manifest = seal.read_seal(path)
             assert manifest is not None
             faults: list[Any] = [None] * dist.get_world_size()
@@ -185,12 +183,19 @@ class StageCheckpoints(CheckpointManager):
             dist.all_gather_object(faults, part)
             found = sorted({fault for parts in faults for fault in parts})
             if not found:
+                wait_for(path / METADATA)
                 return path
             if dist.get_rank() == 0:
                 moved = seal.move_to_quarantine(path)
                 logger.warning("Damaged checkpoint moved to %s: %s", moved, "; ".join(found))
-            dist.barrier()
         return None
+
+    def _newest_sealed(self) -> Path | None:
+        folder = Path(self.folder)
+        for moved in seal.quarantine_unsealed(folder):
+            logger.warning("Incomplete checkpoint moved to %s", moved)
+        steps = seal.sealed_steps(folder)
+        return folder / f"step-{steps[-1]}" if steps else None
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return self.states[MODEL].state_dict()

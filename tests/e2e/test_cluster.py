@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch import REPOSITORY, Workplace, environment, losses, steps_logged, weights
+from launch import FAULTY, REPOSITORY, Workplace, assert_audited, environment, losses, steps_logged, weights
+from warm import Warm
 
 CLUSTER = REPOSITORY / "tools" / "cluster"
 TARGET = "stage-2-train-4L"
@@ -22,11 +23,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def node(workplace: Workplace, port: int, log: Path, *sets: str) -> subprocess.Popen:
+def node(workplace: Workplace, port: int, log: Path, *sets: str, restarts: int = 2) -> subprocess.Popen:
     """One node of two, with one rank."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     here = {"PATH": path, "NODES": "2", "GPUS": "1", "HEAD": "localhost", "PORT": str(port)}
-    here |= {"ADDRESS": "127.0.0.1", "RESTARTS": "2"}
+    here |= {"ADDRESS": "127.0.0.1", "RESTARTS": str(restarts)}
     arguments = [a for s in (f"data.path={workplace.folder}/store", *sets) for a in ("--set", s)]
     command = [str(CLUSTER / "node.sh"), str(workplace.folder / "tiny.toml"), *arguments]
     with log.open("w") as stream:
@@ -52,6 +53,32 @@ def test_a_killed_worker_is_restarted_on_both_nodes(workplace: Workplace, refere
     final = Path(TARGET) / "checkpoint" / "step-20"
     assert weights(run / final) == weights(reference_fsdp / final)
     assert "done before" in "".join(log.read_text() for log in logs)  # the base, in the ranks' second life
+
+
+def test_nodes_that_would_train_different_models_are_refused(workplace: Workplace, tmp_path: Path) -> None:
+    run, port, logs = tmp_path / "run", free_port(), [tmp_path / f"node-{i}.log" for i in range(2)]
+    nodes = [
+        node(workplace, port, log, f"run.folder={run}", f"seed={seed}", restarts=0) for seed, log in enumerate(logs)
+    ]
+    try:
+        assert 0 not in [n.wait(300) for n in nodes]
+    finally:
+        for n in nodes:
+            n.kill()
+    assert "are not those of rank 0; give every node the same" in "".join(log.read_text() for log in logs)
+    assert not (run / "stage-0-train-2L").exists()
+
+
+def test_a_rank_that_sees_new_names_late(workplace: Workplace, reference_fsdp: Path, tmp_path: Path) -> None:
+    """As on NFS, where for a minute another machine may not know what was made after it had looked for it."""
+    run, stale = tmp_path / "run", {"STALE": str(tmp_path), "STALE_SECONDS": "10"}
+    arguments = workplace.arguments(f"run.folder={run}")
+    process = Warm(FAULTY, arguments, workplace.folder, {**environment(), **stale}, ranks=2)
+    assert process.wait(300) == 0, process.output()
+    assert losses(run) == losses(reference_fsdp)
+    final = Path(TARGET) / "checkpoint" / "step-20"
+    assert weights(run / final) == weights(reference_fsdp / final)
+    assert_audited(run)
 
 
 @pytest.mark.parametrize("script", ["node.sh", "slurm.sbatch"])
