@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from stackgrow.checks import world_problems
 from stackgrow.data.order import Order
 from stackgrow.data.store import Manifest, StoreError, TokenStore
 from stackgrow.evaluate import tasks
-from stackgrow.found import with_found
 from stackgrow.load import Problem, RecipeError, load_recipe
-from stackgrow.plan import ImportStage, Plan
+from stackgrow.plan import Plan
 from stackgrow.recipe import Recipe
 from stackgrow.resolve import make_plan
 
@@ -32,23 +30,9 @@ def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
         raise RecipeError(file, [("data.mix" if recipe.data.mix else "data.path", str(error))]) from error
     from stackgrow.titan import device  # torch is loaded only for a recipe that is otherwise good
 
-    found = list(device.problems(plan))
-    if os.environ.get("RANK", "0") == "0":  # which alone looks at the run folder: see shared.py
-        folder = Path(recipe.folder).absolute()
-        plan = with_found(plan, folder, order.data_hash, file)
-        found += _import_problems(plan, folder)
-    if problems := [*found, *(tasks.problems(recipe.eval) if recipe.eval else [])]:
+    if problems := [*device.problems(plan), *(tasks.problems(recipe.eval) if recipe.eval else [])]:
         raise RecipeError(file, problems)
     return plan, order
-
-
-def _import_problems(plan: Plan, folder: Path) -> list[Problem]:
-    """What of a base model from elsewhere does not fit, unless the run has it already."""
-    if not isinstance(stage := plan.stages[0], ImportStage) or (folder / stage.name / "DONE").exists():
-        return []
-    from stackgrow.growth.base import import_problems
-
-    return import_problems(stage)
 
 
 def _store(recipe: Recipe, path: str, where: str, problems: list[Problem]) -> Manifest | None:

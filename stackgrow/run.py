@@ -9,25 +9,23 @@ anything else.
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import logging
 import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackgrow import provenance, seal, signals
-from stackgrow.changed import DONE, ENGINE, STAGE_FILE, changed_versions, refuse_changed
+from stackgrow.changed import DONE, ENGINE, STAGE_FILE
+from stackgrow.claim import claim
 from stackgrow.data.order import Order
-from stackgrow.errors import ChangedError, DamagedError, LockedError, disk_error
+from stackgrow.errors import ChangedError, DamagedError, RunError, disk_error
 from stackgrow.found import with_found, write_found
-from stackgrow.load import to_toml
 from stackgrow.logs import log_to
 from stackgrow.plan import ImportStage, LearnStage, Plan, Stage, TrainStage, identity
 from stackgrow.preflight import check
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
 
 LEDGER = "ledger.json"
 PR_SET_PDEATHSIG = 1
-logger = logging.getLogger(__name__)
 
 
 def run(file: str, sets: Sequence[str] = ()) -> None:
@@ -62,36 +59,29 @@ def run(file: str, sets: Sequence[str] = ()) -> None:
 
 def _run(file: str, sets: Sequence[str], rank: int) -> None:
     plan, order = check(file, sets)
-    folder = Path(plan.recipe.folder).absolute()
-    with run_lock(folder) if rank == 0 else nullcontext():  # the others work under rank 0's lock
-        changes: list[str] = []
+    with ExitStack() as held:
+        session, refusal = "", None
         if rank == 0:  # which alone looks at the run folder: see shared.py
-            refuse_changed(plan, folder, plan.stage_hashes(order.data_hash))
-            changes = changed_versions(folder, accept=plan.recipe.run.accept_versions)
-        recorded = provenance.session(folder, plan, file, sets, order) if rank == 0 else nullcontext("")
-        with recorded as session:
-            if rank == 0:
-                _write_recipe(plan, folder, sets)
-            log_to(folder / "logs" / f"rank-{rank}.log")
-            if changes:
-                logger.warning("Other versions than in the session before: %s", "; ".join(changes))
-            _run_stages(plan, folder, order, rank, session)
+            try:
+                plan, session = claim(held, plan, order, file, sets)
+            except (RunError, OSError) as error:
+                refusal = disk_error(error) if isinstance(error, OSError) else error
+                if os.environ.get("WORLD_SIZE", "1") == "1":
+                    raise refusal from error
+        _run_stages(plan, order, rank, session, refusal)
 
 
-def _write_recipe(plan: Plan, folder: Path, sets: Sequence[str]) -> None:
-    """Rank 0 states in the folder what is about to run."""
-    header = f"# {plan.recipe.name}, resolved: every key with its value, command-line overrides applied.\n"
-    overrides = "".join(f"# --set {assignment}\n" for assignment in sets)
-    seal.write_text(folder / "recipe.toml", header + overrides + "\n" + to_toml(plan.recipe))
+def _run_stages(plan: Plan, order: Order, rank: int, session: str, refusal: RunError | None) -> None:
+    from stackgrow.titan.session import agree, at, start, stop, stop_if_asked, together
 
-
-def _run_stages(plan: Plan, folder: Path, order: Order, rank: int, session: str) -> None:
-    from stackgrow.titan.session import at, start, stop, stop_if_asked, together
-
+    folder = Path(plan.recipe.folder).absolute()
     start(plan.recipe, folder / "logs")
     signals.started()
     try:
         with together():
+            agree(refusal)
+            if rank:
+                log_to(folder / "logs" / f"rank-{rank}.log")
             plan = _same_everywhere(plan, order.data_hash)
             for index in range(len(plan.stages)):
                 stage = plan.stages[index]
@@ -241,27 +231,6 @@ def final_checkpoint(stage_folder: Path) -> Path:
     if seal.manifest_hash(path) != done.get("manifest_sha256"):
         raise DamagedError(f"{path / seal.MANIFEST} is not the one that {stage_folder / DONE} names; restore it")
     return path
-
-
-@contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """One process group per run folder; the kernel frees the lock when its holder dies.
-
-    Raises:
-        LockedError: naming the holder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "run.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            raise LockedError(f"{folder} is in use by {holder}; wait for it or stop it first") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}\n")
-        lock.flush()
-        yield
 
 
 def die_with_parent() -> None:

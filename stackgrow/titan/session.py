@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from stackgrow.titan.job import comm
 
 GPU_TRACE_BUFFER = 20000  # torchtitan's default size of NCCL's flight recorder; gloo has none
 TELLER = "stackgrow/teller"  # in the store: "<rank> <exit code>" of the first rank that ended for a known reason
+READY = "stackgrow/ready"  # likewise: [], or [exit code, message] of what keeps rank 0 from beginning
 OTHERS_SECONDS = 2.0  # within which the other ranks notice what one has noticed
 
 place = "the start"  # what this rank is at, for messages
@@ -40,6 +42,29 @@ def start(recipe: Recipe, logs: Path) -> None:
     )
     global _store
     _store = dist.distributed_c10d._get_default_store()
+
+
+def agree(refusal: RunError | None) -> None:
+    """Rank 0 says whether the run can begin; where it cannot, all ranks end for rank 0's reason. Not by a collective:
+    NCCL's first one takes minutes to notice that a rank is gone.
+
+    Raises:
+        RunError: ``refusal``, on every rank.
+    """
+    assert _store is not None
+    rank, heard = dist.get_rank(), [f"{READY}/{r}" for r in range(1, dist.get_world_size())]
+    if rank == 0:
+        _store.set(READY, json.dumps([refusal.exit_code, str(refusal)] if refusal else []))
+        _store.wait(heard)  # it may be this process that keeps the store
+        if refusal:
+            raise refusal
+        return
+    told = json.loads(_store.get(READY))
+    _store.set(f"{READY}/{rank}", "")
+    if told:
+        error = RunError(told[1])
+        error.exit_code = told[0]
+        raise error
 
 
 def stop() -> None:

@@ -20,9 +20,9 @@ from stackgrow.audit.chain import audit_run, open_case
 from stackgrow.audit.replay import replay
 from stackgrow.audit.report import Audit, WrongRequest
 from stackgrow.audit.same import same_run
+from stackgrow.claim import run_lock
 from stackgrow.errors import LockedError
 from stackgrow.growth.dcp import read_metadata
-from stackgrow.run import run_lock
 
 BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
 

@@ -13,6 +13,8 @@ import pytest
 from launch import FAULTY, REPOSITORY, Workplace, assert_audited, environment, losses, steps_logged, weights
 from warm import Warm
 
+from stackgrow.claim import run_lock
+
 CLUSTER = REPOSITORY / "tools" / "cluster"
 TARGET = "stage-2-train-4L"
 
@@ -67,6 +69,21 @@ def test_nodes_that_would_train_different_models_are_refused(workplace: Workplac
             n.kill()
     assert "are not those of rank 0; give every node the same" in "".join(log.read_text() for log in logs)
     assert not (run / "stage-0-train-2L").exists()
+
+
+def test_nodes_end_together_where_one_is_refused(workplace: Workplace, tmp_path: Path) -> None:
+    """Rank 0 alone sees that the run folder is in use; the other node would wait for it until a timeout."""
+    run, port, logs = tmp_path / "run", free_port(), [tmp_path / f"node-{i}.log" for i in range(2)]
+    with run_lock(run):
+        nodes = [node(workplace, port, log, f"run.folder={run}", restarts=0) for log in logs]
+        try:
+            assert 0 not in [n.wait(120) for n in nodes]
+        finally:
+            for n in nodes:
+                n.kill()
+    told = "".join(log.read_text() for log in logs)
+    assert told.count("is in use by process") == 1
+    assert "exitcode  : 73" in told, told  # of one node or both: torchelastic may end the other first
 
 
 def test_a_rank_that_sees_new_names_late(workplace: Workplace, reference_fsdp: Path, tmp_path: Path) -> None:
