@@ -3,7 +3,6 @@ stands in it."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import platform
@@ -19,6 +18,7 @@ from stackgrow.found import with_found
 from stackgrow.load import Problem, RecipeError, to_toml
 from stackgrow.logs import log_to
 from stackgrow.plan import ImportStage, Plan
+from stackgrow.shared import lock
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +63,16 @@ def run_lock(folder: Path) -> Iterator[None]:
         LockedError: naming the holder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "run.lock").open("a+") as lock:
+    with (folder / "run.lock").open("a+") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
+            file.seek(0)
+            holder = file.read().strip() or "another process"
             raise LockedError(f"{folder} is in use by {holder}; wait for it or stop it first") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}\n")
-        lock.flush()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
         yield
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of a run see of the disk that they share.
+"""What processes see of a disk that they share, and how they keep out of each other's way.
 
 On NFS a name that was looked up before it was made stays unknown to other machines for up to a minute, and a folder's
 listing can be as old. So rank 0 looks and tells, and the others wait until they see what it has seen.
@@ -6,18 +6,23 @@ listing can be as old. So rank 0 looks and tells, and the others wait until they
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
 import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from stackgrow import signals
 from stackgrow.errors import DiskError
 
 VISIBLE_SECONDS = 120.0  # NFS clients look again after 60 (acdirmax)
+CANNOT_LOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # as Lustre mounted without flock
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 def from_rank0(look: Callable[[], T]) -> T:
@@ -45,3 +50,17 @@ def wait_for(*paths: Path) -> None:
                     f"{platform.node()}; the run folder must be on a file system that all nodes share"
                 )
             time.sleep(0.1)
+
+
+def lock(file: int | IO[str], operation: int = fcntl.LOCK_EX) -> None:
+    """Locks an open file or folder until it is closed. Where the file system has no locks, only warns.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, operation | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in CANNOT_LOCK:
+            raise
+        logger.warning("This file system has no locks (%s): nothing keeps two processes apart", error.strerror)

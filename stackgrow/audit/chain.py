@@ -23,6 +23,7 @@ from stackgrow.load import canonical_hash
 from stackgrow.plan import ImportStage, Plan, Stage, TrainStage, identity
 from stackgrow.report.summary import counts
 from stackgrow.run import LEDGER, output_of
+from stackgrow.shared import lock
 
 MAX_BYTES = 1 << 26  # of a file that is read as a whole
 WHOLE = (provenance.PROVENANCE, provenance.REQUIREMENTS, LEDGER, DONE, STAGE_FILE, GROWTH, FOUND, seal.MANIFEST)
@@ -117,10 +118,10 @@ def audit_run(
 
 
 def _refuse_running(run: Path) -> None:
-    if (lock := run / "run.lock").is_file():
-        with lock.open() as stream:
+    if (file := run / "run.lock").is_file():
+        with file.open() as stream:
             try:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                lock(stream, fcntl.LOCK_SH)
             except BlockingIOError:
                 raise LockedError(f"{run} is in use by {stream.read(200).strip()}; audit it afterwards") from None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -39,6 +38,7 @@ from stackgrow.data.tokenizer import Tokenizer, store_tokenizer, train_tokenizer
 from stackgrow.data.write import PARTS, STORE, TokenWriter, fraction, write_file
 from stackgrow.load import canonical_hash
 from stackgrow.seal import read_json, sync_folder, write_json
+from stackgrow.shared import lock
 
 TASKS, TASK_BYTES = 1024, 2**21  # at most so many tasks, of at least so many bytes of input
 TRAINING_CHARACTERS = 2**28  # text a tokenizer is trained on at most; the trainer holds it in memory
@@ -167,7 +167,7 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
     work.mkdir(parents=True, exist_ok=True)
     handle = os.open(work, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(handle)
         if not work.exists() or not os.path.samestat(os.fstat(handle), work.stat()):  # its owner has just finished
             raise BlockingIOError
         yield
