@@ -6,6 +6,7 @@ SHA-256 of every other file. Whatever a killed process leaves behind has no seal
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -60,6 +61,9 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # SMB and object stores sync no folders
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,18 @@ def test_links_and_pipes_are_not_read(sealed: Path) -> None:
     for name in ("__0_0.distcp", "__1_0.distcp"):
         manifest["files"][name]["bytes"] = 0
     assert seal.damage(sealed, manifest) == [f"__{i}_0.distcp is no plain file" for i in (0, 1)]
+
+
+@pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_syncs_no_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fails: bool
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="Input/output") if fails else nullcontext():
+        seal.sync_folder(tmp_path)
 
 
 def test_parts_share_the_files(sealed: Path) -> None:
