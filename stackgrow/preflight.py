@@ -1,4 +1,4 @@
-"""What must fit before a run starts: the recipe, the token stores, the ranks and their devices, an imported base."""
+"""What must fit before a run starts: the recipe, the token stores, the ranks and their devices."""
 
 from __future__ import annotations
 
