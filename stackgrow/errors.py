@@ -81,6 +81,13 @@ class DivergedError(RunError):
     exit_code = 76
 
 
+def retold(exit_code: int, message: str) -> RunError:
+    """What ended another rank, to end this one alike."""
+    error = RunError(message)
+    error.exit_code = exit_code
+    return error
+
+
 def disk_error(error: OSError) -> DiskError:
     """An operating system's error in a run's terms."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

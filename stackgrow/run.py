@@ -136,9 +136,9 @@ def _run_stage(plan: Plan, stage: Stage, path: Path, data_hash: str, rank: int, 
     ranks = {"rank": rank, "world_size": int(os.environ.get("WORLD_SIZE", "1"))}
     if rank == 0:
         _open_stage(plan, stage, path, hashes)
-    made = from_rank0(lambda: [final_checkpoint(path.parent / s.name) if s else None for s in plan.inputs(stage)])
-    wait_for(path / STAGE_FILE, *(folder / name for folder in made if folder for name in (METADATA, seal.MANIFEST)))
-    source, network = made
+    inputs = from_rank0(lambda: [final_checkpoint(path.parent / s.name) if s else None for s in plan.inputs(stage)])
+    wait_for(path / STAGE_FILE, *(folder / name for folder in inputs if folder for name in (METADATA, seal.MANIFEST)))
+    source, network = inputs
     output = output_of(stage, path)
     if isinstance(stage, TrainStage):
         finds_end = stage.until is not None and stage.name not in plan.found
@@ -155,14 +155,14 @@ def _run_stage(plan: Plan, stage: Stage, path: Path, data_hash: str, rank: int, 
             print(f"{stage.name}  {stage.change}", flush=True)
     else:
         assert source is not None
-        inputs: dict[str, Any] = {"network": network, "session": session, "barrier": barrier, **ranks}
         line = f"{stage.name}  grown before"
-        if not from_rank0(lambda: seal.read_seal(output)):
-            line = grow(stage, hashes[stage.name], source, output, **inputs)
+        if from_rank0(lambda: seal.read_seal(output) is None):
+            how: dict[str, Any] = {"network": network, "session": session, "barrier": barrier, **ranks}
+            line = grow(stage, hashes[stage.name], source, output, **how)
         if rank == 0:
             print(line, flush=True)
-            used = {"input": source, "network": network, "output": output}
-            provenance.add(path.parent, stage.name, **{k: seal.manifest_hash(v) for k, v in used.items() if v})
+            made = {"input": source, "network": network, "output": output}
+            provenance.add(path.parent, stage.name, **{k: seal.manifest_hash(v) for k, v in made.items() if v})
     if rank == 0:
         plan = with_found(plan, path.parent, data_hash)
         done = _done_record(plan, plan.stages[stage.index], path, output, hashes, time.monotonic() - started)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import distributed as dist
 
 from stackgrow import seal
-from stackgrow.errors import RunError, disk_error
+from stackgrow.errors import RunError, disk_error, retold
 from stackgrow.evaluate.hf import CONFIG, import_hf
 from stackgrow.evaluate.hf_format import config_of, model_from_config
 from stackgrow.fingerprint import fingerprint
@@ -53,10 +53,7 @@ class Ranks:
             known = disk_error(error) if isinstance(error, OSError) else error
             failure = (getattr(known, "exit_code", 2), str(known))
         if failures := [f for f in self.gather(failure) if f]:
-            code, message = failures[0]
-            failed = RunError(message)
-            failed.exit_code = code
-            raise failed
+            raise retold(*failures[0])
         return result  # type: ignore[return-value]  # None on the other ranks, where alone
 
 

@@ -15,7 +15,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.utils import device_type
 
 from stackgrow import signals
-from stackgrow.errors import LostRankError, RunError, disk_error
+from stackgrow.errors import LostRankError, RunError, disk_error, retold
 from stackgrow.recipe import Recipe
 from stackgrow.titan import device
 from stackgrow.titan.job import comm
@@ -62,9 +62,7 @@ def agree(refusal: RunError | None) -> None:
     told = json.loads(_store.get(READY))
     _store.set(f"{READY}/{rank}", "")
     if told:
-        error = RunError(told[1])
-        error.exit_code = told[0]
-        raise error
+        raise retold(*told)
 
 
 def stop() -> None:
