@@ -175,6 +175,20 @@ def train_problems(part: Part, recipe: Recipe) -> Iterator[Problem]:
         rule = f'"{part.train.attention}" cannot keep documents apart, as data.document_mask = true asks for'
         yield part.where("attention"), f'{rule}; use "flex", or set data.document_mask = false'
     yield from _kernel_problems(part)
+    if part.train.precision == "float8":
+        yield from _float8_problems(part, recipe.data.seq_len)
+
+
+def _float8_problems(part: Part, seq_len: int) -> Iterator[Problem]:
+    """Every side of a float8 product is a multiple of 16. torchtitan leaves whole layers that are none in bf16, but
+    does not look at their shards."""
+    m, tensor = part.model, part.parallel.tensor
+    if seq_len % 16:
+        yield part.where("precision"), f'"float8" needs a data.seq_len that is a multiple of 16, not {seq_len}'
+    for name, size in (("dim", m.dim), ("n_kv_heads x head", m.kv_heads * m.head_dim), ("ffn_dim", m.ffn_dim)):
+        if size % 16 == 0 and size % (16 * tensor):
+            rule = f'makes shards of {name} = {size} that are no multiples of 16, as "float8" needs'
+            yield part.place("tensor"), f'{tensor} {rule}; use fewer, or "bf16"'
 
 
 def _kernel_problems(part: Part) -> Iterator[Problem]:

@@ -2,7 +2,8 @@
 
 Parameters, gradients and optimizer state are exact, for rank 0, whose shards are the largest: FSDP2 splits the first
 dimension into equal chunks, the last of them padded. Activations, the loss and what FSDP gathers are estimates: they
-follow from the tensors that torch's CUDA kernels save for the backward pass, not compiled (torch.compile needs less).
+follow from the tensors that torch's CUDA kernels save for the backward pass, and, compiled, from those that Inductor
+saves: it makes norms and products with SiLU again, and the loss from the logits without a float32 copy of them.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ class _Sizes:
 
     def __init__(self, stage: TrainStage, layout: Layout, tokens: int):
         model, self.mode = stage.model, stage.train.activation_checkpoint
+        self.compiled = stage.train.compile
         self.T, self.t, self.loss_parallel = tokens, layout.tensor, layout.loss_parallel and layout.tensor > 1
         self.D, self.K, self.F = model.dim, model.kv_heads * model.head_dim, model.ffn_dim
         self.V, self.heads = model.vocab_size, model.n_heads
@@ -117,7 +119,8 @@ class _Sizes:
         self.stream = FP32 if self.autocast else self.wide
         self.layer_weights, self.head_weights = (self.wide * n if sharded else 0 for n in (layer, head))
         self.layer_scatter, self.head_scatter = (FP32 * n if sharded else 0 for n in (layer, head))
-        self.cast = self.wide * (model.n_layers * layer + head) if self.autocast else 0
+        layers = 1 if self.compiled and self.mode != "none" else model.n_layers  # recomputed with what they are for
+        self.cast = self.wide * (layers * layer + head) if self.autocast else 0
 
     def kept(self, mode: str) -> int:
         """What one layer keeps for its backward pass under ``activation_checkpoint``."""
@@ -126,22 +129,28 @@ class _Sizes:
             return self.T * self.stream * D // t
         statistics = FP32 * self.heads // t  # log-sum-exp of attention
         if mode == "selective":  # wq, wv, w1 and w2, attention, and what tensor parallel scatters
-            own = (D + K + F + D + (2 * D if t > 1 else 0)) // t + D
+            own = (D + K + F + D + (2 * D if t > 1 else 0)) // t + (0 if self.compiled else D)
+            return self.T * (self.stream * D // t + self.wide * own + statistics)
+        statistics += 2 * FP32 // t  # of the norms
+        if self.compiled:  # q, attention and its product, k, v; gate, up, their product; the norms' outputs
+            own = (3 * D + 2 * K + 3 * F) // t + 2 * D
             return self.T * (self.stream * D // t + self.wide * own + statistics)
         norms = 5 * D if self.autocast else 2 * D  # autocast copies a norm's output for each product
         own = (2 * D + 2 * K + 4 * F) // t + norms  # q, attention, k, v; gate, its SiLU, up, their product
-        return self.T * (2 * self.stream * D // t + self.wide * own + statistics + 2 * FP32 // t)
+        return self.T * (2 * self.stream * D // t + self.wide * own + statistics)
 
     def head(self) -> int:
         """The input and the output of the last norm."""
         return self.T * (self.stream * self.D // self.t + self.wide * self.D)
 
     def loss(self) -> int:
-        """The float32 log-softmax of the logits and two gradients; with loss parallel, one temporary more; of a chunk,
-        with the gradients of what enters the head and of its weight."""
+        """The float32 log-softmax of the logits and two gradients, compiled the logits and one; with loss parallel, one
+        temporary more; of a chunk, with its logits, the gradients of what enters the head and of its weight."""
+        alone = 2 * self.wide if self.compiled else 3 * FP32  # bytes per logit
         if self.chunk:
-            return 3 * FP32 * min(self.chunk, self.T) * self.V + self.T * self.wide * self.D + FP32 * self.V * self.D
-        return 4 * FP32 * self.T * self.V // self.t if self.loss_parallel else 3 * FP32 * self.T * self.V
+            logits = alone + (0 if self.compiled else self.wide)
+            return logits * min(self.chunk, self.T) * self.V + self.T * self.wide * self.D + FP32 * self.V * self.D
+        return 4 * FP32 * self.T * self.V // self.t if self.loss_parallel else alone * self.T * self.V
 
     def backward(self) -> int:
         """The most beside ``kept`` in the backward pass of the last layer: at its start, what is recomputed, gradients

@@ -56,6 +56,7 @@ def process() -> Iterator[ProcessPoolExecutor]:
 )
 def test_shards_of_the_7b(process: ProcessPoolExecutor, ranks: int, sets: list[str]) -> None:
     """Two layers of the 7B's width: its other stages are the same with more layers (tools/dry_run.py has them all)."""
+    sets = [*sets, "train.compile=false"]  # a trace is not compiled
     stage = _plan(GIANT, sets).train_stages[0]
     planned = stage_memory(stage, layout(stage.parallel, ranks))
     traced = process.submit(_trace, GIANT, sets, ranks, 0, False).result()
@@ -73,6 +74,57 @@ def test_working_memory_of_a_step_that_is_computed(process: ProcessPoolExecutor,
     assert planned.working == pytest.approx(traced.working, rel=0.15)
     logits = planned.loss // 3
     assert planned.activations == pytest.approx(traced.kept - logits, rel=0.15)
+
+
+def _kept_compiled(stage: Any, sharded: bool, autocast: bool) -> int:
+    """Bytes that the stage's compiled layers save for the backward pass. Inductor's partitioner chooses them, for a CPU
+    as for a GPU; the code that it would generate is not needed."""
+    import torch
+    from torchtitan.config.job_config import ActivationCheckpoint
+    from torchtitan.distributed.activation_checkpoint import apply_ac
+    from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
+
+    from stackgrow.titan.model import Llama, model_args
+
+    torch._dynamo.reset()
+    network = Llama(model_args(stage.model, 0))
+    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    if (mode := stage.train.activation_checkpoint) != "none":
+        how = ActivationCheckpoint(mode=mode, selective_ac_option="op")
+        apply_ac(network, how, model_compile_enabled=True, op_sac_save_list={*_op_sac_save_list, cpu_attention})
+    rotations = network.freqs_cis
+    for weight in network.parameters():
+        weight.data = weight.to(torch.bfloat16 if sharded else torch.float32)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), rotations)}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hidden = network.tok_embeddings(torch.zeros(stage.micro_batch(1), stage.seq_len, dtype=torch.int64))
+    with torch.autocast("cpu", torch.bfloat16, autocast), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        for layer in network.layers.values():
+            hidden = torch.compile(layer, backend="aot_eager_decomp_partition")(hidden, rotations, None)
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_what_compiled_layers_keep(tmp_path: Path, mode: str, precision: str) -> None:
+    sharded, autocast = precision == "bf16", precision == "autocast"
+    sets = [*SMALL, f"train.activation_checkpoint={mode}", "train.compile=true", "model.n_kv_heads=2"]
+    sets += [f"train.precision={'fp32' if precision == 'fp32' else 'bf16'}"]
+    shallow, deep, _ = plan_of(tmp_path, RECIPE, sets).train_stages
+    here = Layout(1, 2 if sharded else 1, 1)
+    fewer, more = (stage_memory(s, here, s.micro_batch(1)).activations for s in (shallow, deep))
+    planned = more - fewer
+    found = _kept_compiled(deep, sharded, autocast) - _kept_compiled(shallow, sharded, autocast)
+    if autocast and mode == "none":  # the weights in bf16 are there, too
+        planned += 2 * (deep.model.parameters() - shallow.model.parameters())
+    assert planned == pytest.approx(found, rel=0.01)
 
 
 def test_rank_0_has_the_largest_chunk() -> None:

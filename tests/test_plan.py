@@ -173,6 +173,8 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (("growth[0].timing=start",), "growth[0].timing", ('"start" is for the first growth of a base.from',)),
     (("growth[1].timing=start", "base.from=x"), "growth[1].timing", ('"start" is for the first growth',)),
     (("growth=[{operator='random',ramp='2 steps',timing='9K'}]", "train.precision=float8"), "train.precision", ('"random" masks',)),
+    (("data.seq_len=72", "train.global_batch_tokens=1152", "train.precision=float8"), "train.precision", ("multiple of 16, not 72",)),
+    (("train.precision=float8", "parallel.tensor=4"), "parallel.tensor", ("shards of ffn_dim = 96 that are no multiples of 16",)),
     (("growth=[{operator='learn',learn_steps='2 steps',timing='9K'}]", "train.precision=float8"), "train.precision", ('"learn" makes',)),
     (("base.n_layers=8", "growth=[{operator='zero',timing='9K'}]"), "growth[0]", ("nothing grows",)),
     (("base.n_layers=3", "growth=[{operator='stack',factor=2,timing='9K'},{operator='stack',model={dim=64},timing='20K'}]"), "growth[1]", ("nothing grows",)),

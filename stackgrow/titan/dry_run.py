@@ -70,15 +70,19 @@ def fake_ranks(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def eager(stage: TrainStage) -> TrainStage:
+    """The stage as it is traced: as large, without what cannot be."""
+    train = replace(stage.train, compile=False, cpu_offload=False, attention="sdpa")
+    return replace(stage, train=train, document_mask=False)
+
+
 def trace(recipe: Recipe, stage: TrainStage, *, real: bool = False) -> Traced:
     """One step of a train stage on rank 0 of the process group's (fake) ranks; ``real`` computes it, on this CPU."""
     started, ranks = time.monotonic(), dist.get_world_size()
     how = layout(stage.parallel, ranks)
     dims = ParallelDims(how.replicate, how.shard, cp=1, tp=how.tensor, pp=1, ep=1, etp=1, world_size=ranks)
     dims.build_mesh()
-    train = replace(stage.train, compile=False, cpu_offload=False, attention="sdpa")
-    eager = replace(stage, train=train, document_mask=False)
-    job = StageJob(recipe, eager, "", Path(), WindowDataset.__new__(WindowDataset))
+    job = StageJob(recipe, eager(stage), "", Path(), WindowDataset.__new__(WindowDataset))
     config = job_config(job)
     args = model.model_args(stage.model, recipe.seed, stage.mask, loss_chunk=stage.train.loss_chunk)
     args.update_from_config(config)
@@ -191,8 +195,10 @@ def _use_cuda_kernels(network: nn.Module) -> None:
 
 
 def compare(plan: Plan, ranks: int) -> Iterator[tuple[TrainStage, Traced, Memory]]:
-    """Every train stage as traced and as planned. A learn stage is left out: its weights come from a checkpoint."""
+    """Every train stage as traced and as planned, both not compiled. Learn stages are left out: their weights
+    come from a checkpoint."""
     with fake_ranks(ranks):
         for stage in plan.train_stages:
             if not isinstance(stage, LearnStage):
-                yield stage, trace(plan.recipe, stage), stage_memory(stage, layout(stage.parallel, ranks))
+                planned = stage_memory(eager(stage), layout(stage.parallel, ranks))
+                yield stage, trace(plan.recipe, stage), planned

@@ -47,14 +47,12 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             part = hidden[rows].to(dtype)
-            logits = (part @ cast.T).detach().requires_grad_(train)
-            with torch.enable_grad():
-                value = loss(logits[None], labels[rows][None])
-                gradient = torch.autograd.grad(value, logits)[0] if train else None
-            total += value.detach()
+            value, gradient = _chunk_loss(part, labels[rows], cast, loss, train)
+            total += value
             if gradient is not None:
                 ctx.hidden[rows] = gradient @ cast
                 ctx.weight += gradient.T @ part
+                del gradient  # the next chunk needs its room
         return total
 
     @staticmethod
@@ -62,6 +60,16 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden, weight = ctx.hidden.mul_(upstream), ctx.weight.mul_(upstream).to(ctx.dtype)
         ctx.hidden = ctx.weight = None  # once: what was made in the forward pass is used up
         return hidden, None, weight, None, None, None
+
+
+def _chunk_loss(
+    hidden: Tensor, labels: Tensor, weight: Tensor, loss: Loss, train: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The summed loss of a chunk and its gradient by the logits, which are gone when this returns."""
+    logits = (hidden @ weight.T).detach().requires_grad_(train)
+    with torch.enable_grad():
+        value = loss(logits[None], labels[None])
+        return value.detach(), torch.autograd.grad(value, logits)[0] if train else None
 
 
 def chunk_head(head: nn.Linear, chunk: int) -> None:

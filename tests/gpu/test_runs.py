@@ -109,17 +109,17 @@ def tool(name: str, *arguments: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_memory_is_what_the_planner_says(tmp_path: Path, device: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "activation_checkpoint", "loss_chunk"),
+    [("eager", "none", 0), ("eager", "selective", 0), ("compiled", "none", 0), ("compiled", "selective", 4096)],
+)
+def test_memory_is_what_the_planner_says(
+    tmp_path: Path, device: str, mode: str, activation_checkpoint: str, loss_chunk: int
+) -> None:
     if device == "cpu":
         pytest.skip("what a CPU process holds is not what tensors take")
-    case = {
-        "shape": "410M",
-        "kernel": "sdpa",
-        "mode": "eager",
-        "precision": "bf16",
-        "activation_checkpoint": "none",
-        "loss_chunk": 0,
-    }
+    case = {"shape": "410M", "kernel": "sdpa", "mode": mode, "precision": "bf16"}
+    case |= {"activation_checkpoint": activation_checkpoint, "loss_chunk": loss_chunk}
     case |= {"step_tokens": 2**15, "micro_batch": 4}
     output = tool("bench_gpu", "--work", json.dumps({**case, "pair": False, "steps": 3}), folder=tmp_path)
     peak = json.loads(output.splitlines()[-1])["peak_gib"]
