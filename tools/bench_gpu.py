@@ -62,6 +62,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file, written anew after every case")
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)  # one case, in this process
     arguments = parser.parse_args()
+    if arguments.pair and arguments.steps < 2:
+        parser.error("--pair needs --steps of at least 2, for quartiles")
     if arguments.work:
         print(json.dumps(work(**arguments.work)))
         return 0

@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="steps of each trainer")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error("--steps must be at least 2, for quartiles")
     plan = make_plan(load_recipe(arguments.recipe, [*arguments.set, "validation.sequences=0"]), arguments.recipe)
     with tempfile.TemporaryDirectory() as folder:
         session.start(plan.recipe, Path(folder))

@@ -75,8 +75,8 @@ def _remarks(cost: Cost, choices: dict[str, list[Choice]] | None) -> Iterator[st
     )
     yield (
         "memory: parameters, gradients and optimizer state are exact; activations and loss are estimates of one "
-        "micro-batch; the total has the larger of the moments of the loss and of a layer's backward pass, with gathered "
-        "weights"
+        "micro-batch; the total has the larger of the moments of the loss and of a layer's backward pass, with "
+        "gathered weights"
     )
     yield (
         "batch: sequences per forward pass and rank x gradient accumulation; disk: "

@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 T, BOS, CUTS = 512, 1, [0, 100, 130, 400, 512]
 
 
+@pytest.mark.usefixtures("process_group")
 def test_gradients_are_those_of_the_documents_alone() -> None:
     model = Model(family="llama2", dim=128, n_layers=2, n_heads=2, ffn_dim=256, vocab_size=300)
     tokens = torch.randint(2, 300, (1, T), generator=torch.Generator().manual_seed(1)).cuda()
