@@ -16,6 +16,8 @@ set -euo pipefail
 # torchrun 2.13 lets all rounds of a rendezvous share one store, and its agents count restarts apart: after one died, the
 # ranks would look for each other under different names. So each round gets a store of its own, kept by its rank 0.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# As in torchtitan's run_train.sh: each stage has tensors of other sizes than the one before.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}"
 cd "$(dirname "$0")/../.."
 exec torchrun --nnodes "${NODES:?how many nodes}" --nproc-per-node "${GPUS:-8}" --max-restarts "${RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:?host name of a node}:${PORT:-29500}" --rdzv-id "${JOB:-stackgrow}" \
