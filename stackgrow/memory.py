@@ -110,7 +110,7 @@ class _Sizes:
         self.D, self.K, self.F = model.dim, model.kv_heads * model.head_dim, model.ffn_dim
         self.V, self.heads = model.vocab_size, model.n_heads
         self.chunk = stage.train.loss_chunk
-        bf16, sharded = stage.train.precision != "fp32", layout.shard > 1  # float8's layers keep bf16
+        bf16, sharded = stage.train.precision != "fp32", layout.shard > 1  # compiled, float8 keeps less than bf16
         self.wide = 2 if bf16 else FP32
         layer = sum(math.prod(shape) for shape in model.layer_tensors().values()) // self.t
         head = self.V * self.D // self.t
