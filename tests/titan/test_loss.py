@@ -1,5 +1,6 @@
 """The chunked head and loss: exactly what torch's own do with all logits, in any chunk, and in less memory."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -116,3 +117,20 @@ def test_no_more_logits_than_a_chunks_are_ever_made() -> None:
     with Largest() as chunked:
         head(hidden, labels).backward()
     assert chunked.elements == V * D > 10 * V
+
+
+def test_a_chunks_logits_are_gone_before_the_next_are_made() -> None:
+    head, hidden, labels = inputs()
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        alive.append(sum(earlier() is not None for earlier in made))
+        assert logits._base is not None
+        made.append(weakref.ref(logits._base))
+        return cross_entropy_loss(logits, labels)
+
+    chunk_head(head, 10)
+    head.loss = loss
+    head(hidden.requires_grad_(), labels).backward()
+    assert alive == [0] * 6
