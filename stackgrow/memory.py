@@ -127,17 +127,16 @@ class _Sizes:
         D, K, F, t = self.D, self.K, self.F, self.t
         if mode == "full":
             return self.T * self.stream * D // t
-        statistics = FP32 * self.heads // t  # log-sum-exp of attention
+        streams = 1  # of the residual
+        statistics = FP32 * self.heads // t + (2 * FP32 // t if mode == "none" else 0)  # of attention; of norms
         if mode == "selective":  # wq, wv, w1 and w2, attention, and what tensor parallel scatters
             own = (D + K + F + D + (2 * D if t > 1 else 0)) // t + (0 if self.compiled else D)
-            return self.T * (self.stream * D // t + self.wide * own + statistics)
-        statistics += 2 * FP32 // t  # of the norms
-        if self.compiled:  # q, attention and its product, k, v; gate, up, their product; the norms' outputs
+        elif self.compiled:  # q, attention and its product, k, v; gate, up, their product; the norms' outputs
             own = (3 * D + 2 * K + 3 * F) // t + 2 * D
-            return self.T * (self.stream * D // t + self.wide * own + statistics)
-        norms = 5 * D if self.autocast else 2 * D  # autocast copies a norm's output for each product
-        own = (2 * D + 2 * K + 4 * F) // t + norms  # q, attention, k, v; gate, its SiLU, up, their product
-        return self.T * (2 * self.stream * D // t + self.wide * own + statistics)
+        else:  # q, attention, k, v; gate, its SiLU, up, their product; autocast copies a norm's output for each product
+            streams, norms = 2, 5 * D if self.autocast else 2 * D
+            own = (2 * D + 2 * K + 4 * F) // t + norms
+        return self.T * (streams * self.stream * D // t + self.wide * own + statistics)
 
     def head(self) -> int:
         """The input and the output of the last norm."""
@@ -146,11 +145,13 @@ class _Sizes:
     def loss(self) -> int:
         """The float32 log-softmax of the logits and two gradients, compiled the logits and one; with loss parallel, one
         temporary more; of a chunk, with its logits, the gradients of what enters the head and of its weight."""
-        alone = 2 * self.wide if self.compiled else 3 * FP32  # bytes per logit
-        if self.chunk:
-            logits = alone + (0 if self.compiled else self.wide)
-            return logits * min(self.chunk, self.T) * self.V + self.T * self.wide * self.D + FP32 * self.V * self.D
-        return 4 * FP32 * self.T * self.V // self.t if self.loss_parallel else alone * self.T * self.V
+        if self.loss_parallel:
+            return 4 * FP32 * self.T * self.V // self.t
+        per_logit = 2 * self.wide if self.compiled else 3 * FP32
+        if not self.chunk:
+            return per_logit * self.T * self.V
+        per_logit += 0 if self.compiled else self.wide
+        return per_logit * min(self.chunk, self.T) * self.V + self.T * self.wide * self.D + FP32 * self.V * self.D
 
     def backward(self) -> int:
         """The most beside ``kept`` in the backward pass of the last layer: at its start, what is recomputed, gradients

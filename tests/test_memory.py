@@ -82,16 +82,15 @@ def _kept_compiled(stage: Any, sharded: bool, autocast: bool) -> int:
     import torch
     from torchtitan.config.job_config import ActivationCheckpoint
     from torchtitan.distributed.activation_checkpoint import apply_ac
-    from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
+    from stackgrow.titan.dry_run import CPU_SAVED
     from stackgrow.titan.model import Llama, model_args
 
     torch._dynamo.reset()
     network = Llama(model_args(stage.model, 0))
-    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     if (mode := stage.train.activation_checkpoint) != "none":
         how = ActivationCheckpoint(mode=mode, selective_ac_option="op")
-        apply_ac(network, how, model_compile_enabled=True, op_sac_save_list={*_op_sac_save_list, cpu_attention})
+        apply_ac(network, how, model_compile_enabled=True, op_sac_save_list=CPU_SAVED)
     rotations = network.freqs_cis
     for weight in network.parameters():
         weight.data = weight.to(torch.bfloat16 if sharded else torch.float32)

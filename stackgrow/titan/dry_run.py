@@ -41,6 +41,8 @@ from stackgrow.titan.shards import shard_of
 
 # The trackers' categories of what lives from step to step, and of sums.
 STATE = ("Sharded Param", "Sharded Grad", "OptState", "Parameter", "Gradient", "Optstate", "Total")
+# What selective recomputation keeps on a CPU, where attention has a name that torchtitan does not know.
+CPU_SAVED = {*parallelize._op_sac_save_list, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,7 @@ def trace(recipe: Recipe, stage: TrainStage, *, real: bool = False) -> Traced:
     config = job_config(job)
     args = model.model_args(stage.model, recipe.seed, stage.mask, loss_chunk=stage.train.loss_chunk)
     args.update_from_config(config)
-    # On a CPU attention has another name, which torchtitan's selective checkpointing does not know.
-    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    with mock.patch.object(parallelize, "_op_sac_save_list", {*parallelize._op_sac_save_list, cpu_attention}):
+    with mock.patch.object(parallelize, "_op_sac_save_list", CPU_SAVED):
         with torch.device("meta"):
             built = model.Llama(args)
         if not real:
