@@ -14,7 +14,7 @@ test: check  ## everything that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
 
 torture: $(DEV)  ## 200 kills of complete runs at random moments, 2000 mutated checkpoints; 20 minutes
-	STACKGROW_FUZZ=2000 $(BIN)/python -m pytest tests/growth/test_dcp_fuzz.py
+	STACKGROW_FUZZ=2000 $(BIN)/python -m pytest tests/checkpoint/test_dcp_fuzz.py
 	$(BIN)/python tests/e2e/torture.py --kills 200
 
 check: $(DEV)  ## style and types
@@ -23,10 +23,10 @@ check: $(DEV)  ## style and types
 	$(BIN)/mypy
 
 fuzz: $(DEV)  ## 10,000 mutated recipes: planned or refused, never a traceback, a hang or a file
-	STACKGROW_FUZZ=10000 $(BIN)/python -m pytest -n 2 tests/test_fuzz_recipes.py
+	STACKGROW_FUZZ=10000 $(BIN)/python -m pytest -n 2 tests/recipe/test_fuzz_recipes.py
 
 schema: $(RUNTIME)  ## the JSON Schema and the reference in recipes/README.md, from the recipe's dataclasses
-	$(BIN)/python -m stackgrow.schema
+	$(BIN)/python -m stackgrow.recipe.schema
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

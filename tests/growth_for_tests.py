@@ -9,9 +9,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from stackgrow.growth.convert import begin, commit, grow_checkpoint, write_part
+from stackgrow.checkpoint.convert import begin, commit, grow_checkpoint, write_part
 from stackgrow.growth.rules import Compute, Rules, Zeros
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 
 Tensors = Mapping[str, Tensor]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from stackgrow.load import RecipeError, load_recipe
-from stackgrow.plan import Plan
-from stackgrow.recipe import Recipe
-from stackgrow.resolve import make_plan
+from stackgrow.plan.resolve import make_plan
+from stackgrow.plan.stages import Plan
+from stackgrow.recipe.keys import Recipe
+from stackgrow.recipe.load import RecipeError, load_recipe
 
 RECIPE = """\
 name = "tiny"

@@ -19,11 +19,12 @@ from pathlib import Path
 
 from run_recipe import tell
 
-from stackgrow.audit.chain import Case, audit_run, open_case
+from stackgrow.audit.case import Case, open_case
+from stackgrow.audit.chain import audit_run
 from stackgrow.audit.report import Look
 from stackgrow.audit.same import same_run
 from stackgrow.errors import DamagedError, RunError
-from stackgrow.load import RecipeError
+from stackgrow.recipe.load import RecipeError
 
 
 def main() -> int:

@@ -29,11 +29,12 @@ from typing import Any
 
 import numpy as np
 
+from stackgrow.plan.resolve import make_plan
+from stackgrow.plan.stages import Plan, TrainStage
+from stackgrow.recipe.keys import Model
+
 # Not torch, which each case loads in its own process.
-from stackgrow.load import load_recipe
-from stackgrow.plan import Plan, TrainStage
-from stackgrow.recipe import Model
-from stackgrow.resolve import make_plan
+from stackgrow.recipe.load import load_recipe
 
 # name: recipe, stage of it that trains the shape
 SHAPES = {

@@ -30,7 +30,7 @@ from typing import Any
 from stackgrow.growth.depth import stack_map
 from stackgrow.growth.operators import growth_rules
 from stackgrow.growth.rules import Alias, Rules
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 
 WIDE = Model(family="llama2", dim=4096, n_layers=8, n_heads=32, ffn_dim=11008, vocab_size=32000)  # 1.88B
 ONE_B = Model(family="llama2", dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, ffn_dim=5632, vocab_size=32000)  # 1.10B
@@ -147,7 +147,7 @@ def work(what: str, case: str, small: bool, folder: Path) -> None:
     if what == "generate":
         generate(source, folder)
         return
-    from stackgrow.growth.convert import grow_checkpoint
+    from stackgrow.checkpoint.convert import grow_checkpoint
 
     grown = folder.with_name("grown")
     record = grow_checkpoint(folder, grown, rules)
@@ -160,7 +160,7 @@ def work(what: str, case: str, small: bool, folder: Path) -> None:
 def generate(model: Model, folder: Path) -> None:
     import torch
 
-    from stackgrow.evaluate.hf import _write_dcp
+    from stackgrow.checkpoint.hf import _write_dcp
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, shape in model.tensors().items():

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from bench_gpu import device_name, random_store
 
-from stackgrow import run
-from stackgrow.growth import stage as growth
-from stackgrow.load import load_recipe
+from stackgrow.checkpoint import grow as growth
+from stackgrow.recipe.load import load_recipe
+from stackgrow.run import engine
 from stackgrow.titan.checkpoint import StageCheckpoints
 from stackgrow.titan.trainer import StageTrainer
 
@@ -50,7 +50,7 @@ def measure(file: str, sets: list[str], sequences: int, folder: Path) -> dict[st
     recipe = load_recipe(file, sets)
     batch = sequences * recipe.data.seq_len
     random_store(folder / "store", recipe.model.vocab_size, 2**20)
-    short = [f"data.path={folder / 'store'}", f"run.folder={folder / 'run'}", "validation.sequences=0"]
+    short = [f"data.path={folder / 'store'}", f"engine.folder={folder / 'run'}", "validation.sequences=0"]
     short += [f"train.global_batch_tokens={batch}", f"budget.tokens={(BASE_STEPS + 2) * batch}"]
     short += [f"growth[0].timing={BASE_STEPS} steps", "train.warmup=0 steps", "train.horizon=stage"]
     watch = Stopwatch()
@@ -62,7 +62,7 @@ def measure(file: str, sets: list[str], sequences: int, folder: Path) -> dict[st
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            run.run(file, [*sets, *short])
+            engine.run(file, [*sets, *short])
     except FirstStepError:
         return {"device": device_name(), "recipe": recipe.name, **watch.split()}
     raise SystemExit("the run ended before the grown model's first step")

@@ -33,11 +33,12 @@ from torchtitan.protocols import train_spec
 from torchtitan.train import Trainer
 
 from stackgrow.data.loader import WindowDataset
-from stackgrow.load import load_recipe
-from stackgrow.plan import Plan, TrainStage
-from stackgrow.resolve import make_plan
+from stackgrow.plan.resolve import make_plan
+from stackgrow.plan.stages import Plan, TrainStage
+from stackgrow.recipe.load import load_recipe
 from stackgrow.titan import job as jobs
 from stackgrow.titan import session
+from stackgrow.titan.checkpoint import checkpoint_config
 from stackgrow.titan.model import model_args, parallelize
 from stackgrow.titan.trainer import StageTrainer
 
@@ -181,7 +182,7 @@ class PlainTrainer(Timed):
         config = jobs.job_config(job)
         plain = JobConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(JobConfig)})
         plain.model = dataclasses.replace(plain.model, name="plain")
-        plain.checkpoint = dataclasses.replace(jobs.checkpoint_config(job), folder="plain")
+        plain.checkpoint = dataclasses.replace(checkpoint_config(job), folder="plain")
         loader = jobs._build_loader
         spec = jobs._train_spec()
         memory = InMemory(job, loader, config)

@@ -12,8 +12,8 @@ import sys
 
 from stackgrow.data import inspect
 from stackgrow.data.store import read_manifest
-from stackgrow.load import load_recipe
-from stackgrow.resolve import make_plan
+from stackgrow.plan.resolve import make_plan
+from stackgrow.recipe.load import load_recipe
 
 
 def main() -> int:

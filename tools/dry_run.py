@@ -9,10 +9,10 @@ import logging
 import sys
 import warnings
 
-from stackgrow.checks import world_problems
-from stackgrow.load import RecipeError, load_recipe
-from stackgrow.report.plan_table import aligned
-from stackgrow.resolve import make_plan
+from stackgrow.plan.checks import world_problems
+from stackgrow.plan.resolve import make_plan
+from stackgrow.recipe.load import RecipeError, load_recipe
+from stackgrow.text import aligned
 
 HEAD = ("stage", "parameters", "gradients", "optimizer", "equal", "working: traced", "planned", "ratio", "seconds")
 

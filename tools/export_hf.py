@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
     arguments = parser.parse_args()
     try:
-        from stackgrow.evaluate.export import export_run
+        from stackgrow.checkpoint.export import export_run
 
         options = {"stage": arguments.stage, "step": arguments.step, "dtype": arguments.dtype}
         print(export_run(arguments.source, arguments.target, **options))

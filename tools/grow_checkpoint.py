@@ -19,19 +19,19 @@ from typing import Any
 
 from run_recipe import tell
 
-from stackgrow.checks import MAX_LAYERS
 from stackgrow.errors import RunError
 from stackgrow.growth.depth import interleave_map, stack_map
 from stackgrow.growth.rules import GrowthError
-from stackgrow.plan import GrowStage
-from stackgrow.recipe import Model
+from stackgrow.plan.checks import MAX_LAYERS
+from stackgrow.plan.stages import GrowStage
+from stackgrow.recipe.keys import Model
 
 
 def main() -> int:
     arguments = parse()
     from torch import distributed as dist
 
-    from stackgrow.growth.standalone import Ranks, grow_folder
+    from stackgrow.checkpoint.standalone import Ranks, grow_folder
 
     ranks = Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     if ranks.size > 1:
@@ -103,7 +103,7 @@ def chosen(arguments: argparse.Namespace, prefix: str) -> dict[str, Any]:
 
 def stage_of(source: Model, arguments: argparse.Namespace) -> GrowStage:
     """What the options ask for, of this source."""
-    from stackgrow.parts import resized
+    from stackgrow.plan.parts import resized
 
     n, factor, layer_map, widths = source.n_layers, arguments.factor, arguments.layer_map, chosen(arguments, "target_")
     if factor is None and layer_map is None and not widths:

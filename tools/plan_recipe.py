@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 from stackgrow.errors import RunError
-from stackgrow.kinds import tokens
-from stackgrow.load import load_recipe
-from stackgrow.planner import GPUS, MFU, Cluster, estimate, search
+from stackgrow.plan.cost import GPUS, MFU, Cluster, estimate, search
+from stackgrow.plan.resolve import make_plan
+from stackgrow.recipe.load import load_recipe
+from stackgrow.recipe.values import tokens
 from stackgrow.report.cost_table import render_cost, render_cost_json
-from stackgrow.resolve import make_plan
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from stackgrow.errors import RunError
+from stackgrow.run_folder.folder import RunFolder
 
 
 def main() -> int:
@@ -16,7 +17,7 @@ def main() -> int:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--out", type=Path, help="file to write (default: report.html in the first run's folder)")
     arguments = parser.parse_args()
-    target = arguments.out or arguments.runs[0] / "report.html"
+    target = arguments.out or RunFolder(arguments.runs[0]).report_file
     try:
         from stackgrow.report.html import write_report
 

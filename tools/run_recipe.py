@@ -26,7 +26,7 @@ def main() -> int:
         if arguments.plan:
             show_plan(arguments)
         else:
-            from stackgrow.run import run
+            from stackgrow.run.engine import run
 
             run(arguments.recipe, arguments.set)
     except RunError as error:
@@ -37,9 +37,9 @@ def main() -> int:
 def show_plan(arguments: argparse.Namespace) -> None:
     from stackgrow.data.order import read_order
     from stackgrow.data.store import StoreError
-    from stackgrow.load import load_recipe
+    from stackgrow.plan.resolve import make_plan
+    from stackgrow.recipe.load import load_recipe
     from stackgrow.report.plan_table import render_plan, render_plan_json
-    from stackgrow.resolve import make_plan
 
     plan = make_plan(load_recipe(arguments.recipe, arguments.set), arguments.recipe)
     if os.environ.get("RANK", "0") == "0":

@@ -1,2 +1,5 @@
-"""Whether a run is what it claims to be: nothing is trusted, nothing is written, and no file outside it is read,
-but for the token stores that its recipe names (and a replay, which trains on them)."""
+"""Whether a run is what it claims to be, from its recipe to its final weights.
+
+May import: every room below.
+Must never know: how a run is steered: it writes nothing, trusts nothing, and reads nothing else but token stores.
+"""

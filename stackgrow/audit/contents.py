@@ -15,14 +15,15 @@ from stackgrow.data.order import Order
 from stackgrow.data.store import StoreError, read_manifest
 from stackgrow.growth import learned_shapes
 from stackgrow.growth.rules import Alias
-from stackgrow.growth.stage import GROWTH
-from stackgrow.load import Problem, canonical_hash
-from stackgrow.plan import GrowStage, ImportStage, LearnStage, Stage, TrainStage
-from stackgrow.provenance import data_facts
-from stackgrow.records import METRICS, VALIDATION, iter_records
+from stackgrow.plan.stages import GrowStage, ImportStage, LearnStage, Stage, TrainStage
+from stackgrow.recipe.load import Problem
+from stackgrow.recipe.write import canonical_hash
+from stackgrow.run_folder.folder import GROWTH, LEDGER, METRICS, PROVENANCE, VALIDATION, RunFolder
+from stackgrow.run_folder.lines import iter_records
+from stackgrow.run_folder.provenance import data_facts
 
 if TYPE_CHECKING:
-    from stackgrow.audit.chain import Case
+    from stackgrow.audit.case import Case
 
 SAMPLED = 4  # files of the token store that are read, unless all are
 BLOCK = 1 << 22
@@ -30,7 +31,7 @@ BLOCK = 1 << 22
 
 def checkpoints(case: Case) -> Look:
     """Every file against its seal, and every tensor against its fingerprint."""
-    from stackgrow.growth.stage import marks_of
+    from stackgrow.checkpoint.grow import marks_of
 
     count, files, tensors = 0, 0, 0
     for stage in case.plan.stages:
@@ -40,18 +41,18 @@ def checkpoints(case: Case) -> Look:
             faults = seal.damage(path, manifest) or _inside(case, stage, path, manifest)
             yield from ((case.within(path), fault) for fault in faults)
             count, files, tensors = count + 1, files + len(manifest["files"]), tensors + len(marks_of(manifest))
-        folder = case.path(stage) / "checkpoint"
+        folder = case.folder(stage).checkpoints
         if isinstance(stage, TrainStage) and case.done(stage) and folder.is_dir():
-            torn = {p.name for p in folder.iterdir()} - {f"step-{n}" for n in seal.sealed_steps(folder)}
+            torn = {p.name for p in folder.iterdir()} - {seal.step_name(n) for n in seal.sealed_steps(folder)}
             yield from ((case.within(folder / name), "has no seal") for name in sorted(torn))
     return f"{count} sealed; {files} files by SHA-256, {tensors} tensors by fingerprint"
 
 
 def _inside(case: Case, stage: Stage, path: Path, manifest: dict[str, Any]) -> Iterator[str]:
     """What an undamaged checkpoint holds, against its seal and the plan: step, position, shapes and weights."""
-    from stackgrow.fingerprint import fingerprint
-    from stackgrow.growth.dcp import is_model_key, read_item, read_metadata, read_tensor, tensor_shapes
-    from stackgrow.growth.stage import marks_of
+    from stackgrow.checkpoint.dcp import is_model_key, read_item, read_metadata, read_tensor, tensor_shapes
+    from stackgrow.checkpoint.grow import marks_of
+    from stackgrow.seal.tensors import fingerprint
 
     metadata, due = read_metadata(path), _place(case, stage, path)
     if (stated := {name: manifest[name] for name in due}) != due:
@@ -146,9 +147,9 @@ def _prefix_hash(file: Path, size: int) -> str:
 
 def growth(case: Case) -> Look:
     """Every grown tensor made again from its source, and compared with what was sealed and written down."""
-    from stackgrow.fingerprint import fingerprint
-    from stackgrow.growth.convert import computed
-    from stackgrow.growth.stage import marks_of, rules_of
+    from stackgrow.checkpoint.convert import computed
+    from stackgrow.checkpoint.grow import marks_of, rules_of
+    from stackgrow.seal.tensors import fingerprint
 
     count = 0
     for stage in case.own_stages:
@@ -171,7 +172,7 @@ def growth(case: Case) -> Look:
         marks = {"input": seal.manifest_hash(source), "output": seal.manifest_hash(case.output(stage))}
         noted = [s["stages"][stage.name] for s in case.record["sessions"] if stage.name in s.get("stages", {})]
         if not noted or any(n[key] != mark for n in noted for key, mark in marks.items()):
-            yield "provenance.json", f"has other hashes for {stage.name}"
+            yield PROVENANCE, f"has other hashes for {stage.name}"
         count += len(made)
     return f"{count} tensors made again from their sources"
 
@@ -193,10 +194,10 @@ def data(case: Case, full: bool) -> Look:
     for name in ("manifest_hash", "validation_hash", "tokenizer_sha256"):
         if stated[name] != found[name]:
             yield ", ".join(map(str, stores)), f"its {name} is not the run's"
-    if ledger := seal.read_json(case.run / "ledger.json"):
+    if ledger := seal.read_json(RunFolder(case.run).ledger_file):
         gave, due = (list(seen.values()) for seen in (ledger["data"], order.seen(case.plan.sequences)))
         if gave != due:
-            yield "ledger.json", f"states {gave} of the stores, the order of the data gives {due}"
+            yield LEDGER, f"states {gave} of the stores, the order of the data gives {due}"
     files: dict[Path, str] = {}
     for manifest in manifests:
         shards = [shard for split in manifest.splits.values() for shard in split.shards]

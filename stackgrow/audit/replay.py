@@ -12,17 +12,19 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-from stackgrow import provenance, seal
-from stackgrow.audit.chain import Case
+from stackgrow import seal
+from stackgrow.audit.case import Case
 from stackgrow.audit.report import Look, WrongRequest
-from stackgrow.checks import world_problems
-from stackgrow.kinds import MAX_INT, Duration
-from stackgrow.logs import log_to
-from stackgrow.plan import TrainStage
-from stackgrow.recipe import Recipe
-from stackgrow.records import METRICS, VALIDATION, iter_records
-from stackgrow.run import stage_job
-from stackgrow.shared import from_rank0
+from stackgrow.plan.checks import world_problems
+from stackgrow.plan.stages import TrainStage
+from stackgrow.process.logs import log_to
+from stackgrow.process.ranks import from_rank0
+from stackgrow.recipe.keys import Recipe
+from stackgrow.recipe.values import MAX_INT, Duration
+from stackgrow.run.engine import stage_job
+from stackgrow.run_folder import provenance
+from stackgrow.run_folder.folder import METRICS, VALIDATION, StageFolder
+from stackgrow.run_folder.lines import iter_records
 
 # Relative, where the run was made on other ranks, another mesh, machine or software: sums in another order.
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "float8": 1e-2}
@@ -54,7 +56,7 @@ def replay(case: Case, request: str) -> Look:
         rank, folder = dist.get_rank(), Path(from_rank0(lambda: scratch)) / stage.name
         log_to(Path(scratch) / f"rank-{rank}.log")
         job = stage_job(recipe, short, case.hashes[stage.name], folder, source)
-        job.resume = case.path(stage) / "checkpoint" / f"step-{first}" if first else None
+        job.resume = case.folder(stage).checkpoint(first) if first else None
         job.folder.mkdir(exist_ok=True)
         run_stage(job)
         stop()
@@ -67,7 +69,7 @@ def _requested(case: Case, request: str) -> tuple[TrainStage, int, int]:
     if not match or not chosen:
         raise WrongRequest(f"{request!r} is not STAGE:STEP+N with one of {', '.join(s.name for s in stages)}")
     stage, first, last = chosen[0], int(match[2]), int(match[2]) + int(match[3])
-    kept = [0, *seal.sealed_steps(case.path(stage) / "checkpoint")]
+    kept = [0, *case.folder(stage).sealed_steps()]
     if first not in kept or not first < last <= stage.steps:
         raise WrongRequest(f"{request!r}: {stage.name} has {stage.steps} steps, and can be gone on with at {kept}")
     recorded = iter_records(case.path(stage) / METRICS)
@@ -100,9 +102,11 @@ def _compared(case: Case, stage: TrainStage, first: int, last: int, folder: Path
                 if wrong := {k: f"{row[k]} -> {again[row['step']][k]}" for k, d in found.items() if d > loss_limit}:
                     yield f"{stage.name}/{name}", f"step {row['step']} differs when trained again: {wrong}"
     weights = []
-    kept = case.path(stage) / "checkpoint" / f"step-{last}"
+    kept = case.folder(stage).checkpoint(last)
     if seal.read_seal(kept) is not None:
-        for tensor, difference in _tensor_differences(kept, folder / "checkpoint" / kept.name, model_only=bool(others)):
+        for tensor, difference in _tensor_differences(
+            kept, StageFolder(folder).checkpoint(last), model_only=bool(others)
+        ):
             weights.append(difference)
             if difference > weight_limit:
                 yield case.within(kept), f"{tensor} differs by {difference:.1e} when trained again"
@@ -143,7 +147,7 @@ def _tensor_differences(old: Path, new: Path, *, model_only: bool) -> Iterator[t
     """||new - old|| / ||old|| of every tensor, the optimizer's included or not; 0 only where all bits are equal."""
     import torch
 
-    from stackgrow.growth.dcp import is_model_key, read_metadata, read_tensor, tensor_shapes
+    from stackgrow.checkpoint.dcp import is_model_key, read_metadata, read_tensor, tensor_shapes
 
     before, after = read_metadata(old), read_metadata(new)
     for name in tensor_shapes(before):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from stackgrow.errors import LockedError, RunError
-from stackgrow.kinds import printable
-from stackgrow.load import Problem
+from stackgrow.recipe.load import Problem
+from stackgrow.text import printable
 
 Look: TypeAlias = Generator[Problem, None, str]  # yields (place, what is wrong), returns what was looked at
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from stackgrow import seal
-from stackgrow.audit.chain import Case
+from stackgrow.audit.case import Case
 from stackgrow.audit.report import Look
-from stackgrow.changed import differences
-from stackgrow.plan import identity
-from stackgrow.records import METRICS, VALIDATION, iter_records
+from stackgrow.plan.stages import identity
+from stackgrow.run_folder.folder import METRICS, VALIDATION
+from stackgrow.run_folder.lines import iter_records
+from stackgrow.text import differences
 
 
 def same_run(case: Case, other: Case) -> Look:

@@ -13,8 +13,8 @@ import numpy as np
 from stackgrow.data.order import read_order
 from stackgrow.data.store import AGAIN, Manifest, StoreError, TokenStore, read_manifest
 from stackgrow.data.tokenizer import store_tokenizer
-from stackgrow.kinds import printable
-from stackgrow.recipe import Recipe
+from stackgrow.recipe.keys import Recipe
+from stackgrow.text import printable
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from stackgrow.data.order import Order, apportion
 from stackgrow.data.store import StoreError, TokenStore
-from stackgrow.recipe import Data
-from stackgrow.signals import leave_group
+from stackgrow.process.signals import leave_group
+from stackgrow.recipe.keys import Data
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 IGNORE = -100  # the label that torch's cross entropy skips

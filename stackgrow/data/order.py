@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from stackgrow.data.store import Manifest, StoreError, read_manifest
-from stackgrow.load import canonical_hash
-from stackgrow.recipe import Data
+from stackgrow.recipe.keys import Data
+from stackgrow.recipe.write import canonical_hash
 
 BLOCK = 10_000  # weights of a mixture are kept to four decimals
 CHUNK = 4096  # positions resolved at a time: numpy costs as much for one

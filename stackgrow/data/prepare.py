@@ -36,9 +36,9 @@ from stackgrow.data.read import INPUTS, File, PrepareError, Reader, Skipped, Sou
 from stackgrow.data.store import DTYPES, FORMAT, MANIFEST, Manifest, TokenStore, read_manifest
 from stackgrow.data.tokenizer import Tokenizer, store_tokenizer, train_tokenizer
 from stackgrow.data.write import PARTS, STORE, TokenWriter, fraction, write_file
-from stackgrow.load import canonical_hash
-from stackgrow.seal import read_json, sync_folder, write_json
-from stackgrow.shared import lock
+from stackgrow.process.ranks import lock
+from stackgrow.recipe.write import canonical_hash
+from stackgrow.seal.files import read_json, sync_folder, write_json
 
 TASKS, TASK_BYTES = 1024, 2**21  # at most so many tasks, of at least so many bytes of input
 TRAINING_CHARACTERS = 2**28  # text a tokenizer is trained on at most; the trainer holds it in memory

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackgrow.errors import DamagedError
-from stackgrow.seal import file_records
+from stackgrow.seal.files import file_records
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,8 +19,8 @@ from datatrove.pipeline.base import PipelineStep
 from stackgrow.data.read import INPUTS, Reader
 from stackgrow.data.store import Shard
 from stackgrow.data.tokenizer import Tokenizer
-from stackgrow.kinds import human
-from stackgrow.seal import file_records, write_json
+from stackgrow.seal.files import file_records, write_json
+from stackgrow.text import human
 
 STORE, PARTS = "store", "parts"  # folders of a preparation's work folder
 BATCH = 2**20  # characters of text encoded at a time

@@ -10,28 +10,32 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from stackgrow import seal
-from stackgrow.checks import world_problems
 from stackgrow.data.loader import WindowDataset
 from stackgrow.data.store import StoreError, read_manifest
 from stackgrow.data.tokenizer import store_tokenizer
 from stackgrow.errors import DamagedError
 from stackgrow.evaluate import tasks
-from stackgrow.evaluate.checkpoints import choose, tokenizer_of
-from stackgrow.load import RecipeError
-from stackgrow.logs import log_to
-from stackgrow.plan import LearnStage, TrainStage
-from stackgrow.recipe import Eval, Recipe
-from stackgrow.shared import from_rank0
+from stackgrow.plan.checks import world_problems
+from stackgrow.plan.stages import LearnStage, TrainStage
+from stackgrow.process.logs import log_to
+from stackgrow.process.ranks import from_rank0
+from stackgrow.recipe.keys import Eval, Recipe
+from stackgrow.recipe.load import RecipeError
+from stackgrow.run_folder.choose import choose, tokenizer_of
+from stackgrow.run_folder.folder import EVAL, RunFolder
 
-FOLDER = "eval"
+if TYPE_CHECKING:
+    from stackgrow.titan.job import StageJob
+    from stackgrow.titan.trainer import StageTrainer
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,23 @@ class Evaluation:
         assert self.recipe.eval is not None
         return self.recipe.eval
 
+    def after_step(self, trainer: StageTrainer) -> None:
+        """Runs the benchmarks that [eval] has for the step that the trainer has made."""
+        from stackgrow.evaluate.scorer import score
+        from stackgrow.titan import session
+
+        stage, step = trainer.stage_job.stage, trainer.step
+        if self.due(stage, step):
+            session.at(f"{stage.name}, benchmarks after step {step}")
+            self.run(stage, step, partial(score, trainer, batch=self.wanted.batch))
+
     def due(self, stage: TrainStage, step: int) -> bool:
         """Whether the stage is to be evaluated after ``step`` and has not been. Every rank must call it."""
         target = self.wanted.after == "each" or stage.model == self.recipe.model
         within = self.wanted.interval and step and step % stage.every(self.wanted.interval) == 0
         if not within and not (target and step == stage.steps):
             return False
-        asked = from_rank0(lambda: self._before(self._file(f"{stage.name}-step-{step}")).get("asked", []))
+        asked = from_rank0(lambda: self._before(self._file(f"{stage.name}-{seal.step_name(step)}")).get("asked", []))
         return not set(self._names) <= set(asked)
 
     def run(self, stage: TrainStage, step: int, score: Callable[..., Any], grown: str | None = None) -> None:
@@ -62,7 +76,7 @@ class Evaluation:
         results = self._results(score, stage.seq_len)
         if dist.get_rank() != 0:
             return
-        file = self._file(grown or f"{stage.name}-step-{step}")
+        file = self._file(grown or f"{stage.name}-{seal.step_name(step)}")
         before = self._before(file)
         name, every = grown or stage.name, {**before.get("tasks", {}), **results}
         record = {
@@ -77,7 +91,7 @@ class Evaluation:
         file.parent.mkdir(exist_ok=True)
         seal.write_json(file, record)
         if self.recipe.log.tensorboard:
-            _to_tensorboard(self.folder / name / "tb" / FOLDER, results, step)
+            _to_tensorboard(RunFolder(self.folder).stage(name).tensorboard / EVAL, results, step)
         told = [f"{task} {best} {m[best]:.4f}" for task, m in results.items() if (best := tasks.headline(task, m))]
         print(f"{name}  step {step}  {', '.join(told)}", flush=True)
 
@@ -91,8 +105,7 @@ class Evaluation:
         return found if found.get("stage_hash") == self.stage_hash else {}
 
     def _file(self, checkpoint: str) -> Path:
-        """A try on a few examples has a file of its own: it replaces no result, and none replaces it."""
-        return self.folder / FOLDER / f"{checkpoint}{f'-limit-{n}' if (n := self.wanted.limit) else ''}.json"
+        return RunFolder(self.folder).eval_file(checkpoint, self.wanted.limit)
 
     def _results(self, score: Callable[..., Any], max_length: int) -> dict[str, dict[str, float]]:
         from lm_eval.evaluator import evaluate
@@ -159,32 +172,52 @@ def evaluate_run(
     """
     from stackgrow.titan import device, session
     from stackgrow.titan.job import StageJob
-    from stackgrow.titan.trainer import evaluate_checkpoint
 
     chosen = choose(path, stage, step, sets)
     if chosen is None:
         raise DamagedError(f"{path} is neither a run nor a checkpoint of one; name one")
+    folder = RunFolder(chosen.run)
     recipe, train = chosen.plan.recipe, chosen.train_stage
     if train.model != chosen.model or isinstance(train, LearnStage):
         what = '"start" grows the imported model before any stage trains it; export it and use lm_eval'
-        raise RecipeError(chosen.run / "recipe.toml", [("growth[0].timing", what)])
+        raise RecipeError(folder.recipe_file, [("growth[0].timing", what)])
     wanted = dataclasses.replace(recipe.eval or Eval(tasks=("paper",)), **options)
     plan = chosen.plan
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if problems := [*world_problems(plan, world), *device.problems(plan), *tasks.problems(wanted)]:
-        raise RecipeError(chosen.run / "recipe.toml", problems)
+        raise RecipeError(folder.recipe_file, problems)
     try:
         data = WindowDataset.open(recipe.data, recipe.seed)
     except StoreError as error:
-        raise RecipeError(chosen.run / "recipe.toml", [("data", str(error))]) from error
+        raise RecipeError(folder.recipe_file, [("data", str(error))]) from error
     tokenizer_of(recipe, chosen.run)  # that it is the run's store
     stage_hash = plan.stage_hashes(data.order.data_hash)[train.name]
     evaluation = Evaluation(dataclasses.replace(recipe, eval=wanted), stage_hash, chosen.run)
     quiet = dataclasses.replace(recipe, log=dataclasses.replace(recipe.log, tensorboard=False))
-    log_to(chosen.run / "logs" / f"evaluate-rank-{os.environ.get('RANK', '0')}.log")
-    session.start(recipe, chosen.run / "logs")
+    log_to(folder.log_file(int(os.environ.get("RANK", "0")), "evaluate"))
+    session.start(recipe, folder.logs)
     try:
-        job = StageJob(quiet, train, stage_hash, chosen.run / train.name, data, evaluation=evaluation)
-        evaluate_checkpoint(job, chosen.path, chosen.step, chosen.stage.name if chosen.stage is not train else None)
+        job = StageJob(quiet, train, stage_hash, chosen.run / train.name, data)
+        evaluate_checkpoint(
+            evaluation, job, chosen.path, chosen.step, chosen.stage.name if chosen.stage is not train else None
+        )
     finally:
         session.stop()
+
+
+def evaluate_checkpoint(evaluation: Evaluation, job: StageJob, checkpoint: Path, step: int, grown: str | None) -> None:
+    """Runs ``evaluation`` on ``checkpoint``, which was saved at ``step`` of the job's stage or is its input, made by
+    grow stage ``grown``."""
+    from stackgrow.evaluate.scorer import score
+    from stackgrow.titan.trainer import StageTrainer, free
+
+    trainer = StageTrainer(job)
+    try:
+        trainer.checkpointer.load_weights(checkpoint)
+        trainer.step = step
+        trainer.set_mask()
+        evaluation.run(job.stage, step, partial(score, trainer, batch=evaluation.wanted.batch), grown)
+    finally:
+        trainer.close()
+    del trainer
+    free()

@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from stackgrow.load import Problem
-from stackgrow.recipe import Eval
+from stackgrow.recipe.keys import Eval
+from stackgrow.recipe.load import Problem
 
 # Task: its folder in lm-eval, its metric.
 PAPER = {

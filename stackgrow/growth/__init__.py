@@ -1,1 +1,5 @@
-"""Growth operators: how target tensors come from source tensors, and their use on disk."""
+"""The operators: pure descriptions of how target tensors come from source tensors.
+
+May import: recipe, text and errors.
+Must never know: files, checkpoints, ranks and torchtitan.
+"""

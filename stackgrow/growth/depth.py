@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from stackgrow.growth.rules import Alias, GrowthError, Rules
 
 if TYPE_CHECKING:
-    from stackgrow.recipe import Model
+    from stackgrow.recipe.keys import Model
 
 # What a copied layer computes depends on all of these, and equal tensor shapes do not imply them.
 GEOMETRY = ("family", "dim", "n_heads", "kv_heads", "ffn_dim", "vocab_size", "norm_eps", "rope_theta")

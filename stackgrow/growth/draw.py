@@ -10,8 +10,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from stackgrow.recipe import Model
-    from stackgrow.titan.model import LlamaArgs
+    from stackgrow.recipe.keys import Model
 
 
 def generator(*key: object) -> torch.Generator:
@@ -22,7 +21,7 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def draw(name: str, shape: tuple[int, ...], model: Model | LlamaArgs, rng: torch.Generator) -> Tensor:
+def draw(name: str, shape: tuple[int, ...], model: Model, rng: torch.Generator) -> Tensor:
     """The initial value of a tensor of ``model``, by its ``init``: a matrix [d_out, d_in] or [vocabulary, D], or
     an RMSNorm weight (ones). float32 on the CPU."""
     import torch

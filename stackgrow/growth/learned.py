@@ -9,17 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from stackgrow.growth.draw import generator
-from stackgrow.growth.learned_shapes import CHANNELS, check_learned, matrix_names, shapes
+from stackgrow.growth.learned_shapes import CHANNELS, check_learned, shapes
 from stackgrow.growth.rules import Alias, Compute, GrowthError, Rule, Rules
-from stackgrow.growth.sealed import read_sealed
 from stackgrow.growth.width import AXES, kept_channels, kind, repeats
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 
 ROWS = 4096  # of the embedding and the head, computed in float64 at a time
 
@@ -43,16 +41,6 @@ def initial_network(source: Model, target: Model, seed: int) -> HyperNetwork:
         widths[name][kept[CHANNELS[name]]] = torch.eye(shape[1])
     D = torch.eye(source.n_layers)[torch.arange(target.n_layers) % source.n_layers]
     return HyperNetwork(widths, {name: D.clone() for name in wanted["depths"]})
-
-
-def read_network(checkpoint: Path, source: Model, target: Model) -> HyperNetwork:
-    """The matrices in a learn stage's sealed checkpoint. Raises DamagedError where one is not what was sealed."""
-    needed = shapes(source, target)
-    parts: dict[str, dict[str, Tensor]] = {"widths": {}, "depths": {}}
-    for stored, tensor in read_sealed(checkpoint, names := matrix_names(needed)).items():
-        part, name = names[stored]
-        parts[part][name] = tensor
-    return HyperNetwork(**parts)
 
 
 def widen(name: str, weight: Tensor, widths: Mapping[str, Tensor]) -> Tensor:

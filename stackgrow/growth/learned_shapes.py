@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from stackgrow.growth.rules import GrowthError
 from stackgrow.growth.width import AXES, check_widths, kept_channels, kind
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 
 LAYER_KINDS = tuple(name for name in AXES if name not in ("tok_embeddings", "norm", "output"))
 CHANNELS = {"emb": "stream", "q": "query", "k": "key", "v": "key", "mlp": "ffn"}  # of each B, in the words of AXES

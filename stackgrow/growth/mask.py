@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stackgrow.growth.zero import BLOCK_OUTPUTS, new_layers, new_outputs
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 
 if TYPE_CHECKING:
     from torch import Tensor

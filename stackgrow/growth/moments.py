@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from stackgrow.growth.dcp import OPTIMIZER_STATE
 from stackgrow.growth.rules import Alias, Compute, Moment, Rule, Rules, Shape, Zeros
 
 POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "step": 1}  # a step counter goes where the moments go
@@ -56,3 +55,6 @@ def _of_state(rule: Rule, state: str) -> Rule:
     if isinstance(rule, Zeros):
         return Zeros(source)
     return replace(rule, sources=(source,)) if isinstance(rule, Compute) and state != "step" else Alias(source)
+
+
+OPTIMIZER_STATE = "optimizer.state."  # AdamW's moments and step counters

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stackgrow.growth.depth import GEOMETRY
 from stackgrow.growth.rules import Alias, Compute, GrowthError, Moment, Rule, Rules, Zeros
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from stackgrow.growth.draw import generator
 from stackgrow.growth.reused import Reused
 from stackgrow.growth.rules import Alias, Compute, GrowthError, Moment, Rule, Rules
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 
 if TYPE_CHECKING:  # a plan checks a growth by its rules, and needs no torch for that
     import torch

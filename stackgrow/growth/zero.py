@@ -15,7 +15,7 @@ from stackgrow.growth.depth import depth_rules
 from stackgrow.growth.draw import draw, generator
 from stackgrow.growth.rules import Alias, Compute, GrowthError, Moment, Rule, Rules, Zeros
 from stackgrow.growth.width import AXES, check_widths, head_channels, kept_channels, kind, repeats, times
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 
 if TYPE_CHECKING:  # a plan checks a growth by its rules, and needs no torch for that
     from torch import Tensor

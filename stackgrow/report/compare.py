@@ -9,9 +9,9 @@ from typing import Any
 
 from stackgrow import seal
 from stackgrow.evaluate.tasks import headline
-from stackgrow.kinds import human
 from stackgrow.report.curves import DEFINITION, WINDOW, Curve, SpeedUp, common_span, read_curves, speed_ups
-from stackgrow.report.plan_table import aligned
+from stackgrow.run_folder.folder import RunFolder
+from stackgrow.text import aligned, human
 
 SMOOTHING = {
     "train": f"training loss, smoothed by straight lines over the records within {WINDOW:.0%} of a point's FLOPs",
@@ -53,7 +53,7 @@ def compare(runs: Sequence[Path], loss: str = "train", losses: Sequence[float] =
 
 def last_evaluation(run: Path) -> dict[str, float]:
     """The metric that speaks for each task, "task metric" -> value, of the checkpoint that saw the most tokens."""
-    records = [r for file in (run / "eval").glob("*.json") if (r := seal.read_json(file))]
+    records = [r for file in RunFolder(run).eval.glob("*.json") if (r := seal.read_json(file))]
     if not records:
         return {}
     record = max(records, key=lambda r: (r["tokens"], r["step"], not r.get("limit")))

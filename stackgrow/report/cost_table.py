@@ -7,10 +7,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from stackgrow.kinds import human
-from stackgrow.memory import Memory
-from stackgrow.planner import NETWORK, Choice, Cost, StageCost, model_flops, stage_disk
-from stackgrow.report.plan_table import aligned, wrapped
+from stackgrow.plan.cost import NETWORK, Choice, Cost, StageCost, model_flops, stage_disk
+from stackgrow.plan.memory import Memory
+from stackgrow.text import aligned, human, wrapped
 
 HEAD = ("stage", "parameters", "tokens", "steps", "6ND FLOPs", "attention", "days", "GPU-hours", "disk")
 MEMORY = ("GB on rank 0", "layout", "batch", "parameters", "gradients", "optimizer", "activations", "loss", "total")

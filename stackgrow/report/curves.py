@@ -17,13 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from stackgrow.errors import DamagedError
-from stackgrow.found import plan_of_run
-from stackgrow.load import canonical_hash, load_recipe, to_dict
-from stackgrow.records import read_records
+from stackgrow.recipe.load import load_recipe
+from stackgrow.recipe.write import canonical_hash, to_dict
+from stackgrow.run_folder.folder import METRICS, VALIDATION, RunFolder
+from stackgrow.run_folder.found import plan_of_run
+from stackgrow.run_folder.lines import read_records
 
 WINDOW = 0.1
 NEIGHBOURS = 2  # records to either side that are in a window in any case
-FILES = {"train": "metrics.jsonl", "validation": "validation.jsonl"}
+FILES = {"train": METRICS, "validation": VALIDATION}
 BOOTSTRAP, QUANTILES = 200, (2.5, 97.5)
 DEFINITION = (
     "speed-up = FLOPs(baseline) / FLOPs(run) - 1 at equal smoothed loss, with the base's FLOPs; likewise in tokens"
@@ -103,9 +105,9 @@ def read_curves(runs: Sequence[Path], loss: str = "train") -> list[Curve]:
     groups: dict[str, list[Path]] = {}
     names: dict[str, str] = {}
     for run in runs:
-        if not (run / "recipe.toml").is_file():
+        if not RunFolder(run).recipe_file.is_file():
             raise DamagedError(f"{run} is not a run: it has no recipe.toml")
-        recipe = load_recipe(run / "recipe.toml", trusted=True)
+        recipe = load_recipe(RunFolder(run).recipe_file, trusted=True)
         same = {k: v for k, v in to_dict(recipe).items() if k not in ("name", "seed", "run", "log", "parallel")}
         key = canonical_hash(same)
         groups.setdefault(key, []).append(run)
@@ -121,9 +123,11 @@ def read_curves(runs: Sequence[Path], loss: str = "train") -> list[Curve]:
 def _curve(name: str, runs: Sequence[Path], file: str, window: float) -> Curve:
     found: dict[str, list[tuple[float, float, float, int]]] = {}
     for seed, run in enumerate(runs):
-        for path in sorted(run.glob(f"stage-*/{file}"), key=lambda path: int(path.parent.name.split("-")[1])):
-            rows = [(r["flops"], r["tokens"], r["loss"], seed) for r in read_records(path) if math.isfinite(r["loss"])]
-            found.setdefault(path.parent.name, []).extend(rows)
+        for stage in RunFolder(run).stages():
+            records = read_records(stage.path / file)
+            rows = [(r["flops"], r["tokens"], r["loss"], seed) for r in records if math.isfinite(r["loss"])]
+            if rows:
+                found.setdefault(stage.name, []).extend(rows)
     parts = [make_part(stage, np.array(sorted(rows)), window) for stage, rows in found.items() if rows]
     if not parts:
         raise DamagedError(f"{runs[0]} has no {file} with records")

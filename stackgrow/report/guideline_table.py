@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from stackgrow.guidelines import TIMING, growth_timing
-from stackgrow.kinds import human
+from stackgrow.plan.guidelines import TIMING, growth_timing
 from stackgrow.report.figure import COLORS, INK, new_figure
 from stackgrow.report.isoflop import Fit, Run, Valley
-from stackgrow.report.plan_table import aligned
+from stackgrow.text import aligned, human
 
 PAPER = dict(zip("abc", TIMING, strict=True))
 Laws = dict[str, Fit]  # "scratch" and "grown"

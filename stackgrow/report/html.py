@@ -11,16 +11,15 @@ from typing import Any
 
 from stackgrow import seal
 from stackgrow.errors import MissingExtraError
-from stackgrow.found import plan_of_run
-from stackgrow.kinds import human
-from stackgrow.plan import GrowStage, Plan, Stage, TrainStage
-from stackgrow.progress import clock
-from stackgrow.records import read_records
+from stackgrow.plan.stages import GrowStage, Plan, Stage, TrainStage
 from stackgrow.report.compare import HEAD, SMOOTHING, Comparison, compare, evaluation_rows, speed_up_rows, verdict
 from stackgrow.report.curves import DEFINITION
 from stackgrow.report.figure import PANELS, panel_svg
 from stackgrow.report.plan_table import compact_map
-from stackgrow.report.summary import short
+from stackgrow.run_folder.folder import RunFolder
+from stackgrow.run_folder.found import plan_of_run
+from stackgrow.run_folder.lines import read_records
+from stackgrow.text import clock, human, short
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #59636e; --line: #d0d7de; --soft: #f3f5f7 }
@@ -77,7 +76,7 @@ def write_report(runs: Sequence[Path], target: Path) -> None:
 def finish_report(run: Path) -> str:
     """Writes the report of a run that has just ended, where matplotlib is there; returns a line that says where it is.
     A failure is logged: the run has succeeded."""
-    target = run / "report.html"
+    target = RunFolder(run).report_file
     try:
         write_report([run], target)
     except MissingExtraError as error:
@@ -113,7 +112,7 @@ def _overview(run: Path) -> Iterator[str]:
     """What was trained, what a reader should know of it, and how it grew."""
     plan = plan_of_run(run)
     yield f'<p class="faint">{escape(_summary(plan))}</p>'
-    if found := list(_warnings(run, plan, seal.read_json(run / "provenance.json") or {})):
+    if found := list(_warnings(run, plan, RunFolder(run).provenance())):
         items = "".join(f"<li>{escape(warning)}</li>" for warning in found)
         yield f"<h3>To be noted</h3><ul>{items}</ul>"
     yield f'<h3>Stages</h3><div class="timeline">{"".join(map(_block, plan.stages))}</div>'
@@ -125,7 +124,7 @@ def _overview(run: Path) -> Iterator[str]:
 
 def _identity(run: Path) -> Iterator[str]:
     """What ran, on what, from what."""
-    facts = _facts(seal.read_json(run / "provenance.json") or {})
+    facts = _facts(RunFolder(run).provenance())
     rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in facts)
     yield f'<h3>Provenance</h3><div class="wide"><table class="facts">{rows}</table></div>'
     yield f"<h3>Recipe</h3><pre>{escape((run / 'recipe.toml').read_text())}</pre>"
@@ -142,7 +141,7 @@ def _summary(plan: Plan) -> str:
 
 def _warnings(run: Path, plan: Plan, provenance: dict[str, Any]) -> Iterator[str]:
     """What a reader of the results should know."""
-    unfinished = [stage.name for stage in plan.stages if not (run / stage.name / "DONE").is_file()]
+    unfinished = [stage.name for stage in plan.stages if not RunFolder(run).stage(stage.name).is_done()]
     if unfinished:
         yield f"not finished: {', '.join(unfinished)}"
     sessions = provenance.get("sessions", [])
@@ -153,7 +152,8 @@ def _warnings(run: Path, plan: Plan, provenance: dict[str, Any]) -> Iterator[str
         yield "the sessions ran different commits of stackgrow"
     if any("dirty_sha256" in s.get("code", {}) for s in sessions):
         yield "the code had changes that are in no commit"
-    for path in sorted(run.glob("stage-*/quarantine/*")):
+    moved_aside = [path for stage in RunFolder(run).stages() for path in sorted(stage.quarantine.glob("*"))]
+    for path in moved_aside:
         yield f"set aside as incomplete or damaged: {path.relative_to(run)}"
     yield from plan.notes
 
@@ -171,7 +171,7 @@ STAGE_HEAD = ("stage", "parameters", "tokens", "steps", "FLOPs", "loss", "valida
 
 def _stage_row(run: Path, stage: TrainStage) -> tuple[str, ...]:
     metrics, validation = (read_records(run / stage.name / f"{name}.jsonl") for name in ("metrics", "validation"))
-    done = seal.read_json(run / stage.name / "DONE") or {}
+    done = RunFolder(run).stage(stage.name).done() or {}
     spans = f"{validation[0]['loss']:.4f} to {validation[-1]['loss']:.4f}" if validation else "-"
     rates = sorted(record["tps"] for record in metrics)
     return (

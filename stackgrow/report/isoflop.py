@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from stackgrow.errors import DamagedError
-from stackgrow.load import load_recipe
+from stackgrow.recipe.load import load_recipe
 from stackgrow.report.curves import make_part, read_curves
+from stackgrow.run_folder.folder import RunFolder
 
 BOOTSTRAP = 400
 COLUMNS = ("parameters", "flops", "loss")
@@ -66,7 +67,7 @@ def read_run(folder: Path, variable: str) -> Run:
     (curve,) = read_curves([folder])
     if not curve.arrived:
         raise DamagedError(f"{folder} has not come to its target model; let it finish")
-    recipe = load_recipe(folder / "recipe.toml", trusted=True)
+    recipe = load_recipe(RunFolder(folder).recipe_file, trusted=True)
     n, embedding = recipe.model.parameters(), recipe.model.vocab_size * recipe.model.dim
     at = None
     bases = [part for part in curve.parts[:-1] if "-learn-" not in part.stage]  # whose steps are the growth's

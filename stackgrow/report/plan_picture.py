@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from stackgrow.kinds import human
-from stackgrow.plan import Plan, TrainStage
+from stackgrow.plan.stages import Plan, TrainStage
 from stackgrow.report.figure import COLORS, new_figure
+from stackgrow.text import human
 
 POINTS = 400  # of a stage's learning-rate curve
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
-from stackgrow.kinds import human
-from stackgrow.load import recipe_hash, to_dict
-from stackgrow.plan import GrowStage, LearnStage, Plan, TrainStage
+from stackgrow.plan.stages import GrowStage, LearnStage, Plan, TrainStage
+from stackgrow.recipe.write import recipe_hash, to_dict
+from stackgrow.text import aligned, human, wrapped
 
 if TYPE_CHECKING:
     from stackgrow.data.order import Order
 
-WIDTH = 120
 LONG_RUN = 4  # consecutive layers from here on are shown as first-last
-Table = list[tuple[str, ...]]
 
 
 def render_plan(plan: Plan, order: Order | None = None) -> str:
@@ -103,18 +100,6 @@ def _cost_total(plan: Plan) -> tuple[str, ...]:
     return ("total", f"{plan.flops:.3g}", "100.0%", f"{attention:.3g}", "", "", "", "")
 
 
-def aligned(rows: Table) -> list[str]:
-    """The first column to the left, numbers to the right, two spaces between."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
 def _growth(stage: GrowStage) -> Iterator[str]:
     noise = f", noise {stage.noise:g}" if stage.noise else ""
     moments = f", optimizer {stage.optimizer}" if stage.optimizer else ""
@@ -165,10 +150,6 @@ def _remarks(plan: Plan) -> Iterator[str]:
         remarks.insert(0, f"{plan.base_share:.1%} of the FLOPs are spent before the last growth")
     for remark in remarks:
         yield from wrapped(f"- {remark}")
-
-
-def wrapped(line: str) -> list[str]:
-    return textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def plan_dict(plan: Plan, order: Order | None = None) -> dict[str, Any]:

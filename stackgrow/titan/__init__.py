@@ -1,5 +1,9 @@
-"""The only room that imports torchtitan (pinned: 0.2.2). ``device`` is imported first: it must precede torchtitan."""
+"""One train stage on torchtitan (pinned: 0.2.2); the only room that imports it.
 
-from stackgrow.titan import device
+May import: every room below.
+Must never know: benchmarks and provenance: whoever hands over a StageJob is called back.
+"""
+
+from stackgrow.titan import device  # first: it must precede torchtitan
 
 device.install()

@@ -20,21 +20,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpoint import MODEL, OPTIMIZER, AsyncMode, CheckpointManager
+from torchtitan.config import job_config as titan
 
 from stackgrow import seal
+from stackgrow.checkpoint.dcp import METADATA, SafePlanner, SafeReader, is_model_key, read_metadata, tensor_shapes
+from stackgrow.checkpoint.grow import marks_of
 from stackgrow.errors import ChangedError, DamagedError, DiskError, DivergedError
-from stackgrow.growth.dcp import (
-    METADATA,
-    OPTIMIZER_STATE,
-    SafePlanner,
-    SafeReader,
-    is_model_key,
-    read_metadata,
-    tensor_shapes,
-)
-from stackgrow.growth.stage import marks_of
-from stackgrow.shared import from_rank0, wait_for
-from stackgrow.titan.job import StageJob, checkpoint_config
+from stackgrow.growth.moments import OPTIMIZER_STATE
+from stackgrow.process.ranks import from_rank0, wait_for
+from stackgrow.titan.job import StageJob
 from stackgrow.titan.shards import fingerprints, shard_of
 
 logger = logging.getLogger(__name__)
@@ -195,7 +189,7 @@ class StageCheckpoints(CheckpointManager):
         for moved in seal.quarantine_unsealed(folder):
             logger.warning("Incomplete checkpoint moved to %s", moved)
         steps = seal.sealed_steps(folder)
-        return folder / f"step-{steps[-1]}" if steps else None
+        return folder / seal.step_name(steps[-1]) if steps else None
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return self.states[MODEL].state_dict()
@@ -257,3 +251,16 @@ def check_same_tensors(source: Path, tensors: dict[str, torch.Tensor]) -> None:
     faults += [f"{n} is not in the model" for n in stored if n not in wanted]
     if faults:
         raise DamagedError(f"{source} does not fit the model: " + "; ".join(faults[:5]))
+
+
+def checkpoint_config(job: StageJob) -> titan.Checkpoint:
+    """Full checkpoints throughout, the last included (a finished stage can be extended and audited); nothing is
+    purged by torchtitan, which counts torn and foreign folders as checkpoints: see checkpoint.py."""
+    recipe = job.recipe
+    return titan.Checkpoint(
+        enable=True,
+        interval=job.stage.every(recipe.checkpoint.interval),
+        last_save_model_only=False,
+        keep_latest_k=0,
+        async_mode=recipe.checkpoint.async_mode,
+    )

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch._utils
 
-from stackgrow.load import Problem
-from stackgrow.plan import Plan
+from stackgrow.plan.stages import Plan
+from stackgrow.recipe.load import Problem
 
 FLOAT8_CAPABILITY = (8, 9)  # torchtitan's own condition
 

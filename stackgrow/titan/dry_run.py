@@ -32,9 +32,9 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.models.llama3.infra import parallelize
 
 from stackgrow.data.loader import WindowDataset
-from stackgrow.memory import Memory, layout, stage_memory
-from stackgrow.plan import LearnStage, Plan, TrainStage
-from stackgrow.recipe import Recipe
+from stackgrow.plan.memory import Memory, layout, stage_memory
+from stackgrow.plan.stages import LearnStage, Plan, TrainStage
+from stackgrow.recipe.keys import Recipe
 from stackgrow.titan import model
 from stackgrow.titan.job import StageJob, job_config
 from stackgrow.titan.shards import shard_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from stackgrow.plan import TrainStage
+from stackgrow.plan.stages import TrainStage
 from stackgrow.titan.model import plain_name
 
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stackgrow import signals
 from stackgrow.errors import DivergedError
-from stackgrow.recipe import Train
+from stackgrow.process import signals
+from stackgrow.recipe.keys import Train
 
 logger = logging.getLogger(__name__)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,11 +16,14 @@ from torchtitan.protocols import BaseModelArgs, train_spec
 from torchtitan.protocols.train_spec import TrainSpec
 
 from stackgrow.data.loader import TokenLoader, WindowDataset
-from stackgrow.evaluate.evaluation import Evaluation
-from stackgrow.plan import Continued, LearnStage, TrainStage
-from stackgrow.recipe import Parallel, Recipe
+from stackgrow.plan.stages import Continued, LearnStage, TrainStage
+from stackgrow.recipe.keys import Parallel, Recipe
 from stackgrow.titan import ligo, metrics, model
 from stackgrow.titan.loss import build_loss
+from stackgrow.titan.session import comm
+
+if TYPE_CHECKING:
+    from stackgrow.titan.trainer import StageTrainer
 
 PRECISION = {"bf16": "bfloat16", "fp32": "float32", "float8": "bfloat16"}  # float8: of the products alone
 FLOAT8 = "quantize.linear.float8"  # torchtitan's converter
@@ -39,7 +43,10 @@ class StageJob:
     finds_end: bool = False  # the loss has yet to decide at which step the stage ends
     resume: Path | None = None  # a checkpoint of this stage in another run folder, to go on from where this has none
     session: str = ""  # the identity of this session in the run's provenance, on rank 0
-    evaluation: Evaluation | None = None
+    # What the job's owner is told, or does between two steps; titan knows neither provenance nor benchmarks.
+    on_resume: Callable[[int], None] | None = None  # rank 0: the step that training goes on from
+    on_end_found: Callable[[int, float], None] | None = None  # rank 0: the last step, and by what the loss fell
+    after_step: Callable[[StageTrainer], None] | None = None  # every rank, after each step and before the first
 
     @property
     def micro_batch(self) -> int:
@@ -126,28 +133,6 @@ def schedule_config(stage: TrainStage) -> StageSchedule:
         decay_ratio=train.decay_fraction if train.schedule == "wsd" else None,
         decay_type="cosine" if train.schedule == "cosine" else "linear",
         min_lr_factor=train.min_learning_rate / train.learning_rate,
-    )
-
-
-def comm(recipe: Recipe, trace_buffer: int = 0) -> titan.Comm:
-    """Timeouts of collectives; ``trace_buffer`` switches NCCL's flight recorder on."""
-    return titan.Comm(
-        init_timeout_seconds=recipe.run.init_timeout,
-        train_timeout_seconds=recipe.run.train_timeout,
-        trace_buf_size=trace_buffer,
-    )
-
-
-def checkpoint_config(job: StageJob) -> titan.Checkpoint:
-    """Full checkpoints throughout, the last included (a finished stage can be extended and audited); nothing is
-    purged by torchtitan, which counts torn and foreign folders as checkpoints: see checkpoint.py."""
-    recipe = job.recipe
-    return titan.Checkpoint(
-        enable=True,
-        interval=job.stage.every(recipe.checkpoint.interval),
-        last_save_model_only=False,
-        keep_latest_k=0,
-        async_mode=recipe.checkpoint.async_mode,
     )
 
 

@@ -21,12 +21,12 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3.infra.parallelize import disable_fsdp_gradient_division
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
+from stackgrow.checkpoint.verified import read_sealed
 from stackgrow.growth.learned import initial_network, widen, with_output
 from stackgrow.growth.learned_shapes import matrix_names, shapes
-from stackgrow.growth.sealed import read_sealed
 from stackgrow.growth.width import kind
-from stackgrow.plan import LearnStage
-from stackgrow.recipe import Model
+from stackgrow.plan.stages import LearnStage
+from stackgrow.recipe.keys import Model
 from stackgrow.titan.model import Llama, LlamaArgs, model_args, sum_on_gloo
 from stackgrow.titan.shards import shard_of
 

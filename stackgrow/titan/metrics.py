@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed import ParallelDims
 
-from stackgrow import provenance
-from stackgrow.progress import Progress
-from stackgrow.records import METRICS, VALIDATION, RecordWriter
+from stackgrow.process.progress import Progress
+from stackgrow.run_folder.folder import METRICS, VALIDATION
+from stackgrow.run_folder.lines import RecordWriter
 
 
 class StageMetrics(MetricsProcessor):
@@ -31,7 +31,8 @@ class StageMetrics(MetricsProcessor):
         """Opens the records at the step that training goes on from."""
         self.progress.start(step)
         if self.rank0:
-            provenance.add(self.job.folder.parent, self.job.stage.name, start_step=step)
+            if self.job.on_resume:
+                self.job.on_resume(step)
             self._metrics = RecordWriter(self.job.folder / METRICS, step)
             # A validation belongs to the step after which it is made, and is made again when that step is.
             self._validation = RecordWriter(self.job.folder / VALIDATION, step if step else -1)

@@ -18,8 +18,8 @@ from torchtitan.models.llama3.model.model import Attention, FeedForward
 
 from stackgrow.growth.draw import draw, generator
 from stackgrow.growth.mask import kept_outputs
-from stackgrow.plan import GrowthMask
-from stackgrow.recipe import Model
+from stackgrow.plan.stages import GrowthMask
+from stackgrow.recipe.keys import Model
 from stackgrow.titan.attention import causal_mask, document_mask, use_flash_attention
 from stackgrow.titan.loss import ChunkedHead, chunk_head
 from stackgrow.titan.shards import shard_of

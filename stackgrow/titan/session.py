@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torchtitan.config import job_config as titan
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.utils import device_type
 
-from stackgrow import signals
 from stackgrow.errors import LostRankError, RunError, disk_error, retold
-from stackgrow.recipe import Recipe
+from stackgrow.process import signals
+from stackgrow.recipe.keys import Recipe
 from stackgrow.titan import device
-from stackgrow.titan.job import comm
 
 GPU_TRACE_BUFFER = 20000  # torchtitan's default size of NCCL's flight recorder; gloo has none
 TELLER = "stackgrow/teller"  # in the store: "<rank> <exit code>" of the first rank that ended for a known reason
@@ -131,3 +131,12 @@ def _why_collective_failed(error: RuntimeError) -> RunError:
     )
     found.teller, found.exit_code = teller, exit_code
     return found
+
+
+def comm(recipe: Recipe, trace_buffer: int = 0) -> titan.Comm:
+    """Timeouts of collectives; ``trace_buffer`` switches NCCL's flight recorder on."""
+    return titan.Comm(
+        init_timeout_seconds=recipe.run.init_timeout,
+        train_timeout_seconds=recipe.run.train_timeout,
+        trace_buf_size=trace_buffer,
+    )

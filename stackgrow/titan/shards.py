@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from stackgrow.fingerprint import hexadecimal, weighted_sum
+from stackgrow.seal.tensors import hexadecimal, weighted_sum
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,15 +21,13 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.train import Trainer
 
-from stackgrow import signals
 from stackgrow.data.loader import Batch, open_validation, validation_batches
-from stackgrow.found import write_found
+from stackgrow.process import signals
 from stackgrow.titan import session
 from stackgrow.titan.checkpoint import StageCheckpoints
 from stackgrow.titan.freeze import begin_frozen, freeze
 from stackgrow.titan.guard import StepGuard, Verdict
 from stackgrow.titan.job import StageJob, job_config
-from stackgrow.titan.scorer import score
 
 
 class StageTrainer(Trainer):
@@ -70,18 +66,18 @@ class StageTrainer(Trainer):
         session.stop_if_asked()
         first = self.step + 1
         self.metrics_processor.resume(self.step)
-        self._set_mask()
+        self.set_mask()
         if self.stage_job.stage.freeze:
             begin_frozen(self.model_parts[0])
         if self.step == 0:
             self.validate()
-        self.evaluate()  # what a session before this one may not have come to
+        self.after_step()  # what a session before this one may not have come to
         assert self.dataloader is not None
         batches = self.batch_generator(self.dataloader)
         while self.should_continue_training():
             self.step += 1
             session.at(f"{self.stage_job.stage.name}, step {self.step}")
-            self._set_mask()
+            self.set_mask()
             if self.stage_job.stage.freeze:
                 freeze(self.model_parts[0], self.stage_job.stage, self.step)
             self.gradient_accumulation_steps = self.stage_job.micro_batches(self.step)
@@ -93,7 +89,7 @@ class StageTrainer(Trainer):
             self.checkpointer.save(self.step, last_step=last or stopping)
             if stopping and not last:
                 raise signals.stopped(session.place)
-            self.evaluate()
+            self.after_step()
             if last:
                 break
             if self.step == first:
@@ -186,13 +182,11 @@ class StageTrainer(Trainer):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def evaluate(self) -> None:
-        """Runs the benchmarks that [eval] has for this step; their time is not training's."""
-        evaluation, stage = self.stage_job.evaluation, self.stage_job.stage
-        if evaluation and evaluation.due(stage, self.step):
-            session.at(f"{stage.name}, benchmarks after step {self.step}")
+    def after_step(self) -> None:
+        """What the job's owner does between two steps, such as benchmarks; its time is not training's."""
+        if self.stage_job.after_step:
             started = time.perf_counter()
-            evaluation.run(stage, self.step, partial(score, self, batch=evaluation.wanted.batch))
+            self.stage_job.after_step(self)
             self.metrics_processor.time_last_log += time.perf_counter() - started
 
     def _is_last(self) -> bool:
@@ -204,12 +198,12 @@ class StageTrainer(Trainer):
             ends = torch.tensor(int(step == until.max_steps or fall < until.slope), device=self.device)
             dist.broadcast(ends, 0)
             if ends.item():
-                if dist.get_rank() == 0:
-                    write_found(job.folder, job.stage_hash, step, loss_fell_per_billion_tokens=fall)
+                if dist.get_rank() == 0 and job.on_end_found:
+                    job.on_end_found(step, fall)
                 job.stage, job.finds_end = dataclasses.replace(job.stage, steps=step), False
         return step == job.stage.steps
 
-    def _set_mask(self) -> None:
+    def set_mask(self) -> None:
         if self.stage_job.stage.mask:
             self.model_parts[0].set_mask(self.stage_job.stage.mask_value(self.step))
 
@@ -245,29 +239,12 @@ def run_stage(job: StageJob) -> None:
     finally:
         trainer.close()
     del trainer
-    _free()
+    free()
 
 
-def _free() -> None:
+def free() -> None:
     """Frees trainers that are no longer used: torchtitan has switched the garbage collector off, and a trainer's
     checkpointer refers back to it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def evaluate_checkpoint(job: StageJob, checkpoint: Path, step: int, grown: str | None) -> None:
-    """Runs the job's evaluation on ``checkpoint``, which was saved at ``step`` of its stage or is its input, made by
-    grow stage ``grown``."""
-    evaluation = job.evaluation
-    assert evaluation is not None
-    trainer = StageTrainer(job)
-    try:
-        trainer.checkpointer.load_weights(checkpoint)
-        trainer.step = step
-        trainer._set_mask()
-        evaluation.run(job.stage, step, partial(score, trainer, batch=evaluation.wanted.batch), grown)
-    finally:
-        trainer.close()
-    del trainer
-    _free()

@@ -16,7 +16,7 @@ from stackgrow.data.prepare import prepare
 from stackgrow.data.read import Source
 from stackgrow.data.store import StoreError, TokenStore
 from stackgrow.data.tokenizer import Tokenizer
-from stackgrow.load import load_recipe
+from stackgrow.recipe.load import load_recipe
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from stackgrow.data.loader import TokenLoader, WindowDataset, open_validation, validation_batches
 from stackgrow.data.store import StoreError, TokenStore
-from stackgrow.recipe import Data
+from stackgrow.recipe.keys import Data
 
 S = 8
 WINDOWS = 61  # a prime, so that no batch divides an epoch

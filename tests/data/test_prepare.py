@@ -493,7 +493,7 @@ def test_append(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def fails_on(name: str) -> Callable[..., None]:
-    from stackgrow.seal import write_json
+    from stackgrow.seal.files import write_json
 
     def failing(path: Path, value: Any) -> None:
         if path.name == name:

@@ -15,7 +15,7 @@ MEASURE = """
 import resource, sys, time
 import numpy, torch
 from stackgrow.data.loader import TokenLoader, WindowDataset
-from stackgrow.recipe import Data
+from stackgrow.recipe.keys import Data
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()

@@ -31,9 +31,10 @@ import torch
 from stale import StaleNames
 from torch.distributed.checkpoint import filesystem
 
-from stackgrow import run, seal
-from stackgrow.growth import convert, stage
-from stackgrow.titan import trainer
+from stackgrow import seal
+from stackgrow.checkpoint import convert, grow
+from stackgrow.run import engine
+from stackgrow.seal import files
 from stackgrow.titan.checkpoint import StageCheckpoints
 from stackgrow.titan.metrics import RecordWriter
 from stackgrow.titan.trainer import StageTrainer
@@ -53,9 +54,9 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "save.metadata": (filesystem.FileSystemWriter, "finish", "<"),
     "save.rename": (filesystem.FileSystem, "rename", "<"),
     "save.committed": (filesystem.FileSystemWriter, "finish", ">"),
-    "seal.hash": (seal, "file_records", "<"),
+    "seal.hash": (files, "file_records", "<"),
     "seal.hashed": (seal, "seal", "<"),
-    "seal.write": (seal.json, "dump", "<"),
+    "seal.write": (files.json, "dump", "<"),
     "seal.sealed": (seal, "seal", ">"),
     "purge.unsealed": (shutil, "rmtree", "<"),
     "grow.begin": (convert, "begin", ">"),
@@ -64,19 +65,19 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "grow.written": (convert, "write_part", ">"),
     "grow.link": (convert, "_link", "<"),
     "grow.committed": (convert, "commit", ">"),
-    "grow.sealed": (stage, "seal_grown", ">"),
-    "found": (trainer, "write_found", ">"),
-    "done": (run, "_done_record", ">"),
+    "grow.sealed": (grow, "seal_grown", ">"),
+    "found": (engine, "write_found", ">"),
+    "done": (engine, "_done_record", ">"),
 }
 PHASES = {
     "load": (StageCheckpoints, "load"),
     "validate": (StageTrainer, "validate"),
     "save": (StageCheckpoints, "save"),
     "seal": (StageCheckpoints, "_seal"),
-    "purge": (seal, "purge"),
-    "grow": (stage, "grow"),
-    "done": (run, "_done_record"),
-    "final": (run, "ledger"),
+    "purge": (files, "purge"),
+    "grow": (grow, "grow"),
+    "done": (engine, "_done_record"),
+    "final": (engine, "ledger"),
 }
 
 

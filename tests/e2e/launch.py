@@ -16,7 +16,7 @@ from warm import REPOSITORY, Warm
 
 from stackgrow import seal
 from stackgrow.audit.chain import audit_run
-from stackgrow.records import read_records
+from stackgrow.run_folder.lines import read_records
 
 FAULTY = Path(__file__).with_name("faulty.py")
 RUN_RECIPE = str(REPOSITORY / "tools" / "run_recipe.py")

@@ -12,11 +12,11 @@ from lm_eval.api.instance import Instance
 
 from stackgrow.data.loader import WindowDataset
 from stackgrow.data.tokenizer import Tokenizer
-from stackgrow.evaluate.checkpoints import choose
 from stackgrow.evaluate.lm import StageLM
+from stackgrow.evaluate.scorer import score
+from stackgrow.run_folder.choose import choose
 from stackgrow.titan import session
 from stackgrow.titan.job import StageJob
-from stackgrow.titan.scorer import score
 from stackgrow.titan.trainer import StageTrainer
 
 KINDS = ("loglikelihood", "loglikelihood_rolling")

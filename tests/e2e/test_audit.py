@@ -16,13 +16,14 @@ from launch import Workplace, run_tool
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from stackgrow import seal
-from stackgrow.audit.chain import audit_run, open_case
+from stackgrow.audit.case import open_case
+from stackgrow.audit.chain import audit_run
 from stackgrow.audit.replay import replay
 from stackgrow.audit.report import Audit, WrongRequest
 from stackgrow.audit.same import same_run
-from stackgrow.claim import run_lock
+from stackgrow.checkpoint.dcp import read_metadata
 from stackgrow.errors import LockedError
-from stackgrow.growth.dcp import read_metadata
+from stackgrow.run.claim import run_lock
 
 BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
 

@@ -9,8 +9,8 @@ import pytest
 from launch import Workplace, assert_audited, losses, records, weights
 
 from stackgrow import seal
-from stackgrow.load import load_recipe
-from stackgrow.resolve import make_plan
+from stackgrow.plan.resolve import make_plan
+from stackgrow.recipe.load import load_recipe
 
 # 1 -> 2 layers under FSDP, then 2 -> 4 under tensor parallel; each freezes what it grew from for a while.
 SETS = [

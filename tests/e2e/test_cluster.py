@@ -13,7 +13,7 @@ import pytest
 from launch import FAULTY, REPOSITORY, Workplace, assert_audited, environment, losses, steps_logged, weights
 from warm import Warm
 
-from stackgrow.claim import run_lock
+from stackgrow.run.claim import run_lock
 
 CLUSTER = REPOSITORY / "tools" / "cluster"
 TARGET = "stage-2-train-4L"

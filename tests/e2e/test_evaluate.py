@@ -12,7 +12,7 @@ from launch import REPOSITORY, Workplace, environment, losses
 from warm import Warm
 
 from stackgrow import seal
-from stackgrow.evaluate.export import export_run
+from stackgrow.checkpoint.export import export_run
 from stackgrow.evaluate.tasks import load_tasks
 
 pytest.importorskip("lm_eval")

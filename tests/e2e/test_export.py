@@ -10,10 +10,11 @@ import torch
 from launch import Workplace, losses
 
 from stackgrow import seal
+from stackgrow.checkpoint.hf import import_hf
 from stackgrow.data.store import TokenStore
 from stackgrow.data.tokenizer import Tokenizer
-from stackgrow.evaluate.hf import import_hf
-from stackgrow.load import load_recipe, recipe_hash
+from stackgrow.recipe.load import load_recipe
+from stackgrow.recipe.write import recipe_hash
 
 transformers = pytest.importorskip("transformers")
 

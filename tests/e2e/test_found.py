@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from launch import Workplace, assert_audited, losses, records, weights
 
-from stackgrow.evaluate.hf import export_hf
-from stackgrow.found import FOUND, plan_of_run
-from stackgrow.growth.dcp import is_model_key, read_metadata
-from stackgrow.load import load_recipe
-from stackgrow.resolve import make_plan
+from stackgrow.checkpoint.dcp import is_model_key, read_metadata
+from stackgrow.checkpoint.hf import export_hf
+from stackgrow.plan.resolve import make_plan
+from stackgrow.recipe.load import load_recipe
+from stackgrow.run_folder.folder import FOUND
+from stackgrow.run_folder.found import plan_of_run
 
 BASE, TARGET = "stage-0-train-2L", "stage-2-train-4L"
 # Between step 8, up to which the loss fell by 110K per billion tokens, and step 33; by 57.6K up to step 9.

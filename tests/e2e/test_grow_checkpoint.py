@@ -18,12 +18,12 @@ from launch import REPOSITORY, Workplace, environment, run_tool
 from launch import weights as sealed_weights
 
 from stackgrow import seal
-from stackgrow.evaluate.hf import export_hf, import_hf
-from stackgrow.evaluate.hf_format import config_of
-from stackgrow.fingerprint import fingerprint
+from stackgrow.checkpoint.hf import export_hf, import_hf
+from stackgrow.checkpoint.hf_format import config_of
 from stackgrow.growth.depth import interleave_map, stack_map
 from stackgrow.growth.operators import growth_rules
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
+from stackgrow.seal.tensors import fingerprint
 
 SMALL = Model(family="llama2", dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=60)
 WIDE = replace(SMALL, dim=64, n_heads=8, n_kv_heads=4, ffn_dim=96)

@@ -7,7 +7,7 @@ import pytest
 from launch import Workplace, assert_audited, losses, records, weights
 
 from stackgrow import seal
-from stackgrow.growth.dcp import places, read_metadata
+from stackgrow.checkpoint.dcp import places, read_metadata
 
 BASE, LEARN, GROW, TARGET = "stage-0-train-2L", "stage-1-learn-4L", "stage-2-grow", "stage-3-train-4L"
 SETS = ["growth[0].operator=learn", "growth[0].learn_steps=8 steps", "budget.tokens=32Ki"]

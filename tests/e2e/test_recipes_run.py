@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from launch import REPOSITORY, VOCABULARY, Workplace, losses, weights
 
-from stackgrow.load import load_recipe
-from stackgrow.plan import GrowStage, Plan
-from stackgrow.resolve import make_plan
+from stackgrow.plan.resolve import make_plan
+from stackgrow.plan.stages import GrowStage, Plan
+from stackgrow.recipe.load import load_recipe
 
 RECIPES = REPOSITORY / "recipes"
 FILES = sorted(RECIPES.rglob("*.toml"))

@@ -12,7 +12,7 @@ from launch import RECIPE, RUN_RECIPE, Workplace, environment, steps_logged
 from warm import Warm
 
 from stackgrow import seal
-from stackgrow.records import read_records
+from stackgrow.run_folder.lines import read_records
 
 BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
 

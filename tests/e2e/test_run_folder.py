@@ -74,7 +74,7 @@ def test_ledger_adds_up_to_the_budget(reference: Path) -> None:
 
 
 def test_boundary_checkpoint_is_full_and_kept(reference: Path) -> None:
-    from stackgrow.growth.dcp import read_metadata
+    from stackgrow.checkpoint.dcp import read_metadata
 
     checkpoints = {p.name for p in (reference / BASE / "checkpoint").iterdir()}
     assert checkpoints == {"step-16", "step-20"}, "keep = 2, and the boundary is one of them"

@@ -24,7 +24,12 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-PRELOAD = ["stackgrow.run", "stackgrow.titan.session", "stackgrow.titan.trainer", "stackgrow.growth.standalone"]
+PRELOAD = [
+    "stackgrow.run.engine",
+    "stackgrow.titan.session",
+    "stackgrow.titan.trainer",
+    "stackgrow.checkpoint.standalone",
+]
 PRELOAD += ["matplotlib.figure", "matplotlib.backends.backend_svg", "torch.utils.tensorboard"]  # a run draws its report
 
 

@@ -11,7 +11,7 @@ import torch
 
 from stackgrow.evaluate import tasks
 from stackgrow.evaluate.evaluation import _metrics, unchanged_generators
-from stackgrow.recipe import Eval
+from stackgrow.recipe.keys import Eval
 
 pytest.importorskip("lm_eval")
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 from stackgrow.titan.model import Llama, model_args
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

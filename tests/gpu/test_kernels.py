@@ -7,7 +7,7 @@ import torch
 from test_attention import check_equals_sdpa
 from test_loss import ROUNDING, check_chunks_equal_the_whole
 
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 
 # bf16 has 8 bits of mantissa: 4e-3 a rounding, and a few of them one after another.
 BF16 = 3e-2

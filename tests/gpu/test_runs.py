@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from stackgrow import seal
-from stackgrow.growth.dcp import SafePlanner, SafeReader
-from stackgrow.load import load_recipe
-from stackgrow.memory import Layout, stage_memory
+from stackgrow.checkpoint.dcp import SafePlanner, SafeReader
+from stackgrow.plan.memory import Layout, stage_memory
+from stackgrow.recipe.load import load_recipe
 from stackgrow.titan.model import Llama, model_args
 from stackgrow.titan.shards import fingerprints
 

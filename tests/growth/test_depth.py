@@ -6,7 +6,7 @@ import pytest
 
 from stackgrow.growth.depth import depth_rules, interleave_map, stack_map
 from stackgrow.growth.rules import Alias, GrowthError
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 
 
 def llama(n_layers: int) -> Model:

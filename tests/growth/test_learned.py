@@ -9,7 +9,7 @@ from torch import Tensor
 from stackgrow.growth.learned import HyperNetwork, initial_network, learned_rules, widen, with_output
 from stackgrow.growth.learned_shapes import LAYER_KINDS
 from stackgrow.growth.rules import Alias, GrowthError
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 
 MHA = Model(dim=16, n_layers=2, n_heads=4, ffn_dim=20, vocab_size=4100)  # more rows than are computed at a time
 GQA = replace(MHA, n_kv_heads=2)

@@ -12,14 +12,14 @@ import torch
 from growth_for_tests import Tensors, apply, assert_same, through_checkpoints, weights
 
 from stackgrow import seal
-from stackgrow.growth.convert import CheckpointError, begin, grow_checkpoint, write_part
-from stackgrow.growth.dcp import METADATA, is_model_key
+from stackgrow.checkpoint.convert import CheckpointError, begin, grow_checkpoint, write_part
+from stackgrow.checkpoint.dcp import METADATA, is_model_key
+from stackgrow.checkpoint.grow import grow, rules_of
 from stackgrow.growth.depth import interleave_map, stack_map
 from stackgrow.growth.moments import key
 from stackgrow.growth.rules import Rules
-from stackgrow.growth.stage import grow, rules_of
-from stackgrow.plan import GrowStage
-from stackgrow.recipe import Model
+from stackgrow.plan.stages import GrowStage
+from stackgrow.recipe.keys import Model
 
 GQA = Model(family="llama2", dim=16, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=20, vocab_size=31)
 MHA = replace(GQA, n_kv_heads=4)
@@ -139,7 +139,7 @@ def test_a_source_without_moments_is_refused(tmp_path: Path) -> None:
 
 def sealed(folder: Path, stage: GrowStage) -> Path:
     """A source as a run leaves it, with its seal."""
-    from stackgrow.fingerprint import fingerprint
+    from stackgrow.seal.tensors import fingerprint
 
     state = state_of(stage.source)
     through_checkpoints(rules_of(replace(stage, optimizer=None)), state, folder, 1)

@@ -10,7 +10,7 @@ from stackgrow.growth.draw import generator
 from stackgrow.growth.noise import noise_std, noisy_rules
 from stackgrow.growth.rules import GrowthError, Rules
 from stackgrow.growth.width import split_rules
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 
 SMALL = Model(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=20, vocab_size=4100)  # more rows than one block
 DEEP = replace(SMALL, n_layers=6)

@@ -13,7 +13,7 @@ from stackgrow.growth.operators import OPERATORS, compose, growth_rules
 from stackgrow.growth.rules import Alias, Compute, GrowthError
 from stackgrow.growth.width import split_rules
 from stackgrow.growth.zero import random_depth_rules, zero_depth_rules, zero_width_rules
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 
 SOURCE = Model(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=40, vocab_size=31)
 WIDE = replace(SOURCE, dim=64, n_heads=8, n_kv_heads=4, ffn_dim=80)

@@ -11,7 +11,7 @@ from stackgrow.growth.depth import depth_rules
 from stackgrow.growth.draw import generator
 from stackgrow.growth.rules import Alias, GrowthError
 from stackgrow.growth.width import _shares, copied_channels, split_rules
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 
 MHA = Model(dim=16, n_layers=2, n_heads=4, ffn_dim=20, vocab_size=11)
 GQA = replace(MHA, n_kv_heads=2)

@@ -19,7 +19,7 @@ from stackgrow.growth.zero import (
     zero_depth_rules,
     zero_width_rules,
 )
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 
 MHA = Model(dim=32, n_layers=2, n_heads=4, ffn_dim=40, vocab_size=31)
 GQA = replace(MHA, n_kv_heads=2)

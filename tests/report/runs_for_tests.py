@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from recipes_for_tests import RECIPE, edited
 
-from stackgrow.load import load_recipe, to_toml
-from stackgrow.plan import TrainStage
-from stackgrow.resolve import make_plan
+from stackgrow.plan.resolve import make_plan
+from stackgrow.plan.stages import TrainStage
+from stackgrow.recipe.load import load_recipe
+from stackgrow.recipe.write import to_toml
 
 SCRATCH = (
     ("[base]\nn_layers = 2\n", ""),

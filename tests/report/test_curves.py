@@ -8,7 +8,8 @@ import pytest
 from recipes_for_tests import RECIPE, edited
 
 from stackgrow.errors import DamagedError
-from stackgrow.load import load_recipe, to_toml
+from stackgrow.recipe.load import load_recipe
+from stackgrow.recipe.write import to_toml
 from stackgrow.report.curves import Part, SpeedUp, make_part, read_curves, smooth, speed_ups
 
 RECORDS = 6000

@@ -10,8 +10,9 @@ from recipes_for_tests import RECIPE, plan_of
 
 from stackgrow.data.order import Order
 from stackgrow.data.store import Manifest, Shard, Split
-from stackgrow.load import recipe_hash
-from stackgrow.report.plan_table import WIDTH, compact_map, plan_dict, render_plan, render_plan_json
+from stackgrow.recipe.write import recipe_hash
+from stackgrow.report.plan_table import compact_map, plan_dict, render_plan, render_plan_json
+from stackgrow.text import WIDTH
 
 GIANT = [
     "budget.tokens=750B", "model.dim=4096", "model.n_layers=32", "model.n_heads=32", "model.ffn_dim=11008",

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 import stackgrow.titan  # noqa: F401  (the device comes before torchtitan)
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 from stackgrow.titan import device
 
 

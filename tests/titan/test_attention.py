@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from torchtitan.models.attention import FlexAttentionWrapper
 
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 from stackgrow.titan import attention, device
 from stackgrow.titan.model import Llama, model_args
 

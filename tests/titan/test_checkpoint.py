@@ -8,7 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from stackgrow.errors import DamagedError
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 from stackgrow.titan.checkpoint import check_same_tensors
 
 

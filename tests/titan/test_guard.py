@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stackgrow.errors import DivergedError
-from stackgrow.recipe import Train
+from stackgrow.recipe.keys import Train
 from stackgrow.titan.guard import LEAST, MAX_SKIPS, WINDOW, StepGuard, Verdict
 
 FINITE = torch.tensor(1.0)

@@ -10,12 +10,13 @@ from growth_for_tests import apply, deviation, llama, weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from stackgrow import seal
-from stackgrow.fingerprint import fingerprint
-from stackgrow.growth.dcp import CheckpointError
+from stackgrow.checkpoint.dcp import CheckpointError
+from stackgrow.checkpoint.grow import read_network
 from stackgrow.growth.depth import depth_rules, stack_map
-from stackgrow.growth.learned import HyperNetwork, learned_rules, read_network
+from stackgrow.growth.learned import HyperNetwork, learned_rules
 from stackgrow.growth.learned_shapes import mapping_flops, parameters, shapes
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
+from stackgrow.seal.tensors import fingerprint
 from stackgrow.titan.ligo import LigoArgs, LigoLlama
 from stackgrow.titan.model import model_args
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_loss
 
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 from stackgrow.titan.loss import chunk_head
 from stackgrow.titan.model import Llama, model_args
 

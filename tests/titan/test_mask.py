@@ -8,9 +8,9 @@ import torch
 from stackgrow.growth.mask import folding, kept_outputs
 from stackgrow.growth.operators import growth_rules
 from stackgrow.growth.rules import Alias
-from stackgrow.kinds import Duration
-from stackgrow.plan import GrowthMask
-from stackgrow.recipe import Model
+from stackgrow.plan.stages import GrowthMask
+from stackgrow.recipe.keys import Model
+from stackgrow.recipe.values import Duration
 from stackgrow.titan.model import Llama, model_args
 
 SOURCE = Model(family="llama2", dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=61, norm_eps=2e-5)

@@ -5,7 +5,7 @@ import torch
 from torchtitan.models.llama3 import Transformer
 
 from stackgrow.growth.draw import draw, generator, paper_std
-from stackgrow.recipe import Model
+from stackgrow.recipe.keys import Model
 from stackgrow.titan.model import Llama, model_args, plain_name
 
 # Paper's FFN widths by hidden width, odd widths, and one narrower than 8 D / 3 would ever give.

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stackgrow.fingerprint import fingerprint
+from stackgrow.seal.tensors import fingerprint
 from stackgrow.titan.shards import fingerprints
 
 

@@ -1,0 +1,137 @@
+"""A grow stage of a run: a sealed checkpoint in, a sealed checkpoint and growth.json out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from stackgrow import seal
+from stackgrow.checkpoint import convert
+from stackgrow.checkpoint.dcp import is_model_key
+from stackgrow.checkpoint.verified import read_sealed
+from stackgrow.growth.learned import HyperNetwork
+from stackgrow.growth.learned_shapes import matrix_names, shapes
+from stackgrow.growth.moments import with_moments
+from stackgrow.growth.noise import noisy_rules
+from stackgrow.growth.operators import growth_rules
+from stackgrow.growth.rules import Alias, Moment, Rules
+from stackgrow.plan.stages import GrowStage
+from stackgrow.recipe.keys import Model
+from stackgrow.run_folder.folder import GROWTH
+
+
+def grow(
+    stage: GrowStage,
+    stage_hash: str,
+    source: Path,
+    target: Path,
+    *,
+    network: Path | None = None,
+    session: str = "",
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], object] = lambda: None,
+) -> str:
+    """Grows checkpoint ``source`` into ``target``, all ranks together, and returns a line that says so.
+
+    ``network`` is the checkpoint of the maps that "learn" folds in.
+    Whatever an interrupted attempt left is moved aside and the growth done again: it is a function of its source.
+    """
+    before = seal.read_seal(source)
+    assert before is not None, "run.py hands over sealed checkpoints only"
+    rules, marks = rules_of(stage, network), marks_of(before)
+    if unknown := {fqn for rule in rules.targets.values() for fqn in rule.sources} - marks.keys():
+        raise convert.CheckpointError(f"{source}: its seal has no fingerprint of {min(unknown)}; train its stage again")
+    if rank == 0:
+        if target.exists():
+            seal.move_to_quarantine(target)
+        convert.begin(source, target, rules)
+    barrier()
+    convert.write_part(source, target, rules, rank, world_size, marks)
+    barrier()
+    line = ""
+    if rank == 0:
+        record = convert.commit(source, target, rules, world_size)
+        growth, facts = growth_record(stage, source, before, rules, record), {}
+        if network is not None and (learned := seal.read_seal(network)):
+            # The maps were trained on data that the source has not seen: the data go on from there.
+            facts = {"position": learned["position"]}
+            growth["network"] = {"checkpoint": str(network), "stage_hash": learned["stage_hash"], **facts}
+        seal.write_json(target.parent / GROWTH, growth)
+        records = seal.file_records(target.parent, [GROWTH])
+        seal_grown(target, stage_hash, before, growth, session=session, records=records, **facts)
+        line = f"{stage.name}  {stage.operator} {stage.change}, {record['bytes_written']} bytes written"
+    barrier()
+    return line
+
+
+def rules_of(stage: GrowStage, network: Path | None = None) -> Rules:
+    """The rule of every target tensor of a stage."""
+    learned = None
+    if network is not None:
+        learned = read_network(network, stage.source, stage.target)
+
+    def rules(moment: Moment | None = None) -> Rules:
+        models = stage.source, stage.target
+        made = growth_rules(stage.operator, *models, stage.layer_map, stage.seed, learned, moment)
+        return noisy_rules(made, stage.target.n_layers, stage.noise, stage.seed, moment) if stage.noise else made
+
+    return with_moments(rules, stage.optimizer == "asymmetric") if stage.optimizer else rules()
+
+
+def marks_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The fingerprint of every tensor in a sealed checkpoint, the optimizer's included."""
+    return {**manifest["tensors"], **manifest.get("moments", {})}
+
+
+def growth_record(
+    stage: GrowStage, source: Path, before: Mapping[str, Any], rules: Rules, record: dict[str, Any]
+) -> dict[str, Any]:
+    """growth.json; ``before`` is the source's manifest, ``record`` what convert.commit returned.
+
+    An aliased tensor has its source's fingerprint. The next stage must find every fingerprint again in what it loads.
+    """
+    marks = marks_of(before)
+    aliased = {name: marks[r.source] for name, r in rules.targets.items() if isinstance(r, Alias)}
+    marks = aliased | record.pop("fingerprints")
+    moments = {name: mark for name, mark in marks.items() if not is_model_key(name)}
+    return {
+        "operator": stage.operator,
+        "layer_map": list(stage.layer_map) if stage.layer_map else None,
+        "noise": stage.noise,
+        "optimizer": stage.optimizer or "reset",
+        "seed": stage.seed,
+        "source": {
+            "checkpoint": str(source),
+            "stage_hash": before["stage_hash"],
+            "position": before["position"],
+            **({"files": before["source"]["files"]} if "source" in before else {}),  # of an import
+        },
+        **record,
+        "tensors": {name: mark for name, mark in marks.items() if is_model_key(name)},
+        **({"moments": moments} if moments else {}),
+    }
+
+
+def seal_grown(
+    target: Path, stage_hash: str, before: Mapping[str, Any], growth: Mapping[str, Any], **facts: Any
+) -> None:
+    """Seals a grown checkpoint. A linked file is the source's own: where that is sealed, its SHA-256 is known."""
+    linked = {name: before["files"][name] for name in growth["linked_files"] if name in before["files"]}
+    fresh = [name for name in seal.contents(target) if name not in linked]
+    marks = {name: growth[name] for name in ("tensors", "moments") if name in growth}
+    facts = {"step": 0, "position": before["position"], "stage_hash": stage_hash, **marks, **facts}
+    seal.seal(target, linked | seal.file_records(target, fresh), facts)
+
+
+def read_network(checkpoint: Path, source: Model, target: Model) -> HyperNetwork:
+    """The matrices in a learn stage's sealed checkpoint. Raises DamagedError where one is not what was sealed."""
+    needed = shapes(source, target)
+    parts: dict[str, dict[str, Tensor]] = {"widths": {}, "depths": {}}
+    for stored, tensor in read_sealed(checkpoint, names := matrix_names(needed)).items():
+        part, name = names[stored]
+        parts[part][name] = tensor
+    return HyperNetwork(**parts)

@@ -1,0 +1,164 @@
+"""What a train stage holds in the memory of one GPU. No torch.
+
+Parameters, gradients and optimizer state are exact, for rank 0, whose shards are the largest: FSDP2 splits the first
+dimension into equal chunks, the last of them padded. Activations, the loss and what FSDP gathers are estimates: they
+follow from the tensors that torch's CUDA kernels save for the backward pass, and, compiled, from those that Inductor
+saves: it makes norms and products with SiLU again, and the loss from the logits without a float32 copy of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from stackgrow.growth import learned_shapes
+from stackgrow.plan.stages import LearnStage, TrainStage
+from stackgrow.recipe.keys import Parallel
+
+ROWWISE = ("attention.wo.weight", "feed_forward.w2.weight")  # tensor parallel splits their columns, and others' rows
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks share one model."""
+
+    replicate: int
+    shard: int
+    tensor: int
+    loss_parallel: bool = True
+
+    @property
+    def data_ranks(self) -> int:
+        return self.replicate * self.shard
+
+    def __str__(self) -> str:
+        return f"replicate {self.replicate} x shard {self.shard} x tensor {self.tensor}"
+
+
+def layout(parallel: Parallel, ranks: int) -> Layout:
+    """The layout of ``[parallel]`` on a number of ranks that fits it."""
+    shard = parallel.shard if parallel.shard > 0 else ranks // (parallel.replicate * parallel.tensor)
+    return Layout(parallel.replicate, shard, parallel.tensor, parallel.loss_parallel)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on rank 0. ``working`` is the larger of two moments: the loss, and the backward pass of a layer."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int  # kept from the forward pass to the backward pass, of one micro-batch
+    loss: int  # logits and their gradients
+    working: int  # activations and the most that is held beside them: the loss, a layer's own, gathered weights
+    host: int = 0  # of parameters, gradients and optimizer, what cpu_offload keeps off the GPU
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer - self.host + self.working
+
+
+def stage_memory(stage: TrainStage, layout: Layout, micro_batch: int | None = None) -> Memory:
+    """The memory of a stage on ``layout``, with ``micro_batch`` sequences per forward pass (default: the recipe's)."""
+    tensors = stage_tensors(stage)
+    elements = sum(local_elements(name, shape, layout) for name, shape in tensors.items())
+    gradients = elements
+    if layout.tensor > 1 and layout.shard == 1:  # without FSDP, DTensor leaves the embedding's gradient whole
+        gradients += stage.model.vocab_size * stage.model.dim * (layout.tensor - 1) // layout.tensor
+    state = (FP32 * elements, FP32 * gradients, 2 * FP32 * elements + FP32 * len(tensors))  # AdamW counts its steps
+    tokens = (micro_batch or stage.micro_batch(layout.data_ranks)) * stage.seq_len
+    sizes = _Sizes(stage, layout, tokens)
+    kept = stage.model.n_layers * sizes.kept(stage.train.activation_checkpoint) + sizes.head()
+    working = kept + sizes.cast + max(sizes.loss() + sizes.head_weights, sizes.backward())
+    if isinstance(stage, LearnStage):  # titan/ligo.py: the source's weights, the target's and their gradients, whole
+        working += FP32 * (stage.source.parameters() + 2 * stage.model.parameters())
+    return Memory(*state, kept, sizes.loss(), working, host=sum(state) if stage.train.cpu_offload else 0)
+
+
+def stage_tensors(stage: TrainStage) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what the stage trains."""
+    if isinstance(stage, LearnStage):
+        parts = learned_shapes.shapes(stage.source, stage.model)
+        return {f"{part}.{name}": shape for part, shapes in parts.items() for name, shape in shapes.items()}
+    return dict(stage.model.tensors())
+
+
+def local_elements(name: str, shape: Iterable[int], layout: Layout) -> int:
+    """Elements of a tensor on rank 0: split by tensor parallel, then by FSDP along its rows."""
+    rows, *columns = shape
+    if columns and name.endswith(ROWWISE):
+        columns = [_ceil(columns[0], layout.tensor)]
+    elif columns:
+        rows = _ceil(rows, layout.tensor)
+    return _ceil(rows, layout.shard) * math.prod(columns)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class _Sizes:
+    """Bytes of the tensors of one layer and of the head. D width, K width of keys, F FFN width, V vocabulary, T tokens
+    of a micro-batch, t ranks of tensor parallel, which share what lies between its gathers and scatters."""
+
+    def __init__(self, stage: TrainStage, layout: Layout, tokens: int):
+        model, self.mode = stage.model, stage.train.activation_checkpoint
+        self.compiled = stage.train.compile
+        self.T, self.t, self.loss_parallel = tokens, layout.tensor, layout.loss_parallel and layout.tensor > 1
+        self.D, self.K, self.F = model.dim, model.kv_heads * model.head_dim, model.ffn_dim
+        self.V, self.heads = model.vocab_size, model.n_heads
+        self.chunk = stage.train.loss_chunk
+        bf16, sharded = stage.train.precision != "fp32", layout.shard > 1  # compiled, float8 keeps less than bf16
+        self.wide = 2 if bf16 else FP32
+        layer = sum(math.prod(shape) for shape in model.layer_tensors().values()) // self.t
+        head = self.V * self.D // self.t
+        # FSDP gathers weights in the precision of the products; what autocast makes without it lives for the step.
+        self.autocast = bf16 and not sharded
+        self.stream = FP32 if self.autocast else self.wide
+        self.layer_weights, self.head_weights = (self.wide * n if sharded else 0 for n in (layer, head))
+        self.layer_scatter, self.head_scatter = (FP32 * n if sharded else 0 for n in (layer, head))
+        layers = 1 if self.compiled and self.mode != "none" else model.n_layers  # recomputed with what they are for
+        self.cast = self.wide * (layers * layer + head) if self.autocast else 0
+
+    def kept(self, mode: str) -> int:
+        """What one layer keeps for its backward pass under ``activation_checkpoint``."""
+        D, K, F, t = self.D, self.K, self.F, self.t
+        if mode == "full":
+            return self.T * self.stream * D // t
+        streams = 1  # of the residual
+        statistics = FP32 * self.heads // t + (2 * FP32 // t if mode == "none" else 0)  # of attention; of norms
+        if mode == "selective":  # wq, wv, w1 and w2, attention, and what tensor parallel scatters
+            own = (D + K + F + D + (2 * D if t > 1 else 0)) // t + (0 if self.compiled else D)
+        elif self.compiled:  # q, attention and its product, k, v; gate, up, their product; the norms' outputs
+            own = (3 * D + 2 * K + 3 * F) // t + 2 * D
+        else:  # q, attention, k, v; gate, its SiLU, up, their product; autocast copies a norm's output for each product
+            streams, norms = 2, 5 * D if self.autocast else 2 * D
+            own = (2 * D + 2 * K + 4 * F) // t + norms
+        return self.T * (streams * self.stream * D // t + self.wide * own + statistics)
+
+    def head(self) -> int:
+        """The input and the output of the last norm."""
+        return self.T * (self.stream * self.D // self.t + self.wide * self.D)
+
+    def loss(self) -> int:
+        """The float32 log-softmax of the logits and two gradients, compiled the logits and one; with loss parallel, one
+        temporary more; of a chunk, with its logits, the gradients of what enters the head and of its weight."""
+        if self.loss_parallel:
+            return 4 * FP32 * self.T * self.V // self.t
+        per_logit = 2 * self.wide if self.compiled else 3 * FP32
+        if not self.chunk:
+            return per_logit * self.T * self.V
+        per_logit += 0 if self.compiled else self.wide
+        return per_logit * min(self.chunk, self.T) * self.V + self.T * self.wide * self.D + FP32 * self.V * self.D
+
+    def backward(self) -> int:
+        """The most beside ``kept`` in the backward pass of the last layer: at its start, what is recomputed, gradients
+        of activations, and the head's gradient on its way; at its end, the layer's own. The next one's weights are
+        there with its own."""
+        recomputed = 0 if self.mode == "none" else self.kept("none") - self.kept(self.mode)
+        products = 3 * self.F if self.mode == "full" else 3 * self.F // 2
+        start = recomputed + self.T * self.wide * (min(self.t, 2) * self.D + products // self.t) + self.head_scatter
+        end = self.layer_weights + self.layer_scatter + 2 * self.T * self.wide * self.D
+        return 2 * self.layer_weights + max(start, end)

@@ -1,0 +1,335 @@
+"""A Plan: the exact list of stages with their steps, tokens, FLOPs, bytes and learning rates. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from stackgrow.growth import learned_shapes
+from stackgrow.plan import guidelines
+from stackgrow.plan.batches import Batches
+from stackgrow.plan.until import Until
+from stackgrow.recipe.keys import Model, Parallel, Recipe, Train
+from stackgrow.recipe.values import Duration, Rewarm
+from stackgrow.recipe.write import canonical_hash, to_dict
+
+CHECKPOINT_BYTES = 12  # per parameter: float32 weight and AdamW's two float32 moments
+
+
+@dataclass(frozen=True)
+class GrowthMask:
+    """What G_random's mask covers, as the growth before the stage made it, and how long it takes from 0 to 1."""
+
+    source: Model
+    layer_map: tuple[int, ...] | None
+    ramp: Duration
+
+
+@dataclass(frozen=True)
+class Continued:
+    """The schedule goes on where the stages before it, of ``steps`` steps, left it; the rate rises from
+    ``rewarm.ratio`` times what it would be to that."""
+
+    steps: int
+    rewarm: Rewarm | None = None
+
+    def factor(self, step: int) -> float:
+        """What the schedule's rate is multiplied by in step ``step`` of the stage, 1 being the first."""
+        if self.rewarm is None:
+            return 1.0
+        return self.rewarm.ratio + (1 - self.rewarm.ratio) * min(1.0, (step - 1) / self.rewarm.rewarm_steps)
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """The embedding and the lowest ``layers`` are not trained for the first ``length`` of a stage (MSLT)."""
+
+    layers: int
+    length: Duration
+
+
+@dataclass(frozen=True)
+class TrainStage:
+    """Trains one model for ``steps`` optimizer steps from data position ``start_sequences`` on; where ``until`` is
+    given, ``steps`` are the most until the stage has found its end itself."""
+
+    index: int
+    model: Model
+    train: Train
+    seq_len: int
+    steps: int
+    start_tokens: int
+    start_sequences: int
+    start_flops: float
+    mask: GrowthMask | None = None
+    kind: str = "train"
+    until: Until | None = None
+    parallel: Parallel = field(default_factory=Parallel)
+    schedule: Continued | None = None  # None: the learning rate's schedule begins with the stage
+    freeze: Freeze | None = None
+    document_mask: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"stage-{self.index}-train-{self.model.n_layers}L"
+
+    @property
+    def batches(self) -> Batches:
+        return Batches.of(self.train)
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences in one step, after the batch's warm-up."""
+        return self.train.global_batch_tokens // self.seq_len
+
+    @property
+    def tokens(self) -> int:
+        return self.batches.tokens(self.steps)
+
+    def position(self, step: int) -> int:
+        """Sequences consumed since the start of the run, after ``step`` steps of this stage."""
+        return self.start_sequences + self.batches.tokens(step) // self.seq_len
+
+    @property
+    def flops_per_token(self) -> float:
+        """6 N with N all parameters that multiply, i.e. without the input embedding (torchtitan's count)."""
+        matmul = self.model.parameters() - self.model.vocab_size * self.model.dim
+        return guidelines.training_flops(matmul, 1)
+
+    @property
+    def flops(self) -> float:
+        return self.flops_after(self.steps)
+
+    def flops_after(self, steps: int) -> float:
+        """Of the first ``steps`` steps. A frozen step costs 6 N a token like any other, less the backward pass of the
+        frozen layers, 4 N of theirs: no gradient goes below the lowest trained layer."""
+        model, frozen = self.model, self.batches.tokens(min(steps, self.frozen_steps))
+        layers = (model.non_embedding_parameters() - model.dim) // model.n_layers * self.frozen_layers
+        return self.flops_per_token * self.batches.tokens(steps) - 4 * layers * frozen
+
+    @property
+    def frozen_steps(self) -> int:
+        return self.reached(self.freeze.length) if self.freeze else 0
+
+    @property
+    def frozen_layers(self) -> int:
+        return self.freeze.layers if self.freeze else 0
+
+    @property
+    def attention_flops(self) -> float:
+        width, frozen = (self.model.dim, self.seq_len), self.batches.tokens(self.frozen_steps)
+        spared = guidelines.attention_flops(self.frozen_layers, *width, frozen) * 2 / 3
+        return guidelines.attention_flops(self.model.n_layers, *width, self.tokens) - spared
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.reached(self.train.warmup) if self.train.warmup.amount else 0
+
+    @property
+    def horizon_steps(self) -> int:
+        if isinstance(self.train.horizon, Duration):
+            return self.reached(self.train.horizon)
+        return self.until.max_steps if self.until else self.steps
+
+    def micro_batch(self, data_ranks: int) -> int:
+        """Sequences per forward pass on one rank: the most that train.micro_batch allows and that divides the
+        rank's share of every step."""
+        share = math.gcd(*self.batches.sizes) // self.seq_len // data_ranks
+        return max(m for m in range(1, min(share, self.train.micro_batch) + 1) if share % m == 0)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return CHECKPOINT_BYTES * self.model.parameters()
+
+    def place(self, step: int) -> dict[str, Any]:
+        """What every record of optimizer step ``step`` states: how far the run is then, earlier stages included."""
+        tokens = self.batches.tokens(step)
+        return {
+            "stage": self.name,
+            "step": step,
+            "position": self.position(step),
+            "tokens": self.start_tokens + tokens,
+            "flops": self.start_flops + self.flops_after(step),
+        }
+
+    def mask_value(self, step: int) -> float:
+        """The mask c in optimizer step ``step``: linear from 0 before the first step to 1 at the end of the ramp."""
+        assert self.mask is not None
+        return min(1.0, step / self.reached(self.mask.ramp))
+
+    def every(self, duration: Duration) -> int:
+        """An interval of the recipe in this stage's steps after the batch's warm-up, at least 1."""
+        return max(1, duration.steps(self.train.global_batch_tokens))
+
+    def reached(self, duration: Duration) -> int:
+        """The step of this stage at which ``duration`` has passed since its start, at least 1."""
+        return max(1, duration.amount if duration.unit == "steps" else self.batches.nearest(duration.amount))
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of optimizer step ``step`` (1 to ``steps``), as torchtitan 0.2.2's scheduler has it."""
+        if not 1 <= step <= self.steps:
+            raise ValueError(f"step {step} is not in {self.name}, which has steps 1 to {self.steps}")
+        if self.schedule:
+            return self._scheduled(step + self.schedule.steps) * self.schedule.factor(step)
+        return self._scheduled(step)
+
+    def _scheduled(self, step: int) -> float:
+        peak, floor = self.train.learning_rate, self.train.min_learning_rate / self.train.learning_rate
+        if step <= self.warmup_steps:
+            return peak * (step / self.warmup_steps)
+        decay = self.horizon_steps - self.warmup_steps
+        if self.train.schedule == "wsd":
+            decay = min(decay, round(self.horizon_steps * self.train.decay_fraction))
+        # The horizon ends one step after the last, so that the last step's rate is not zero.
+        progress = (step - 1 - (self.horizon_steps - decay)) / decay if decay else 0.0
+        if progress <= 0:
+            return peak
+        left = 0.5 * (1 + math.cos(math.pi * progress)) if self.train.schedule == "cosine" else 1 - progress
+        return peak * (floor + (1 - floor) * left)
+
+
+@dataclass(frozen=True)
+class LearnStage(TrainStage):
+    """Trains LiGO's maps from ``source``, whose weights are frozen, to ``model`` (growth/learned.py)."""
+
+    kind: str = "learn"
+    source: Model = field(kw_only=True)
+    seed: int = field(kw_only=True)  # the recipe's, made different for every growth
+
+    @property
+    def name(self) -> str:
+        return f"stage-{self.index}-learn-{self.model.n_layers}L"
+
+    @property
+    def flops_per_token(self) -> float:
+        """6 N of the target, and making its weights and their gradients once per step; done again for every further
+        micro-batch and rank, which is not counted, as recomputed activations are not."""
+        making = learned_shapes.mapping_flops(self.source, self.model)
+        return super().flops_per_token + making / self.train.global_batch_tokens
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return CHECKPOINT_BYTES * learned_shapes.parameters(self.source, self.model)
+
+
+@dataclass(frozen=True)
+class GrowStage:
+    """Converts the checkpoint of ``source`` into one of ``target``; trains nothing."""
+
+    index: int
+    source: Model
+    target: Model
+    operator: str
+    layer_map: tuple[int, ...] | None  # None: the depth stays
+    noise: float
+    seed: int  # the recipe's, made different for every growth
+    ramp: Duration | None = None
+    optimizer: str | None = None  # "copy" or "asymmetric"; None: its state is left behind
+    kind: str = "grow"
+
+    @property
+    def name(self) -> str:
+        return f"stage-{self.index}-grow"
+
+    @property
+    def mask(self) -> GrowthMask | None:
+        """The mask of the stage that trains the grown model."""
+        return GrowthMask(self.source, self.layer_map, self.ramp) if self.ramp else None
+
+    @property
+    def change(self) -> str:
+        """``2 -> 8 layers, dim 64 -> 128``."""
+        names = ("dim", "n_heads", "n_kv_heads", "ffn_dim")
+        pairs = [(name, getattr(self.source, name), getattr(self.target, name)) for name in names]
+        widths = [f", {name} {before} -> {after}" for name, before, after in pairs if before != after]
+        return f"{self.source.n_layers} -> {self.target.n_layers} layers" + "".join(widths)
+
+
+@dataclass(frozen=True)
+class ImportStage(GrowStage):
+    """Takes over a base model from elsewhere: a growth that changes nothing, of a checkpoint outside of the run."""
+
+    folder: str = field(kw_only=True)
+    position: int = field(kw_only=True)  # sequences of the data that it has consumed
+    kind: str = "import"
+
+    @property
+    def name(self) -> str:
+        return f"stage-{self.index}-import-{self.source.n_layers}L"
+
+    @property
+    def change(self) -> str:
+        return f"{self.source.n_layers} layers from {self.folder}"
+
+
+Stage = TrainStage | GrowStage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe does, step for step. ``notes`` are for the reader: nothing in them stops a run. ``found``: what
+    stages have found out as they ran, by their names; see found.py."""
+
+    recipe: Recipe
+    stages: tuple[Stage, ...]
+    notes: tuple[str, ...]
+    found: dict[str, int | str] = field(default_factory=dict)
+
+    @property
+    def train_stages(self) -> list[TrainStage]:
+        return [s for s in self.stages if isinstance(s, TrainStage)]
+
+    @property
+    def tokens(self) -> int:
+        return sum(s.tokens for s in self.train_stages)
+
+    @property
+    def sequences(self) -> int:
+        return sum(s.position(s.steps) - s.start_sequences for s in self.train_stages)
+
+    @property
+    def flops(self) -> float:
+        return sum(s.flops for s in self.train_stages)
+
+    @property
+    def base_share(self) -> float:
+        """The part of all FLOPs that is spent before the last stage."""
+        return 1 - self.train_stages[-1].flops / self.flops
+
+    def inputs(self, stage: Stage) -> tuple[Stage | None, Stage | None]:
+        """The stage whose checkpoint ``stage`` starts from (None: random weights), and the one that trained the maps
+        which a "learn" growth folds in."""
+        before = self.stages[stage.index - 1] if stage.index else None
+        if isinstance(stage, GrowStage) and stage.operator == "learn":
+            return self.stages[stage.index - 2], before
+        return before, None
+
+    def stage_hashes(self, data_hash: str) -> dict[str, str]:
+        """Stage name -> SHA-256 of all that defines its result: itself, the seed, the data and its ancestors.
+
+        Keys marked free in the recipe (ranks, paths, logging) are left out: they may change on resume.
+        """
+        hashes: dict[str, str] = {}
+        parent = canonical_hash({"seed": self.recipe.seed, "data": data_hash})
+        for stage in self.stages:
+            parent = hashes[stage.name] = canonical_hash({"parent": parent, "stage": identity(stage)})
+            if stage.name in self.found:
+                parent = canonical_hash({"parent": parent, "found": self.found[stage.name]})
+        return hashes
+
+
+def identity(stage: Stage) -> dict[str, Any]:
+    """The values that define what a stage computes, free keys left out."""
+    plain = to_dict(stage)
+    if isinstance(stage, TrainStage):
+        free = {f.name for f in dataclasses.fields(Train) if f.metadata["free"]}
+        plain["train"] = {k: v for k, v in plain["train"].items() if k not in free}
+        plain.pop("start_flops")
+        plain.pop("parallel")  # all of it is free
+        if not stage.document_mask:  # as before there was one
+            plain.pop("document_mask")
+        if stage.until:
+            plain["steps"] = stage.until.max_steps
+    return plain

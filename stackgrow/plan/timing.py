@@ -1,0 +1,81 @@
+"""When and how much to grow: a recipe's forms of ``timing`` resolved, and what the guidelines say of them. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stackgrow.plan import guidelines
+from stackgrow.plan.parts import Hop
+from stackgrow.plan.stages import TrainStage
+from stackgrow.recipe.keys import LossSlope, Recipe
+from stackgrow.recipe.values import Duration, Share
+from stackgrow.text import human
+
+
+def due(recipe: Recipe, hop: Hop, timing: Duration | Share | str) -> Duration:
+    """Tokens or steps from the start of the run to this growth."""
+    if isinstance(timing, Duration):
+        return timing
+    if isinstance(timing, Share):
+        return Duration(timing.of(recipe.budget.tokens), "tokens")
+    return Duration(auto(recipe, hop), "tokens")
+
+
+def auto(recipe: Recipe, hop: Hop) -> int:
+    """The guideline's tokens for this growth: the recipe's own, or the paper's."""
+    n, fit = hop.target.parameters(), recipe.guideline
+    constants = (fit.a, fit.b, fit.c) if fit else guidelines.TIMING
+    try:
+        return round(guidelines.growth_timing(n, guidelines.training_flops(n, recipe.budget.tokens), constants))
+    except OverflowError:  # of a fit that makes no sense: beyond any budget
+        return 10 * recipe.budget.tokens
+
+
+def shown(recipe: Recipe, hop: Hop) -> str:
+    """The timing as given, and what it comes to where that is not said."""
+    timing = hop.growth.timing
+    if isinstance(timing, LossSlope):
+        return f'"{timing.min}" to "{timing.max}"'
+    tokens = due(recipe, hop, timing)
+    return f'"{timing}"' + ("" if timing == tokens else f" (here {human(tokens.amount)})")
+
+
+def timing_note(recipe: Recipe, hop: Hop) -> Iterator[str]:
+    """What "auto" comes to, where from, and whether it is used beyond what it was fitted on."""
+    if hop.growth.timing != "auto":
+        return
+    n, fit = hop.target.parameters(), recipe.guideline
+    c = guidelines.training_flops(n, recipe.budget.tokens)
+    beyond = "" if guidelines.in_fitted_range(n, c) else ", extrapolated: fitted on 410M to 3B, up to 1.2e21"
+    source = "the paper's section 4.2, eq. 2"
+    if fit:
+        limits = ((n, fit.max_parameters), (c, fit.max_flops))
+        over = [human(limit) for value, limit in limits if limit and value > limit]
+        source, beyond = fit.source, f", extrapolated: fitted up to {', '.join(over)}" if over else ""
+    told = f"guideline d = {human(auto(recipe, hop))} tokens, {source}"
+    yield f"{hop.where}.timing: {told} (N = {human(n)}, C = 6 N D = {c:.2e}{beyond})"
+
+
+def factor_note(hop: Hop) -> Iterator[str]:
+    """Whether the paper found other factors of G_stack to be better."""
+    before, after = hop.source.n_layers, hop.target.n_layers
+    low, high = guidelines.BEST_FACTORS
+    if hop.growth.operator != "stack" or hop.growth.layer_map is not None:
+        return
+    if hop.growth.factor == "auto":
+        yield f"{hop.where}.factor: {guidelines.GROWTH_FACTOR}, which the paper uses throughout (section 4.2)"
+    if not low * before <= after <= high * before:
+        swept = "swept 2 to 24 at 1.1B and 4 to 32 at 3B: section 4.2"
+        yield f"{hop.where}.factor: {after // before} is beyond the best of the paper, {low} to {high} ({swept})"
+
+
+def bounds_note(latest: TrainStage, hop: Hop, flops: tuple[float, float]) -> Iterator[str]:
+    """What is known beforehand of a growth whose timing the loss decides; ``flops`` are those of the run, grown at the
+    earliest and at the latest."""
+    if (until := latest.until) and isinstance(hop.growth.timing, LossSlope):
+        tokens = [human(latest.start_tokens + latest.batches.tokens(n)) for n in (until.min_steps, until.max_steps)]
+        yield (
+            f"{hop.where}.timing: after {tokens[0]} to {tokens[1]} tokens, step {until.min_steps:,} to "
+            f"{until.max_steps:,} of {latest.name}, as soon as the loss falls by less than {until.slope:g} per billion "
+            f"tokens (a line over {until.window:,} steps); {flops[0]:.3g} to {flops[1]:.3g} FLOPs; here the latest"
+        )

@@ -1,0 +1,299 @@
+"""The kinds of value that a recipe key can hold: how each is written in TOML, checked and described.
+
+A kind parses one TOML value and raises ``ValueError`` with the rule that the value broke. It also has the
+key's JSON Schema, so that an editor and the loader know the same rules.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+from stackgrow.text import SUFFIXES
+
+MAX_INT = 2**63 - 1
+MAX_DIGITS = 40  # in the text of an amount: enough for any, and too few to choke on
+_WHOLE = r"[0-9]+(?:_[0-9]+)*"
+_TOKENS = rf"({_WHOLE}(?:\.[0-9]+)?) ?(K|M|B|T|Ki|Mi|Gi|Ti)?(?: ?tokens?)?"
+_STEPS = rf"({_WHOLE}) ?steps?"
+_SHARE = r"([0-9]+(?:\.[0-9]+)?) ?%"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of value: the rule in words, the parser, and the JSON Schema of what it accepts."""
+
+    rule: str
+    parse: Callable[[Any], Any]
+    schema: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training, in tokens or in optimizer steps; a bare number has no meaning."""
+
+    amount: int
+    unit: str  # "tokens" or "steps"
+
+    def __str__(self) -> str:
+        return f"{self.amount} {self.unit}"
+
+    def steps(self, tokens_per_step: int) -> int:
+        """The nearest whole number of steps; at least 1 unless the amount is 0."""
+        if self.unit == "steps" or self.amount == 0:
+            return self.amount
+        return max(1, nearest(self.amount, tokens_per_step))
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of the token budget, in percent."""
+
+    percent: Decimal
+
+    def __str__(self) -> str:
+        return f"{self.percent.normalize():f}%"
+
+    def of(self, tokens: int) -> int:
+        """That part of ``tokens``, to the nearest token."""
+        return round(Fraction(self.percent) * tokens / 100)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A length of training with a batch of its own."""
+
+    batch: int  # tokens in one optimizer step
+    length: Duration
+
+    def __str__(self) -> str:
+        return f"{self.batch} tokens for {self.length}"
+
+
+@dataclass(frozen=True)
+class Rewarm:
+    """The learning rate rises from ``ratio`` times what it would be to that in ``rewarm_steps``."""
+
+    rewarm_steps: int
+    ratio: float
+
+
+def nearest(amount: int, unit: int) -> int:
+    """``amount / unit`` to the nearest whole number, halves up; exact where floats are not."""
+    return (2 * amount + unit) // (2 * unit)
+
+
+def _require(condition: bool, rule: str) -> None:
+    if not condition:
+        raise ValueError(rule)
+
+
+def integer(low: int = 1, high: int = MAX_INT, also: tuple[int | str, ...] = ()) -> Kind:
+    """A whole number in [low, high], or one of ``also`` (such as -1 for "what is left", or a word)."""
+    rule = f"a whole number of at least {low}" + (f" and at most {high}" if high < MAX_INT else "")
+    rule += "".join(f", or {json.dumps(a)}" for a in also)
+
+    def parse(value: Any) -> int | str:
+        if isinstance(value, str) and value in also:
+            return value
+        _require(isinstance(value, int) and not isinstance(value, bool), rule)
+        _require(low <= value <= high or value in also, rule)
+        return value
+
+    schema: dict[str, Any] = {"type": "integer", "minimum": low, "maximum": high}
+    if also:
+        schema = {"anyOf": [schema, {"enum": list(also)}]}
+    return Kind(rule, parse, schema)
+
+
+def number(low: float = 0.0, high: float = math.inf, *, above: bool = False, below: bool = False) -> Kind:
+    """A finite number in [low, high]; ``above`` leaves ``low`` itself out, ``below`` leaves ``high`` out."""
+    rule = f"a number {'above' if above else 'of at least'} {low:g}"
+    rule += f" and {'below' if below else 'at most'} {high:g}" if high < math.inf else ""
+
+    def parse(value: Any) -> float:
+        _require(isinstance(value, (int, float)) and not isinstance(value, bool), rule)
+        # Refuses NaN, infinity, and whole numbers that no float holds.
+        _require(abs(value) <= sys.float_info.max, rule)
+        _require(value > low if above else value >= low, rule)
+        _require(value < high if below else value <= high, rule)
+        return float(value) + 0.0  # -0.0 is 0.0
+
+    schema: dict[str, Any] = {"type": "number", "exclusiveMinimum" if above else "minimum": low}
+    if high < math.inf:
+        schema["exclusiveMaximum" if below else "maximum"] = high
+    return Kind(rule, parse, schema)
+
+
+def boolean() -> Kind:
+    rule = "true or false"
+
+    def parse(value: Any) -> bool:
+        _require(isinstance(value, bool), rule)
+        return value
+
+    return Kind(rule, parse, {"type": "boolean"})
+
+
+def choice(*values: str) -> Kind:
+    rule = "one of " + ", ".join(f'"{v}"' for v in values)
+
+    def parse(value: Any) -> str:
+        _require(isinstance(value, str) and value in values, rule)
+        return value
+
+    return Kind(rule, parse, {"enum": list(values)})
+
+
+def name() -> Kind:
+    """An identifier that is also a safe file name: no separators, no control or bidirectional characters."""
+    rule = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+    pattern = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+    def parse(value: Any) -> str:
+        _require(isinstance(value, str) and re.fullmatch(pattern, value) is not None, rule)
+        return value
+
+    return Kind(rule, parse, {"type": "string", "pattern": f"^{pattern}$"})
+
+
+def sha256() -> Kind:
+    rule = "the 64 hexadecimal digits of a SHA-256"
+
+    def parse(value: Any) -> str:
+        _require(isinstance(value, str) and re.fullmatch("[0-9a-fA-F]{64}", value) is not None, rule)
+        return value.lower()
+
+    return Kind(rule, parse, {"type": "string", "pattern": "^[0-9a-fA-F]{64}$"})
+
+
+def names() -> Kind:
+    """Names of things that another program knows, such as lm-eval's tasks."""
+    rule = "a list of at least one name without blanks"
+
+    def parse(value: Any) -> tuple[str, ...]:
+        _require(isinstance(value, list) and len(value) > 0, rule)
+        _require(all(isinstance(v, str) and v.isprintable() and len(v.split()) == 1 for v in value), rule)
+        return tuple(value)
+
+    return Kind(rule, parse, {"type": "array", "minItems": 1, "items": {"type": "string", "pattern": r"^\S+$"}})
+
+
+def path() -> Kind:
+    """A path that can be printed; load.py keeps those of a recipe file below the working directory."""
+    return text("a path without control or invisible characters")
+
+
+def text(rule: str = "a line of text without control or invisible characters") -> Kind:
+    def parse(value: Any) -> str:
+        _require(isinstance(value, str) and 0 < len(value) < 4096, rule)
+        _require(all(c.isprintable() for c in value), rule)
+        return value
+
+    return Kind(rule, parse, {"type": "string", "minLength": 1})
+
+
+def tokens() -> Kind:
+    """An amount of tokens: ``"750B"``, ``"2Mi"`` (2 x 2^20), ``"1.5M tokens"`` or a whole number."""
+    rule = 'an amount of tokens of at least 1, such as "750B", "2Mi" (= 2 x 2^20) or 2097152'
+
+    def parse(value: Any) -> int:
+        if isinstance(value, str):
+            value = _token_amount(value, rule)
+        _require(isinstance(value, int) and not isinstance(value, bool), rule)
+        _require(1 <= value <= MAX_INT, rule)
+        return value
+
+    schema = {"anyOf": [{"type": "string", "pattern": f"^{_TOKENS}$"}, {"type": "integer", "minimum": 1}]}
+    return Kind(rule, parse, schema)
+
+
+def _token_amount(text: str, rule: str) -> int:
+    match = re.fullmatch(_TOKENS, text)
+    _require(match is not None and len(text) <= MAX_DIGITS, rule)
+    assert match is not None
+    exact = Fraction(match[1].replace("_", "")) * SUFFIXES[match[2] or ""]
+    _require(exact.denominator == 1, rule)
+    return int(exact)
+
+
+def duration(low: int = 0, words: tuple[str, ...] = (), *, share: bool = False) -> Kind:
+    """A length of training with its unit, ``"10B"`` tokens or ``"3000 steps"``, or one of ``words``; with ``share``
+    also ``"5%"`` of the token budget."""
+    rule = f'an amount of at least {low} with its unit, "10B" (tokens) or "3000 steps"'
+    rule += ' or "5%" (of budget.tokens)' if share else ""
+    rule += "".join(f', or "{w}"' for w in words)
+
+    def parse(value: Any) -> Duration | Share | str:
+        _require(isinstance(value, str), rule)
+        if value in words:
+            return value
+        if share and len(value) <= MAX_DIGITS and (match := re.fullmatch(_SHARE, value)):
+            _require(0 < Decimal(match[1]) < 100, rule)
+            return Share(Decimal(match[1]))
+        result = _duration(value, rule)
+        _require(low <= result.amount <= MAX_INT, rule)
+        return result
+
+    schema: dict[str, Any] = {"type": "string", "pattern": f"^({_TOKENS}|{_STEPS}{f'|{_SHARE}' * share})$"}
+    return Kind(rule, parse, {"anyOf": [schema, {"enum": list(words)}]} if words else schema)
+
+
+def _duration(text: str, rule: str) -> Duration:
+    match = re.fullmatch(_STEPS, text)
+    if match and len(text) <= MAX_DIGITS:
+        return Duration(int(match[1]), "steps")
+    return Duration(_token_amount(text, rule), "tokens")
+
+
+def phases() -> Kind:
+    """Batches that grow: ``["512Ki for 5B", "1Mi for 10B"]``."""
+    rule = 'a list of a batch and how long it is used, such as ["512Ki for 5B", "1Mi for 2000 steps"]'
+
+    def parse(value: Any) -> tuple[Phase, ...]:
+        _require(isinstance(value, list) and all(isinstance(v, str) and v.count(" for ") == 1 for v in value), rule)
+        pairs = [v.split(" for ") for v in value]
+        found = tuple(Phase(_token_amount(batch, rule), _duration(length, rule)) for batch, length in pairs)
+        _require(all(1 <= n <= MAX_INT for p in found for n in (p.batch, p.length.amount)), rule)
+        return found
+
+    pattern = f"^({_TOKENS}) for ({_TOKENS}|{_STEPS})$"
+    return Kind(rule, parse, {"type": "array", "items": {"type": "string", "pattern": pattern}})
+
+
+def rewarm(*words: str) -> Kind:
+    """One of ``words``, or a table ``{ rewarm_steps = 100, ratio = 0.1 }``."""
+    parts = {"rewarm_steps": integer(), "ratio": number(0, 1, above=True)}
+    rule = "one of " + ", ".join(f'"{w}"' for w in words) + ", or { rewarm_steps = 100, ratio = 0.1 }: "
+    rule += ", ".join(f"{name} {part.rule}" for name, part in parts.items())
+
+    def parse(value: Any) -> str | Rewarm:
+        if isinstance(value, str):
+            _require(value in words, rule)
+            return value
+        _require(isinstance(value, dict) and value.keys() == parts.keys(), rule)
+        return Rewarm(**{name: part.parse(value[name]) for name, part in parts.items()})
+
+    properties = {name: part.schema for name, part in parts.items()}
+    table = {"type": "object", "properties": properties, "required": list(parts), "additionalProperties": False}
+    return Kind(rule, parse, {"anyOf": [{"enum": list(words)}, table]})
+
+
+def layer_list() -> Kind:
+    """A layer map: for each target layer, the index of the source layer that it copies."""
+    rule = "a list of at least one layer index (whole numbers from 0)"
+
+    def parse(value: Any) -> tuple[int, ...]:
+        _require(isinstance(value, list) and len(value) > 0, rule)
+        _require(all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 10**6 for v in value), rule)
+        return tuple(value)
+
+    schema = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+    return Kind(rule, parse, schema)

@@ -1,0 +1,85 @@
+"""Rank 0 takes the run folder: nothing in it is another recipe's, nobody else works in it, and what is about to run
+stands in it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from stackgrow import seal
+from stackgrow.data.order import Order
+from stackgrow.errors import LockedError
+from stackgrow.plan.stages import ImportStage, Plan
+from stackgrow.process.logs import log_to
+from stackgrow.process.ranks import lock
+from stackgrow.recipe.load import Problem, RecipeError
+from stackgrow.recipe.write import to_toml
+from stackgrow.run.changed import changed_versions, refuse_changed
+from stackgrow.run_folder import provenance
+from stackgrow.run_folder.folder import RunFolder
+from stackgrow.run_folder.found import with_found
+
+logger = logging.getLogger(__name__)
+
+
+def claim(held: ExitStack, plan: Plan, order: Order, file: str, sets: Sequence[str]) -> tuple[Plan, str]:
+    """Takes the folder for a session that lasts until ``held`` is closed. Returns the plan with what its stages have
+    found, and the identity of the session.
+
+    Raises:
+        RecipeError: an imported base that does not fit the recipe.
+        RunError: the folder is another recipe's, damaged, or in use.
+    """
+    folder = Path(plan.recipe.folder).absolute()
+    plan = with_found(plan, folder, order.data_hash, file)
+    if problems := _import_problems(plan, folder):
+        raise RecipeError(file, problems)
+    held.enter_context(run_lock(folder))
+    refuse_changed(plan, folder, plan.stage_hashes(order.data_hash))
+    changes = changed_versions(folder, accept=plan.recipe.run.accept_versions)
+    session = held.enter_context(provenance.session(folder, plan, file, sets, order))
+    _write_recipe(plan, folder, sets)
+    log_to(RunFolder(folder).log_file(0))
+    if changes:
+        logger.warning("Other versions than in the session before: %s", "; ".join(changes))
+    return plan, session
+
+
+def _import_problems(plan: Plan, folder: Path) -> list[Problem]:
+    """What of a base model from elsewhere does not fit, unless the run has it already."""
+    if not isinstance(stage := plan.stages[0], ImportStage) or RunFolder(folder).stage(stage.name).is_done():
+        return []
+    from stackgrow.checkpoint.take_over import import_problems
+
+    return import_problems(stage)
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """One process group per run folder; the kernel frees the lock when its holder dies.
+
+    Raises:
+        LockedError: naming the holder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with RunFolder(folder).lock_file.open("a+") as file:
+        try:
+            lock(file)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise LockedError(f"{folder} is in use by {holder}; wait for it or stop it first") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+
+
+def _write_recipe(plan: Plan, folder: Path, sets: Sequence[str]) -> None:
+    header = f"# {plan.recipe.name}, resolved: every key with its value, command-line overrides applied.\n"
+    overrides = "".join(f"# --set {assignment}\n" for assignment in sets)
+    seal.write_text(RunFolder(folder).recipe_file, header + overrides + "\n" + to_toml(plan.recipe))

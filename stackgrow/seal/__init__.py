@@ -1,0 +1,25 @@
+"""Files and tensors that are either whole, and provably the same as before, or ignored.
+
+May import: errors.
+Must never know: what the files mean: runs, recipes, formats of checkpoints.
+"""
+
+from stackgrow.seal.files import (
+    MANIFEST,
+    contents,
+    damage,
+    file_records,
+    lack_of_space,
+    manifest_hash,
+    move_to_quarantine,
+    purge,
+    quarantine_unsealed,
+    read_json,
+    read_seal,
+    seal,
+    sealed_steps,
+    step_name,
+    sync_folder,
+    write_json,
+    write_text,
+)

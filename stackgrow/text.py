@@ -1,0 +1,77 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "B": 10**9,
+    "T": 10**12,
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+    "Ti": 2**40,
+}
+
+
+def human(amount: float) -> str:
+    """``750e9`` as ``750B``; three significant digits."""
+    for suffix in ("T", "B", "M", "K"):
+        if abs(amount) >= SUFFIXES[suffix] * 0.9995:
+            return f"{amount / SUFFIXES[suffix]:.3g}{suffix}"
+    return f"{amount:.3g}"
+
+
+def printable(text: str) -> str:
+    """What a stranger's file says must neither steer the terminal nor fill it."""
+    return "".join(c if c.isprintable() else "?" for c in text[:2000])
+
+
+def clock(seconds: float) -> str:
+    """``3725`` seconds as ``1:02:05``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+WIDTH = 120
+
+
+Table = list[tuple[str, ...]]
+
+
+def aligned(rows: Table) -> list[str]:
+    """The first column to the left, numbers to the right, two spaces between."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def wrapped(line: str) -> list[str]:
+    return textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def short(path: Path) -> str:
+    """Relative to the working directory where the path lies in it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    """``train.learning_rate: 0.001 -> 0.002`` for every leaf that differs between two trees."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(name), new.get(name), f"{where}.{name}" if where else name)
+    elif old != new:
+        yield f"{where}: {old} -> {new}"

@@ -1,0 +1,60 @@
+import io
+from types import SimpleNamespace
+
+import pytest
+
+from stackgrow.process.progress import Progress
+from stackgrow.text import clock
+
+RECORD = {"step": 50, "tokens": 204_800, "loss": 5.25, "lr": 1e-3, "tps": 12_300.0}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    progress = Progress("stage-0-train-2L", 100, enabled=True, stream=stream)
+    progress.start(0)
+    progress.validated(0, 7.8)
+    progress.update(RECORD)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "stage-0-train-2L  step 0/100  validation loss 7.8000"
+    assert lines[1].startswith("stage-0-train-2L  step 50/100 (50%)  tokens 205K  loss 5.2500  val 7.8000  lr 1.00e-03")
+    assert "12.3K tok/s  ETA 0:00" in lines[1]
+
+
+def test_one_renewed_line_on_a_terminal() -> None:
+    stream = Terminal()
+    progress = Progress("stage", 100, enabled=True, stream=stream)
+    progress.start(0)
+    for _ in range(3):
+        progress.update(RECORD)
+    progress.close()
+    assert stream.getvalue().count("\n") == 1
+    assert stream.getvalue().count("\r") == 3
+
+
+def test_other_ranks_are_silent() -> None:
+    stream = io.StringIO()
+    progress = Progress("stage", 100, enabled=False, stream=stream)
+    progress.update(RECORD)
+    progress.validated(1, 2.0)
+    progress.close()
+    assert stream.getvalue() == ""
+
+
+def test_rate_counts_this_sessions_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([0.0, 20.0])
+    monkeypatch.setattr("stackgrow.process.progress.time", SimpleNamespace(monotonic=lambda: next(moments)))
+    stream = io.StringIO()
+    progress = Progress("stage", 100, enabled=True, stream=stream)
+    progress.start(40)
+    progress.update(RECORD)  # 10 steps in 20 seconds, 50 to go
+    assert "ETA 1:40" in stream.getvalue()
+
+
+def test_clock() -> None:
+    assert [clock(s) for s in (0, 59.6, 61, 3725)] == ["0:00", "1:00", "1:01", "1:02:05"]

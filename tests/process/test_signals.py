@@ -1,0 +1,101 @@
+"""One request stops a run at the next good place, also while its main thread is in C; a second one ends it."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def start(program: str) -> subprocess.Popen:
+    text = "import os, signal, time\nfrom stackgrow import signals\n" + textwrap.dedent(program)
+    process = subprocess.Popen([sys.executable, "-u", "-c", text], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def rest(process: subprocess.Popen) -> str:
+    """What it prints after ready; communicate() would miss what readline() has read ahead."""
+    assert process.stdout is not None
+    return process.stdout.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_one_request_is_noted_and_interrupts_nothing(number: signal.Signals) -> None:
+    process = start(
+        f"""
+        signals.watch()
+        print('ready')
+        os.kill(os.getpid(), {int(number)})
+        os.kill(os.getpid(), {int(number)})  # passed on twice, as torchrun and Slurm do
+        time.sleep(0.5)  # for the listener
+        print(signals.asked())
+        """
+    )
+    assert rest(process) == f"{number.name}\n"
+    assert process.wait(timeout=20) == 0
+
+
+def test_a_second_request_ends_a_process_that_sits_in_c() -> None:
+    """As in a collective: Python's own handlers would wait for the main thread."""
+    process = start(
+        """
+        signals.watch()
+        signals.started()
+        signals.SAME_REQUEST_SECONDS = 0.1
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)  # the listener's thread takes them
+        reading, _ = os.pipe()
+        print('ready')
+        os.read(reading, 1)
+        """
+    )
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    deadline = time.monotonic() + 20
+    while process.poll() is None and time.monotonic() < deadline:  # on a busy machine it may see two as one
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    assert process.wait(timeout=1) == 128 + signal.SIGTERM
+
+
+def test_who_waits_for_ranks_that_never_come_just_ends() -> None:
+    """torchrun asks the others to stop when a rank has failed at the start; they may sit in C, waiting for it."""
+    process = start(
+        """
+        signals.watch()
+        signals.START_SECONDS = 0.3
+        reading, _ = os.pipe()
+        print('ready')
+        os.read(reading, 1)
+        """
+    )
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 75
+
+
+def test_a_forked_helper_does_not_report_to_its_parent() -> None:
+    process = start(
+        """
+        signals.watch()
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(writing, b'.')
+            time.sleep(20)
+            os._exit(0)
+        os.read(reading, 1)
+        os.kill(child, signal.SIGUSR1)  # ignored
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)
+        print('ready')
+        print(os.waitpid(child, 0)[1], signals.asked())
+        """
+    )
+    assert rest(process) == f"{int(signal.SIGTERM)} None\n"

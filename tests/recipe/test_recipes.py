@@ -1,0 +1,247 @@
+"""Every shipped recipe is found, opens with what a reader needs, and plans what the paper and shared facts state."""
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from stackgrow.plan import guidelines
+from stackgrow.plan.resolve import make_plan
+from stackgrow.plan.stages import GrowStage, Plan, TrainStage
+from stackgrow.recipe.load import load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+FILES = sorted(RECIPES.rglob("*.toml"))
+BATCH = 2**21  # tokens: 1024 sequences of 2048
+
+
+def plan(name: str) -> Plan:
+    return make_plan(load_recipe(RECIPES / name), name)
+
+
+def maps(made: Plan) -> list[tuple[int, ...] | None]:
+    return [stage.layer_map for stage in made.stages if isinstance(stage, GrowStage)]
+
+
+def test_all_recipes_are_found() -> None:
+    listed = subprocess.run(["git", "ls-files", "*.toml"], cwd=RECIPES, capture_output=True, text=True, check=True)
+    assert {str(f.relative_to(RECIPES)) for f in FILES} >= set(listed.stdout.split())
+    assert len(FILES) >= 33
+    assert len({f.stem for f in FILES}) == len(FILES), "two recipes would share a run folder"
+
+
+@pytest.mark.parametrize("file", FILES, ids=[str(f.relative_to(RECIPES)) for f in FILES])
+def test_recipe(file: Path) -> None:
+    recipe = load_recipe(file)
+    made = make_plan(recipe, str(file))
+    assert made.train_stages[-1].model == recipe.model
+    assert 0 <= recipe.budget.tokens - made.tokens < recipe.train.global_batch_tokens
+    assert recipe.name == file.stem
+    head, _, keys = file.read_text().partition("\nname = ")
+    for word in ("torchrun", f"recipes/{file.relative_to(RECIPES)}", "needs ", "edit ", "status ", "OURS"):
+        assert word in head, f"the opening comment lacks {word!r}"
+    schema = head.splitlines()[0].removeprefix("#:schema ")
+    assert (file.parent / schema).resolve() == RECIPES.parent / "stackgrow" / "recipe.schema.json"
+    assert max(map(len, [*head.splitlines(), *keys.splitlines()])) <= 120
+    assert f"({file.relative_to(RECIPES)})" in (RECIPES / "README.md").read_text(), "recipes/README.md lists it"
+
+
+# Table 1 of arXiv 2405.15319 and the official code (shared/paper_facts.md): parameters in millions, all and without
+# embeddings; layers, width, heads, key/value heads, FFN width; learning rates; steps of 2Mi tokens.
+PAPER = {
+    "410m_750b": ((374, 308), (24, 1024, 16, 16, 2816), (6e-4, 6e-5), (4768, 357628), 357627),
+    "1.1b_100b": ((1364, 1233), (24, 2048, 32, 32, 5632), (3e-4, 3e-5), (4768, 46491), 47683),
+    "3b_300b": ((2397, 2234), (32, 2560, 20, 4, 7040), (1.6e-4, 1.6e-5), (4768, 143051), 143051),
+    "7b_300b": ((6738, 6476), (32, 4096, 32, 32, 11008), (1e-4, 1e-5), (4768, 143051), 143051),
+}
+BASES = {"410m_750b": (6, 143), "1.1b_100b": (6, 439), "3b_300b": (8, 722), "7b_300b": (8, 1881)}
+
+
+def millions(stage: TrainStage) -> tuple[int, int]:
+    return round(stage.model.parameters() / 1e6), round(stage.model.non_embedding_parameters() / 1e6)
+
+
+def assert_trained_as_in_the_paper(stage: TrainStage) -> None:
+    t = stage.train
+    assert (t.global_batch_tokens, stage.seq_len, stage.batch_sequences) == (BATCH, 2048, 1024)
+    assert (t.schedule, stage.warmup_steps, t.beta1, t.beta2) == ("cosine", 3000, 0.9, 0.95)
+    assert (t.weight_decay, t.max_grad_norm, stage.model.norm_eps, stage.model.rope_theta) == (0.1, 1, 1e-5, 1e4)
+    assert (stage.model.vocab_size, stage.model.init) == (32000, "paper")
+    assert t.min_learning_rate == pytest.approx(t.learning_rate / 10)
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_runs_of_the_paper(size: str) -> None:
+    sizes, shape, rates, grown_steps, scratch_steps = PAPER[size]
+    horizon = 400_000 if size == "410m_750b" else 300_000
+    grown, scratch = plan(f"paper/{size}_gstack.toml"), plan(f"paper/{size}_scratch.toml")
+    for made, steps in ((grown, grown_steps), (scratch, (scratch_steps,))):
+        last, m = made.train_stages[-1], made.recipe.model
+        assert millions(last) == sizes
+        assert (m.n_layers, m.dim, m.n_heads, m.n_kv_heads, m.ffn_dim) == shape
+        assert (last.train.learning_rate, last.train.min_learning_rate) == rates
+        assert tuple(stage.steps for stage in made.train_stages) == steps
+        for stage in made.train_stages:
+            assert_trained_as_in_the_paper(stage)
+            assert stage.horizon_steps == horizon > stage.steps
+        assert last.learning_rate(last.steps) > 1.1 * rates[1], "the cosine is not completed"
+        assert made.recipe.seed == 3407
+    assert (grown.recipe.train, grown.recipe.model) == (scratch.recipe.train, scratch.recipe.model)
+    base, (layers, total) = grown.train_stages[0], BASES[size]
+    assert (base.model.n_layers, millions(base)[0]) == (layers, total)
+    assert maps(grown) == [tuple(range(layers)) * 4]
+
+
+def test_base_of_the_paper_has_the_official_rate() -> None:
+    base = plan("paper/1.1b_100b_gstack.toml").train_stages[0]
+    assert (base.train.learning_rate, base.train.min_learning_rate) == (1e-3, 1e-4)
+
+
+def test_the_promised_run() -> None:
+    made = plan("7b_gstack.toml")
+    base, middle, last = made.train_stages
+    assert [s.model.n_layers for s in made.train_stages] == [2, 8, 32]
+    assert [millions(s) for s in made.train_stages] == [(667, 405), (1881, 1619), (6738, 6476)]
+    assert maps(made) == [(0, 1) * 4, tuple(range(8)) * 4]
+    assert made.tokens == 357_627 * BATCH
+    assert made.recipe.budget.tokens - made.tokens < BATCH
+    for stage, before in ((middle, base.tokens), (last, base.tokens + middle.tokens)):
+        n = stage.model.parameters()
+        d = guidelines.growth_timing(n, guidelines.training_flops(n, 750e9))
+        assert stage.start_tokens == before
+        assert abs(before - d) <= BATCH / 2
+    for stage in made.train_stages:
+        assert_trained_as_in_the_paper(stage)
+    assert last.learning_rate(3001) == pytest.approx(1e-4)
+    assert last.learning_rate(last.steps) == pytest.approx(1e-5, rel=1e-3), "the cosine ends with the run"
+
+
+def test_the_promised_run_is_planned_in_two_seconds() -> None:
+    command = [sys.executable, RECIPES.parent / "tools" / "run_recipe.py", RECIPES / "7b_gstack.toml", "--plan"]
+    before = os.times()
+    subprocess.run(command, cwd=RECIPES.parent, check=True, capture_output=True)
+    after = os.times()  # not the clock: the machine may be busy
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 2
+
+
+OPERATORS = {
+    "direct_depth": "stack", "zero_depth": "zero", "random_depth": "random", "learn_depth": "learn",
+    "direct_width": "split", "zero_width": "zero", "random_width": "random", "learn_width": "learn",
+}  # fmt: skip
+ABLATIONS = ("gradual", "interleave", "noise", "last_layers", "mslt")
+PARTIAL = {  # Table 5: the share of retained connections, in percent
+    "123456x4": 87.0, "12-3456x5-56": 78.3, "12-345x7-6": 74.0, "123-456x7": 74.0,
+    "1234-56x10": 60.7, "12-34x10-56": 60.7, "1-234x7-56": 74.0, "123x7-456": 74.0,
+}  # fmt: skip
+GROUPS = {
+    "quickstart_scratch.toml": ["quickstart.toml"],
+    "operators/1.1b_scratch.toml": [f"operators/1.1b_{name}.toml" for name in (*OPERATORS, "gradual")],
+    "operators/small_scratch.toml": [f"operators/small_{name}.toml" for name in (*OPERATORS, *ABLATIONS)],
+    "operators/small_24l_scratch.toml": [f"operators/small_partial_{name}.toml" for name in PARTIAL],
+}
+
+
+@pytest.mark.parametrize("baseline", GROUPS)
+def test_equal_flops_and_all_else_equal(baseline: str) -> None:
+    scratch = plan(baseline)
+    step = scratch.flops / scratch.train_stages[0].steps
+    for name in GROUPS[baseline]:
+        grown = plan(name)
+        assert abs(grown.flops - scratch.flops) < step, name
+        for key in ("seed", "model", "data", "train", "validation"):
+            assert getattr(grown.recipe, key) == getattr(scratch.recipe, key), f"{name}: {key}"
+
+
+def test_every_operator_recipe_is_in_a_group() -> None:
+    grouped = {RECIPES / name for baseline, members in GROUPS.items() for name in (baseline, *members)}
+    assert {f for f in FILES if f.parent.name == "operators"} <= grouped
+
+
+@pytest.mark.parametrize("setting", ["1.1b", "small"])
+def test_operators(setting: str) -> None:
+    layers, base_steps = (6, 4768) if setting == "1.1b" else (2, 195)
+    for name, operator in OPERATORS.items():
+        made = plan(f"operators/{setting}_{name}.toml")
+        (grow,) = (stage for stage in made.stages if isinstance(stage, GrowStage))
+        assert (grow.operator, grow.noise) == (operator, 0)
+        assert made.train_stages[0].steps == base_steps
+        deep = name.endswith("depth")
+        assert grow.layer_map == (tuple(range(layers)) * 4 if deep and operator != "learn" else None)
+        assert grow.target.n_layers == grow.source.n_layers * (4 if deep else 1)
+        assert (grow.source.dim * (1 if deep else 2), grow.source.head_dim) == (grow.target.dim, grow.target.head_dim)
+
+
+def test_standard_setting_of_the_operators() -> None:
+    sizes = {name: millions(plan(f"operators/1.1b_{name}.toml").train_stages[0]) for name in OPERATORS}
+    assert all(size == ((439, 308) if name.endswith("depth") else (374, 308)) for name, size in sizes.items())
+    scratch = plan("operators/1.1b_scratch.toml")
+    assert scratch.flops == pytest.approx(8e20, rel=0.03)
+    assert scratch.recipe.train == plan("paper/1.1b_100b_scratch.toml").recipe.train
+
+
+def test_ablations() -> None:
+    gradual, interleave, noise, last_layers, mslt = (plan(f"operators/small_{name}.toml") for name in ABLATIONS)
+    assert maps(gradual) == [(0, 1, 0, 1), (0, 1, 2, 3, 0, 1, 2, 3)]
+    assert maps(interleave) == [(0, 0, 0, 0, 1, 1, 1, 1)]
+    assert maps(plan("operators/1.1b_gradual.toml")) == [tuple(range(6)) * 2, tuple(range(12)) * 2]
+    assert maps(noise) == [(0, 1) * 4]
+    assert [stage.noise for stage in noise.stages if isinstance(stage, GrowStage)] == [0.2]
+    assert maps(last_layers) == maps(mslt) == [(0, 1, 0, 1), (0, 1, 2, 3, 2, 3), (0, 1, 2, 3, 4, 5, 4, 5)]
+    assert [(stage.steps, stage.frozen_steps, stage.frozen_layers) for stage in mslt.train_stages[:3]] == [
+        (195, 0, 0), (98, 98, 2), (98, 98, 4),
+    ]  # fmt: skip
+    assert mslt.train_stages[3].frozen_steps == 98 < mslt.train_stages[3].steps
+
+
+def spelled(method: str) -> tuple[int, ...]:
+    """``12-3456x5-56``: the layers by their digits, from 1; x5 repeats the digits before it."""
+    parts = [part.partition("x") for part in method.split("-")]
+    return tuple(int(digit) - 1 for digits, _, times in parts for digit in digits * int(times or 1))
+
+
+@pytest.mark.parametrize("method", PARTIAL)
+def test_partial_stacking(method: str) -> None:
+    made = plan(f"operators/small_partial_{method}.toml")
+    (layer_map,) = maps(made)
+    assert layer_map == spelled(method)
+    assert len(layer_map) == 24
+    assert made.train_stages[0].model.n_layers == 6
+    # Eq. 51 tells whether the paper's notation is read as meant: connections of the base that are left.
+    kept = sum(after == before + 1 for before, after in pairwise(layer_map))
+    assert 100 * kept / 23 == pytest.approx(PARTIAL[method], abs=0.2)
+
+
+TIMINGS = {1: 477, 5: 2384, 20: 9537, 50: 23842}  # billions of tokens: steps
+SWEEPS = {  # file: target, factor, steps of the base, FLOPs
+    f"{size}_timing_{d}b": (run, 4, steps, flops)
+    for size, run, flops in (("410m", "410m_750b", 2.2e20), ("1.1b", "1.1b_100b", 7e20), ("3b", "3b_300b", 1.2e21))
+    for d, steps in TIMINGS.items()
+}
+SWEEPS |= {f"1.1b_factor_{g}": ("1.1b_100b", g, 4768, 7e20) for g in (2, 8, 24)}
+SWEEPS |= {f"3b_factor_{g}": ("3b_300b", g, 4768, 7e20) for g in (8, 16, 32)}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_sweeps(name: str) -> None:
+    run, factor, steps, flops = SWEEPS[name]
+    made, main = plan(f"sweeps/{name}.toml"), plan(f"paper/{run}_gstack.toml")
+    base, last = made.train_stages
+    assert (base.model.n_layers * factor, base.steps) == (made.recipe.model.n_layers, steps)
+    assert abs(made.flops - flops) < last.flops / last.steps
+    assert (made.recipe.model, made.recipe.train) == (main.recipe.model, main.recipe.train)
+    assert main.flops > flops, "the main run passes through the sweep's FLOPs"
+    rates = {key: made.recipe.base.train[key] for key in ("learning_rate", "min_learning_rate")}
+    assert rates == {key: main.recipe.base.train[key] for key in rates}
+
+
+def test_all_sweeps_are_tested() -> None:
+    assert {f.stem for f in FILES if f.parent.name == "sweeps"} == SWEEPS.keys()
+
+
+def test_quickstart_and_its_twin() -> None:
+    grown, scratch = plan("quickstart.toml"), plan("quickstart_scratch.toml")
+    assert grown.recipe.model == scratch.recipe.model
+    assert len(grown.stages) == 3

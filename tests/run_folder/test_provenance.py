@@ -1,0 +1,81 @@
+"""Who ran what: one entry per session, each naming the one before, and a lock file that pip can use."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from recipes_for_tests import RECIPE, plan_of, written
+
+from stackgrow.data.order import Order
+from stackgrow.data.store import Manifest, Split
+from stackgrow.run_folder import provenance
+from stackgrow.run_folder.requirements import requirements
+
+
+@pytest.fixture
+def order(tmp_path: Path) -> Order:
+    splits = {name: Split(1000, 1, ()) for name in ("train", "validation")}
+    return Order([Manifest(tmp_path, "uint16", 256, 0, "tokenizer.model", "ab" * 32, splits, {})], [1.0], 64, seed=7)
+
+
+def read(run: Path) -> dict:
+    return json.loads((run / "provenance.json").read_text())
+
+
+def test_sessions_are_appended_and_tell_how_they_ended(tmp_path: Path, order: Order) -> None:
+    plan, file = plan_of(tmp_path), str(written(tmp_path, RECIPE))
+    with provenance.session(tmp_path, plan, file, ["log.interval=5 steps"], order) as first:
+        provenance.add(tmp_path, "stage-0-train-2L", start_step=0)
+        running = read(tmp_path)["sessions"][0]
+
+    def stop() -> None:
+        with provenance.session(tmp_path, plan, file, [], order):
+            provenance.add(tmp_path, "stage-0-train-2L", start_step=12)
+            raise ValueError("stopped in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"):
+        stop()
+    record = read(tmp_path)
+    one, two = record["sessions"]
+    assert "ended" not in running, "nor does it of a session that is killed"
+    assert provenance.identity(running) == provenance.identity(one) == first == two["previous"]
+    assert one["previous"] is None
+    assert (one["overrides"], two["overrides"]) == (["log.interval=5 steps"], [])
+    assert (one["ended"]["how"], two["ended"]["how"]) == ("finished", "ValueError: stopped in the middle")
+    assert two["stages"] == {"stage-0-train-2L": {"start_step": 12}}
+    assert record["texts"][two["texts"]["recipe_file"]] == RECIPE
+    assert len(record["texts"]) == 4, "what did not change is written once"
+    assert record["texts"][two["texts"]["packages"]] == (tmp_path / "requirements.lock").read_text()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_every_fact_known_at_the_start_is_part_of_the_identity(tmp_path: Path, order: Order) -> None:
+    plan, file = plan_of(tmp_path), str(written(tmp_path, RECIPE))
+    with provenance.session(tmp_path, plan, file, [], order) as identity:
+        pass
+    (entry,) = read(tmp_path)["sessions"]
+    for name in entry.keys() - {"stages", "ended"}:
+        assert provenance.identity({**entry, name: "edited"}) != identity
+
+
+def test_no_secret_of_the_environment_is_written_down() -> None:
+    matter = {"NCCL_DEBUG": "INFO", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7"}
+    others = {"HF_TOKEN": "x", "TORCH_HUB_TOKEN": "x", "NCCL_SECRET": "x", "AWS_ACCESS_KEY_ID": "x", "HOME": "/root"}
+    assert provenance.environment({**others, **matter}) == matter
+
+
+def test_lock_file_states_what_is_installed_in_a_form_that_pip_takes(tmp_path: Path) -> None:
+    lock = requirements()
+    assert f"torch=={metadata.version('torch')}" in lock.splitlines()
+    (tmp_path / "requirements.lock").write_text(lock)
+    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-index", "-r", "requirements.lock"]
+    done = subprocess.run(pip, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Would install" not in done.stdout, "every line is satisfied by what is there"
+    pinned = [line for line in lock.splitlines() if line and not line.startswith(("#", "--"))]
+    assert done.stdout.count("Requirement already satisfied") == len(pinned) > 30

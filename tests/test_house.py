@@ -1,0 +1,40 @@
+"""The order of the rooms, and how the code in them reads (house.py)."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+from house import PACKAGE, ROOMS, Import, circles, imports, modules, upward
+
+
+def test_nothing_stands_outside_of_a_room() -> None:
+    loose = {path.name for path in PACKAGE.glob("*.py")}
+    assert loose == {"__init__.py", "text.py", "errors.py"}
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(ROOMS) - {"text", "errors"}
+
+
+def test_no_import_leads_upwards() -> None:
+    found = list(imports())
+    assert len(found) > 100
+    assert [str(one) for one in found if upward(one)] == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [("growth.zero", "checkpoint.dcp"), ("data.order", "plan.stages"), ("seal.files", "recipe.keys")]
+)
+def test_an_import_upwards_is_noticed(wrong: tuple[str, str]) -> None:
+    assert upward(Import(*wrong, line=1))
+
+
+def test_no_module_needs_itself() -> None:
+    assert circles() == []
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room not in ("text", "errors")])
+def test_a_room_says_what_it_is_for(room: str) -> None:
+    text = ast.get_docstring(ast.parse(modules()[room].read_text(encoding="utf-8")))
+    assert text is not None
+    assert "\nMay import: " in text
+    assert "\nMust never know: " in text
