@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "stackgrow"
 # From the top floor down: a room imports only rooms that stand after it.
 ROOMS = [
+    "cli",
     "audit",
     "run",
     "report",

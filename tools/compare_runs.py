@@ -1,49 +1,11 @@
 """Compare runs with the first of them: the iso-loss speed-up in FLOPs and tokens, and the benchmarks.
 
-python tools/compare_runs.py runs/quickstart_scratch runs/quickstart
-python tools/compare_runs.py runs/scratch-* runs/grown-* --figure curves.png --figure curves.svg --html report.html
+stackgrow/cli/compare.py has the options; ``stackgrow compare`` is the same command.
 """
 
-import argparse
-import json
 import sys
-from pathlib import Path
 
-from stackgrow.errors import RunError
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "runs", type=Path, nargs="+", help="run folders; those that differ in the seed alone are pooled"
-    )
-    parser.add_argument("--loss", choices=["train", "validation"], default="train", help="default: train")
-    parser.add_argument("--at", type=float, nargs="+", default=[], metavar="LOSS", help="default: five that both reach")
-    parser.add_argument("--figure", type=Path, action="append", default=[], help="picture to write, *.png or *.svg")
-    parser.add_argument("--html", type=Path, help="page to write, everything in it")
-    parser.add_argument("--json", action="store_true", help="print plain values instead of a table")
-    arguments = parser.parse_args()
-    if any(file.suffix not in (".png", ".svg") for file in arguments.figure):
-        parser.error("--figure writes *.png or *.svg")
-    try:
-        from stackgrow.report import compare
-
-        comparison = compare.compare(arguments.runs, arguments.loss, arguments.at)
-        told = json.dumps(compare.as_dict(comparison), indent=1) if arguments.json else compare.render(comparison)
-        print(told)
-        for file in arguments.figure:
-            from stackgrow.report.figure import save_figure
-
-            save_figure(comparison, file)
-        if arguments.html:
-            from stackgrow.report.html import write_report
-
-            write_report(arguments.runs, arguments.html)
-    except RunError as error:
-        print(f"compare_runs: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
+from stackgrow.cli.compare import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,46 +1,11 @@
 """Look at token stores and at what a recipe trains on.
 
-python tools/data.py inspect data/stdlib                               # counts, and what was left out
-python tools/data.py inspect recipes/quickstart.toml --position 1000   # the sequence there, and its documents
-python tools/data.py verify data/stdlib                                # read every byte of it
+stackgrow/cli/data.py has the options; ``stackgrow inspect`` and ``stackgrow verify`` are the same commands.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 
-from stackgrow.data import inspect
-from stackgrow.data.store import read_manifest
-from stackgrow.plan.resolve import make_plan
-from stackgrow.recipe.load import load_recipe
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    look = verbs.add_parser("inspect", help="what a store holds, or what a recipe trains on")
-    look.add_argument("path", help="a token store, or a recipe (*.toml)")
-    look.add_argument("--position", type=int, help="with a recipe: show the sequence at this position")
-    look.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
-    verbs.add_parser("verify", help="read every byte of a store").add_argument("path", help="a token store")
-    args = parser.parse_args()
-    try:
-        if args.verb == "verify":
-            print(inspect.verify(args.path))
-        elif not args.path.endswith(".toml"):
-            print(inspect.summary(read_manifest(args.path), "token store"))
-        else:
-            recipe = make_plan(load_recipe(args.path, args.set), args.path).recipe
-            for path, _ in recipe.data.stores:
-                print(inspect.summary(read_manifest(path), "token store"))
-            if args.position is not None:
-                print(inspect.sequence(recipe, args.position))
-    except (ValueError, OSError) as error:
-        print(f"data: {error}", file=sys.stderr)
-        return 2
-    return 0
-
+from stackgrow.cli.data import main
 
 if __name__ == "__main__":
     sys.exit(main())

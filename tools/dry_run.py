@@ -1,53 +1,11 @@
 """Builds every stage of a recipe as one rank of many, traces a step, and compares its bytes with the planner's.
 
-python tools/dry_run.py recipes/7b_gstack.toml --ranks 256
-python tools/dry_run.py recipes/7b_gstack.toml --ranks 1024 --set parallel.tensor=8
+stackgrow/cli/dry_run.py has the options; ``stackgrow dry-run`` is the same command.
 """
 
-import argparse
-import logging
 import sys
-import warnings
 
-from stackgrow.plan.checks import world_problems
-from stackgrow.plan.resolve import make_plan
-from stackgrow.recipe.load import RecipeError, load_recipe
-from stackgrow.text import aligned
-
-HEAD = ("stage", "parameters", "gradients", "optimizer", "equal", "working: traced", "planned", "ratio", "seconds")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="the TOML file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
-    parser.add_argument("--ranks", type=int, required=True, help="how many ranks the run would have")
-    arguments = parser.parse_args()
-    if arguments.ranks < 1:
-        parser.error("--ranks must be at least 1")
-    try:
-        plan = make_plan(load_recipe(arguments.recipe, arguments.set), arguments.recipe)
-        if problems := world_problems(plan, arguments.ranks):
-            raise RecipeError(arguments.recipe, problems)
-    except RecipeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    from stackgrow.titan.dry_run import compare
-
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")
-    rows: list[tuple[str, ...]] = [HEAD]
-    equal = True
-    for stage, traced, planned in compare(plan, arguments.ranks):
-        same = traced.state_equals(planned)
-        equal = equal and same
-        state = [f"{size:,}" for size in (traced.parameters, traced.gradients, traced.optimizer)]
-        working = [f"{size:,}" for size in (traced.working, planned.working)]
-        ratio, seconds = f"{planned.working / traced.working:.3f}", f"{traced.seconds:.1f}"
-        rows.append((stage.name, *state, "yes" if same else "NO", *working, ratio, seconds))
-    print("\n".join(aligned(rows)))
-    return 0 if equal else 1
-
+from stackgrow.cli.dry_run import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,91 +1,11 @@
 """Text -> a token store that recipes name as data.path.
 
-    python tools/prepare_data.py --stdlib --train-tokenizer 2048 --out data/stdlib
-    python tools/prepare_data.py --input corpus --pattern '**/*.jsonl.zst' --tokenizer llama2.model --out data/corpus
-    python tools/prepare_data.py --input hf://datasets/cerebras/SlimPajama-627B --preset slimpajama \\
-        --tokenizer llama2.model --out data/slimpajama --slurm cpu
-
-Files *.jsonl and *.parquet hold a document per line or row, all others one each; .zst, .gz and .bz2 are read as they
-are. What stops it, does not matter: the same command goes on, and on the same inputs it changes nothing.
+stackgrow/cli/prepare.py has the options; ``stackgrow prepare`` is the same command.
 """
 
-from __future__ import annotations
-
-import argparse
-import os
 import sys
-from pathlib import Path
 
-from stackgrow.data.inspect import summary
-from stackgrow.data.prepare import PRESETS, prepare
-from stackgrow.data.read import Source, stdlib_source
-
-
-def key_value(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text} must be KEY=VALUE")
-    return key, value
-
-
-def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--input", nargs="+", action="extend", default=[], help="folders, or URLs that fsspec knows")
-    parser.add_argument("--pattern", default="**/*", help="files to take, relative to --input (default: all)")
-    parser.add_argument("--exclude", action="append", default=[], help="files to leave out; may be repeated")
-    parser.add_argument("--stdlib", action="store_true", help="take Python's standard library, too")
-    parser.add_argument("--preset", choices=PRESETS, help="--pattern, --drop and --validation of a known corpus")
-    parser.add_argument("--text-key", default="text", help="where JSON and Parquet hold the text (default: text)")
-    parser.add_argument("--drop", action="append", type=key_value, default=[], metavar="KEY=VALUE",
-                        help="leave out documents with this value, such as meta.lang=fr; may be repeated")  # fmt: skip
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--train-tokenizer", type=int, metavar="VOCAB", help="train one of this many pieces")
-    which.add_argument("--tokenizer", type=Path, metavar="FILE", help="a SentencePiece model or a tokenizer.json")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--append", action="store_true", help="add to the store --out, with its tokenizer")
-    parser.add_argument("--validation", type=float, default=0.02, help="share held out (default: 0.02)")
-    parser.add_argument("--tokens-per-shard", type=int, default=2**26, help="at most (default: 2**26)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all)")
-    parser.add_argument("--slurm", metavar="PARTITION", help="run on Slurm, --workers at a time, and return at once")
-    parser.add_argument("--slurm-time", default="24:00:00", help="time limit of a task (default: 24:00:00)")
-    preset = parser.parse_known_args()[0].preset
-    parser.set_defaults(**PRESETS.get(preset, {}))
-    return parser, parser.parse_args()
-
-
-def main() -> int:
-    parser, args = arguments()
-    if not args.input and not args.stdlib:
-        parser.error("name what to prepare: --input FOLDER, or --stdlib")
-    if args.train_tokenizer is None and args.tokenizer is None and not args.append:
-        parser.error("name the tokenizer: --tokenizer FILE, or --train-tokenizer VOCAB")
-    sources = [Source(root, args.pattern, tuple(args.exclude)) for root in args.input]
-    slurm = {"partition": args.slurm, "time": args.slurm_time, "workers": args.workers} if args.slurm else None
-    try:
-        manifest, written = prepare(
-            [*sources, stdlib_source()] if args.stdlib else sources,
-            args.out,
-            tokenizer=args.tokenizer or args.train_tokenizer,
-            validation=args.validation,
-            tokens_per_shard=args.tokens_per_shard,
-            text_key=args.text_key,
-            drop=args.drop,
-            workers=args.workers,
-            append=args.append,
-            slurm=slurm,
-        )
-    except (ValueError, OSError) as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("prepare_data: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    what = "prepared" if written else "already prepared"
-    print(summary(manifest, what) if manifest else f"Slurm is at work; {args.out} appears when all is done")
-    return 0
-
+from stackgrow.cli.prepare import main
 
 if __name__ == "__main__":
     sys.exit(main())

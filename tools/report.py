@@ -1,33 +1,11 @@
 """report.html of a run, or of several beside the first: one file, everything in it.
 
-python tools/report.py runs/quickstart                                  writes runs/quickstart/report.html
-python tools/report.py runs/quickstart_scratch runs/quickstart --out compared.html
+stackgrow/cli/report.py has the options; ``stackgrow report`` is the same command.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-from stackgrow.errors import RunError
-from stackgrow.run_folder.folder import RunFolder
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
-    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the first run's folder)")
-    arguments = parser.parse_args()
-    target = arguments.out or RunFolder(arguments.runs[0]).report_file
-    try:
-        from stackgrow.report.html import write_report
-
-        write_report(arguments.runs, target)
-    except RunError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return error.exit_code
-    print(target)
-    return 0
-
+from stackgrow.cli.report import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,33 @@
+"""What the command lines of all verbs have in common."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+from stackgrow.errors import RunError
+
+# torchrun kills the other ranks when one fails: they wait, so that the reason is told by then.
+TOLD_AFTER_SECONDS = 3
+
+
+def parser_of(page: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the page's docstring, examples included."""
+    return argparse.ArgumentParser(description=page, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_set(parser: argparse.ArgumentParser) -> None:
+    """``--set KEY=VALUE``, as often as wanted."""
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+
+
+def tell(error: RunError) -> int:
+    """One message for the whole job, from the rank that is to tell it, or for each node; returns the exit code."""
+    rank = "LOCAL_RANK" if error.teller is None else "RANK"
+    if int(os.environ.get(rank, "0")) == (error.teller or 0):
+        print(error, file=sys.stderr, flush=True)
+    else:
+        time.sleep(TOLD_AFTER_SECONDS)
+    return error.exit_code

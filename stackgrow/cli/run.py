@@ -1,0 +1,54 @@
+"""Run a recipe, or print its plan.
+
+torchrun --standalone --nproc-per-node 8 tools/run_recipe.py recipes/7b_gstack.toml
+python tools/run_recipe.py recipes/quickstart.toml --plan
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from stackgrow.cli.options import add_set, parser_of, tell
+from stackgrow.errors import RunError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = parser_of(__doc__)
+    parser.add_argument("recipe", help="the TOML file")
+    add_set(parser)
+    parser.add_argument("--plan", action="store_true", help="print the plan and exit")
+    parser.add_argument("--json", action="store_true", help="with --plan: as JSON")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.plan:
+            show_plan(arguments)
+        else:
+            from stackgrow.run.engine import run
+
+            run(arguments.recipe, arguments.set)
+    except RunError as error:
+        return tell(error)
+    return 0
+
+
+def show_plan(arguments: argparse.Namespace) -> None:
+    from stackgrow.data.order import read_order
+    from stackgrow.data.store import StoreError
+    from stackgrow.plan.resolve import make_plan
+    from stackgrow.recipe.load import load_recipe
+    from stackgrow.report.plan_table import render_plan, render_plan_json
+
+    plan = make_plan(load_recipe(arguments.recipe, arguments.set), arguments.recipe)
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            order = read_order(plan.recipe.data, plan.recipe.seed)
+        except StoreError:  # not prepared yet, or wrong; running says so
+            order = None
+        print((render_plan_json if arguments.json else render_plan)(plan, order))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The ``stackgrow`` command and the scripts of tools/: two ways to the same pages."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stackgrow.cli.main import VERBS, main
+
+REPOSITORY = Path(__file__).parents[2]
+TOOLS = sorted(path for path in (REPOSITORY / "tools").glob("*.py") if not path.name.startswith("bench_"))
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_every_verb_explains_itself(verb: object, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([verb.name, "--help"])  # type: ignore[attr-defined]
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: stackgrow {verb.name}")  # type: ignore[attr-defined]
+
+
+def test_an_unknown_verb_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["grown"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    for verb in VERBS:
+        assert verb.name in told
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.stem)
+def test_a_tool_is_a_caller_of_its_page(tool: Path) -> None:
+    pages = re.findall(r"from stackgrow\.cli\.(\w+) import main", tool.read_text(encoding="utf-8"))
+    assert len(pages) == 1
+    assert pages[0] in {verb.page for verb in VERBS}
+
+
+def test_every_verb_has_a_tool() -> None:
+    text = "".join(tool.read_text(encoding="utf-8") for tool in TOOLS)
+    assert {verb.page for verb in VERBS} == set(re.findall(r"from stackgrow\.cli\.(\w+) import main", text))
+
+
+def test_the_command_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "stackgrow.cli.main", "run", "recipes/quickstart.toml", "--plan"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("quickstart")
