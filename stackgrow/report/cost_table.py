@@ -4,69 +4,142 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stackgrow.plan.cost import NETWORK, Choice, Cost, StageCost, model_flops, stage_disk
-from stackgrow.plan.memory import Memory
+from stackgrow.plan.cost import NETWORK, Choice, Cost, Saving, StageCost, model_flops, stage_disk
 from stackgrow.text import aligned, human, wrapped
 
-HEAD = ("stage", "parameters", "tokens", "steps", "6ND FLOPs", "attention", "days", "GPU-hours", "disk")
-MEMORY = ("GB on rank 0", "layout", "batch", "parameters", "gradients", "optimizer", "activations", "loss", "total")
-CHOICE = ("stage", "layout", "micro_batch", "activation_checkpoint", "GB", "time")
+TIME_HEAD = ("stage", "parameters", "tokens", "steps", "6ND FLOPs", "attention", "days", "GPU-hours", "disk")
+MEMORY_HEAD = (
+    "GB on rank 0",
+    "layout",
+    "batch",
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "loss",
+    "total",
+)
+CHOICE_HEAD = ("stage", "layout", "micro_batch", "activation_checkpoint", "GB", "time")
+Choices = dict[str, list[Choice]]  # by the stages' names
 
 
-def render_cost(cost: Cost, choices: dict[str, list[Choice]] | None = None) -> str:
-    """Time, disk, memory, saving and what does not fit, in at most 120 columns; ``choices`` by stages' names."""
-    blocks = [aligned([HEAD, *_time_rows(cost)])]
+def render_cost(cost: Cost, choices: Choices | None = None) -> str:
+    """Time, disk, memory, saving and what does not fit, in at most 120 columns; ``choices``: what a search proposes."""
+    blocks = [aligned(_time_table(cost))]
     if cost.stages:
-        blocks.append(aligned([MEMORY, *((s.stage.name, *_memory_row(s)) for s in cost.stages)]))
+        blocks.append(aligned(_memory_table(cost.stages)))
     if choices is not None:
-        rows = [(name, *_choice_row(c)) for name, found in choices.items() for c in found]
-        blocks.append(aligned([CHOICE, *rows]))
-        blocks.append([f"- {name}: nothing fits" for name, found in choices.items() if not found])
-    blocks.append([line for remark in _remarks(cost, choices) for line in wrapped(f"- {remark}")])
-    misfits = [line for problem in cost.problems for line in wrapped(f"- {problem}")]
-    blocks.append(["what does not fit:", *misfits] if misfits else ["everything fits"])
+        blocks.append(aligned(_choice_table(choices)))
+        blocks.append([f"- {name}: nothing fits" for name, fitting in choices.items() if not fitting])
+    blocks.append(_bullets(_remarks(cost, searched=choices is not None)))
+    if cost.problems:
+        blocks.append(["what does not fit:", *_bullets(cost.problems)])
+    else:
+        blocks.append(["everything fits"])
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def _time_rows(cost: Cost) -> Iterator[tuple[str, ...]]:
-    plan, gpus = cost.plan, cost.cluster.gpus
+def _bullets(texts: Sequence[str] | Iterator[str]) -> list[str]:
+    lines: list[str] = []
+    for text in texts:
+        lines.extend(wrapped(f"- {text}"))
+    return lines
+
+
+def _time_table(cost: Cost) -> list[tuple[str, ...]]:
+    plan = cost.plan
+    gpus = cost.cluster.gpus
+    rows: list[tuple[str, ...]] = [TIME_HEAD]
     for stage in plan.train_stages:
-        name, flops = (
-            (stage.name, human(stage.model.parameters())),
-            (f"{stage.flops:.3g}", f"{stage.attention_flops:.3g}"),
+        hours = cost.cluster.hours(model_flops(stage))
+        disk, _ = stage_disk(plan, stage)
+        row = (
+            stage.name,
+            human(stage.model.parameters()),
+            human(stage.tokens),
+            f"{stage.steps:,}",
+            f"{stage.flops:.3g}",
+            f"{stage.attention_flops:.3g}",
+            _days(hours),
+            _gpu_hours(hours, gpus),
+            f"{_gigabytes(disk)} GB",
         )
-        time, disk = _time(cost.cluster.hours(model_flops(stage)), gpus), f"{_gb(stage_disk(plan, stage)[0])} GB"
-        yield (*name, human(stage.tokens), f"{stage.steps:,}", *flops, *time, disk)
-    steps, attention = sum(s.steps for s in plan.train_stages), sum(s.attention_flops for s in plan.train_stages)
-    total = ("total", "", human(plan.tokens), f"{steps:,}", f"{plan.flops:.3g}", f"{attention:.3g}")
-    yield (*total, *_time(cost.hours, gpus), f"{_gb(cost.peak_disk)} GB")
+        rows.append(row)
+    steps = sum(stage.steps for stage in plan.train_stages)
+    attention = sum(stage.attention_flops for stage in plan.train_stages)
+    total = (
+        "total",
+        "",
+        human(plan.tokens),
+        f"{steps:,}",
+        f"{plan.flops:.3g}",
+        f"{attention:.3g}",
+        _days(cost.hours),
+        _gpu_hours(cost.hours, gpus),
+        f"{_gigabytes(cost.peak_disk)} GB",
+    )
+    rows.append(total)
+    return rows
 
 
-def _time(hours: float, gpus: int) -> tuple[str, str]:
-    return f"{hours / 24:.2f}", f"{hours * gpus:,.0f}"
+def _days(hours: float) -> str:
+    return f"{hours / 24:.2f}"
 
 
-def _memory_row(cost: StageCost) -> tuple[str, ...]:
-    m: Memory = cost.memory
-    batch = f"{cost.micro_batch} x {cost.accumulation}"
-    parts = (m.parameters, m.gradients, m.optimizer, m.activations, m.loss, m.total)
-    return (str(cost.layout), batch, *map(_gb, parts))
+def _gpu_hours(hours: float, gpus: int) -> str:
+    return f"{hours * gpus:,.0f}"
 
 
-def _choice_row(choice: Choice) -> tuple[str, ...]:
-    sizes = (str(choice.micro_batch), choice.activation_checkpoint, _gb(choice.memory.total))
-    return (str(choice.layout), *sizes, f"x {choice.slowdown:.2f}")
+def _gigabytes(size: float) -> str:
+    """Two digits after the point, but none from 100 GB on."""
+    if size < 1e11:
+        return f"{size / 1e9:,.2f}"
+    return f"{size / 1e9:,.0f}"
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f}" if size < 1e11 else f"{size / 1e9:,.0f}"
+def _memory_table(stages: Sequence[StageCost]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [MEMORY_HEAD]
+    for stage_cost in stages:
+        memory = stage_cost.memory
+        row = (
+            stage_cost.stage.name,
+            str(stage_cost.layout),
+            f"{stage_cost.micro_batch} x {stage_cost.accumulation}",
+            _gigabytes(memory.parameters),
+            _gigabytes(memory.gradients),
+            _gigabytes(memory.optimizer),
+            _gigabytes(memory.activations),
+            _gigabytes(memory.loss),
+            _gigabytes(memory.total),
+        )
+        rows.append(row)
+    return rows
 
 
-def _remarks(cost: Cost, choices: dict[str, list[Choice]] | None) -> Iterator[str]:
-    cluster, recipe, gpu = cost.cluster, cost.plan.recipe, cost.cluster.gpu
+def _choice_table(choices: Choices) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [CHOICE_HEAD]
+    for name, fitting in choices.items():
+        for choice in fitting:
+            row = (
+                name,
+                str(choice.layout),
+                str(choice.micro_batch),
+                choice.activation_checkpoint,
+                _gigabytes(choice.memory.total),
+                f"x {choice.slowdown:.2f}",
+            )
+            rows.append(row)
+    return rows
+
+
+def _remarks(cost: Cost, searched: bool) -> Iterator[str]:
+    """What the figures rest on: assumed, estimated, exact."""
+    cluster = cost.cluster
+    gpu = cluster.gpu
+    recipe = cost.plan.recipe
     yield (
         f"time: assumed MFU {cluster.mfu:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s dense bf16 on {cluster.gpus} "
         f"{cluster.kind} ({gpu.source}), of 6 N D and attention's FLOPs; validations, checkpoints, restarts and "
@@ -83,21 +156,15 @@ def _remarks(cost: Cost, choices: dict[str, list[Choice]] | None) -> Iterator[st
     )
     for path, _ in recipe.data.stores:
         epochs = cost.epochs.get(path)
-        yield (
-            f"data: {epochs:.2f} epochs of {path}"
-            if epochs
-            else f"data: {path} is not here; --data-tokens gives its size"
-        )
-    if saving := cost.saving:
-        yield (
-            f"expected: a scratch run to the same loss would take {saving.flops:.3g} FLOPs more (6 N D), "
-            f"{cluster.hours(saving.flops) * cluster.gpus:,.0f} GPU-hours, by the speed-up {saving.speed_up:.1%} = "
-            f"FLOPs(scratch) / FLOPs(grown) - 1 that the paper measured for {saving.target} at "
-            f"{human(saving.tokens)} tokens ({saving.source})"
-        )
-        if saving.caveats:
-            yield f"not measured like this: {'; '.join(saving.caveats)}"
-    if choices is not None:
+        if epochs:
+            yield f"data: {epochs:.2f} epochs of {path}"
+        else:
+            yield f"data: {path} is not here; --data-tokens gives its size"
+    if cost.saving:
+        yield _expectation(cost, cost.saving)
+        if cost.saving.caveats:
+            yield f"not measured like this: {'; '.join(cost.saving.caveats)}"
+    if searched:
         yield (
             "search: time relative to the products alone, with recomputed products and communication added: over "
             f"NVLink {gpu.nvlink / 1e9:.0f} GB/s, between nodes {NETWORK / 1e9:.0f} GB/s per GPU (assumed); a model "
@@ -105,28 +172,53 @@ def _remarks(cost: Cost, choices: dict[str, list[Choice]] | None) -> Iterator[st
         )
 
 
-def cost_dict(cost: Cost, choices: dict[str, list[Choice]] | None = None) -> dict[str, Any]:
+def _expectation(cost: Cost, saving: Saving) -> str:
+    gpu_hours = _gpu_hours(cost.cluster.hours(saving.flops), cost.cluster.gpus)
+    return (
+        f"expected: a scratch run to the same loss would take {saving.flops:.3g} FLOPs more (6 N D), "
+        f"{gpu_hours} GPU-hours, by the speed-up {saving.speed_up:.1%} = "
+        f"FLOPs(scratch) / FLOPs(grown) - 1 that the paper measured for {saving.target} at "
+        f"{human(saving.tokens)} tokens ({saving.source})"
+    )
+
+
+def cost_dict(cost: Cost, choices: Choices | None = None) -> dict[str, Any]:
     """The cost as plain values; sizes in bytes, times in hours of the whole cluster."""
-    stages = [
-        {
-            "name": s.stage.name,
-            "parameters": s.stage.model.parameters(),
-            "tokens": s.stage.tokens,
-            "steps": s.stage.steps,
-            "flops": s.stage.flops,
-            "attention_flops": s.stage.attention_flops,
-            **{name: value for name, value in dataclasses.asdict(s).items() if name != "stage"},
-            "memory_total": s.memory.total,
-        }
-        for s in cost.stages
-    ]
-    plain = {"name": cost.plan.recipe.name, "cluster": dataclasses.asdict(cost.cluster), "stages": stages}
-    saving = dataclasses.asdict(cost.saving) if cost.saving else None
-    rest = {"hours": cost.hours, "peak_disk": cost.peak_disk, "epochs": cost.epochs, "saving": saving}
+    plain = {
+        "name": cost.plan.recipe.name,
+        "cluster": dataclasses.asdict(cost.cluster),
+        "stages": [_stage_dict(stage_cost) for stage_cost in cost.stages],
+        "hours": cost.hours,
+        "peak_disk": cost.peak_disk,
+        "epochs": cost.epochs,
+        "saving": dataclasses.asdict(cost.saving) if cost.saving else None,
+    }
     if choices is not None:
-        rest["search"] = {name: [dataclasses.asdict(c) for c in found] for name, found in choices.items()}
-    return {**plain, **rest, "problems": list(cost.problems)}
+        search: dict[str, list[dict[str, Any]]] = {}
+        for name, fitting in choices.items():
+            search[name] = [dataclasses.asdict(choice) for choice in fitting]
+        plain["search"] = search
+    plain["problems"] = list(cost.problems)
+    return plain
 
 
-def render_cost_json(cost: Cost, choices: dict[str, list[Choice]] | None = None) -> str:
+def _stage_dict(stage_cost: StageCost) -> dict[str, Any]:
+    stage = stage_cost.stage
+    return {
+        "name": stage.name,
+        "parameters": stage.model.parameters(),
+        "tokens": stage.tokens,
+        "steps": stage.steps,
+        "flops": stage.flops,
+        "attention_flops": stage.attention_flops,
+        "layout": dataclasses.asdict(stage_cost.layout),
+        "micro_batch": stage_cost.micro_batch,
+        "accumulation": stage_cost.accumulation,
+        "memory": dataclasses.asdict(stage_cost.memory),
+        "hours": stage_cost.hours,
+        "memory_total": stage_cost.memory.total,
+    }
+
+
+def render_cost_json(cost: Cost, choices: Choices | None = None) -> str:
     return json.dumps(cost_dict(cost, choices), indent=2)

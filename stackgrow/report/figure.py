@@ -31,6 +31,11 @@ POINTS = 400  # of a stage that are drawn: more cannot be told apart, and a run 
 SIZE = (4.6, 3.4)  # inches: its text is legible on a phone
 
 
+def color_of(number: int) -> str:
+    """The colour of curve ``number``; after ten they begin anew."""
+    return COLORS[number % len(COLORS)]
+
+
 def new_figure(width: float, height: float) -> Any:
     """An empty figure. MissingExtraError where matplotlib is not installed."""
     try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from stackgrow.plan.stages import Plan, TrainStage
-from stackgrow.report.figure import COLORS, new_figure
+from stackgrow.report.figure import color_of, new_figure
 from stackgrow.text import human
 
 POINTS = 400  # of a stage's learning-rate curve
@@ -20,36 +21,47 @@ def draw_plan(plan: Plan, file: Path) -> None:
         MissingExtraError: matplotlib is not installed.
     """
     figure = new_figure(11, 6)
-    axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(2, 1))
     figure.suptitle(f"{plan.recipe.name}: {human(plan.tokens)} tokens, {plan.flops:.3g} FLOPs (6 N D)")
-    for stage, color in zip(plan.train_stages, COLORS * len(plan.train_stages), strict=False):
-        start = np.array([stage.start_tokens, stage.start_flops])
-        length = np.array([stage.tokens, stage.flops])
-        steps = _steps(stage)
-        done = np.array([stage.batches.tokens(step) for step in steps]) / stage.tokens
-        rates = [stage.learning_rate(max(step, 1)) for step in steps]
-        label = f"{stage.name}: {human(stage.model.parameters())} parameters, {human(stage.tokens)} tokens"
-        for column, (left, width) in enumerate(zip(start, length, strict=True)):
-            bar = {"align": "edge", "color": color, "alpha": 0.75, "label": label}
-            axes[0, column].bar(left, stage.model.parameters(), width, **bar)
-            axes[1, column].plot(left + width * done, rates, color=color)
-    axes[0, 0].set_ylabel("parameters")
-    axes[1, 0].set_ylabel("learning rate")
-    axes[1, 0].set_xlabel("tokens since the start of the run")
-    axes[1, 1].set_xlabel("FLOPs since the start of the run (6 N D)")
+    axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(2, 1))
+    over_tokens, over_flops = axes[:, 0], axes[:, 1]  # each: parameters above, learning rate below
+    for number, stage in enumerate(plan.train_stages):
+        color = color_of(number)
+        _draw_stage(over_tokens, stage, color, start=stage.start_tokens, length=stage.tokens)
+        _draw_stage(over_flops, stage, color, start=stage.start_flops, length=stage.flops)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(bottom=0)
-    for column, edge in enumerate((plan.tokens, plan.flops)):
-        axes[0, column].set_xlim(0, edge)
-        axes[0, column].xaxis.set_major_formatter(lambda v, _, c=column: human(v) if c == 0 else f"{v:.2g}")
-    axes[0, 0].yaxis.set_major_formatter(lambda v, _: human(v))
+    parameters, rate = over_tokens
+    parameters.set_ylabel("parameters")
+    parameters.yaxis.set_major_formatter(lambda value, _: human(value))
+    parameters.set_xlim(0, plan.tokens)
+    parameters.xaxis.set_major_formatter(lambda value, _: human(value))
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("tokens since the start of the run")
+    parameters, rate = over_flops
+    parameters.set_xlim(0, plan.flops)
+    parameters.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+    rate.set_xlabel("FLOPs since the start of the run (6 N D)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=9)
     figure.savefig(file, dpi=110)
 
 
-def _steps(stage: TrainStage) -> list[int]:
-    """Steps to draw: all of the warm-up's bends, and no more than the eye tells apart."""
-    even = np.linspace(0, stage.steps, min(POINTS, stage.steps + 1)).astype(int).tolist()
-    return sorted({*even, min(stage.warmup_steps, stage.steps)})
+def _draw_stage(axes: Any, stage: TrainStage, color: str, start: float, length: float) -> None:
+    """A bar of parameters and a curve of learning rates, both from ``start`` on, ``length`` wide."""
+    parameters, rate = axes
+    size = stage.model.parameters()
+    label = f"{stage.name}: {human(size)} parameters, {human(stage.tokens)} tokens"
+    parameters.bar(start, size, length, align="edge", color=color, alpha=0.75, label=label)
+    steps = _steps_to_draw(stage)
+    share_done = np.array([stage.batches.tokens(step) for step in steps]) / stage.tokens
+    rates = [stage.learning_rate(max(step, 1)) for step in steps]
+    rate.plot(start + length * share_done, rates, color=color)
+
+
+def _steps_to_draw(stage: TrainStage) -> list[int]:
+    """The warm-up's end, which is a bend, and no more steps than the eye tells apart."""
+    evenly = np.linspace(0, stage.steps, min(POINTS, stage.steps + 1)).astype(int)
+    steps = set(evenly.tolist())
+    steps.add(min(stage.warmup_steps, stage.steps))
+    return sorted(steps)
