@@ -6,7 +6,8 @@ torchrun --standalone --nproc-per-node 2 tools/audit_run.py runs/mine --replay s
 
 --replay trains N steps again from a checkpoint that the run has kept (or from step 0), in a scratch folder, and
 compares losses and weights: bit for bit on the ranks, machine and software of the run, else within a stated tolerance.
-Nothing in the run folder is changed, executed, or followed out of it. Exit codes: 0 nothing found, 65 findings, 73 the
+Nothing in the run folder is changed, or followed out of it; an operator that its recipe names as module:function is
+executed with --trust alone. Exit codes: 0 nothing found, 65 findings, 73 the
 run is running, 2 a wrong command line.
 """
 
@@ -23,13 +24,16 @@ from stackgrow.audit.case import Case, open_case
 from stackgrow.audit.chain import audit_run
 from stackgrow.audit.report import Look
 from stackgrow.audit.same import same_run
-from stackgrow.cli.options import parser_of, tell
+from stackgrow.cli.options import add_trust, parser_of, tell
 from stackgrow.errors import DamagedError, RunError
+from stackgrow.growth import own
 from stackgrow.recipe.load import RecipeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
+    if arguments.trust:
+        own.trust()
     further: dict[str, Callable[[Case], Look]] = {}
     if arguments.replay:
         from stackgrow.audit.replay import replay
@@ -60,6 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="read every file of the token store, not a few")
     parser.add_argument("--replay", metavar="STAGE:STEP+N", help="train N steps again from a checkpoint, and compare")
     parser.add_argument("--against", type=Path, metavar="OTHER", help="whether another run folder holds the same run")
+    add_trust(parser)
     parser.add_argument("--json", action="store_true", help="for machines")
     arguments = parser.parse_args(argv)
     for folder in filter(None, (arguments.run, arguments.against, *arguments.data)):

@@ -31,3 +31,7 @@ def tell(error: RunError) -> int:
     else:
         time.sleep(TOLD_AFTER_SECONDS)
     return error.exit_code
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust", action="store_true", help="run operators that the recipe names as module:function")

@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from stackgrow.cli.options import add_set, parser_of, tell
+from stackgrow.cli.options import add_set, add_trust, parser_of, tell
 from stackgrow.errors import RunError
+from stackgrow.growth import own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,8 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="the TOML file")
     add_set(parser)
     parser.add_argument("--plan", action="store_true", help="print the plan and exit")
+    add_trust(parser)
     parser.add_argument("--json", action="store_true", help="with --plan: as JSON")
     arguments = parser.parse_args(argv)
+    if arguments.trust:
+        own.trust()
     try:
         if arguments.plan:
             show_plan(arguments)

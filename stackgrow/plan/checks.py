@@ -8,10 +8,11 @@ import json
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from stackgrow.growth import learned_shapes
-from stackgrow.growth.operators import growth_rules
-from stackgrow.growth.rules import GrowthError
+from stackgrow.growth import learned_shapes, own
+from stackgrow.growth.operators import OPERATORS, growth_rules
+from stackgrow.growth.rules import GrowthError, Moment
 from stackgrow.plan.parts import Hop, Part, factor_of
 from stackgrow.plan.stages import Plan, TrainStage
 from stackgrow.recipe.keys import Growth, Model, Recipe
@@ -86,9 +87,6 @@ def parallel_problems(part: Part, recipe: Recipe) -> Iterator[Problem]:
         yield part.place("tensor"), f"data.seq_len = {seq_len} must be a multiple of 2 x tensor = {2 * p.tensor}"
     if p.async_tensor and p.tensor > 1 and not part.train.compile:
         yield part.place("async_tensor"), f"true needs {part.where('compile')} = true"
-    if part.learns and p.tensor > 1:
-        rule = '"learn" makes every weight on every rank; use parallel.shard'
-        yield part.place("tensor"), f"{p.tensor} is not supported with {part.table}: {rule}"
 
 
 def operator_problems(hop: Hop, final: Model, last: bool) -> Iterator[Problem]:
@@ -98,17 +96,17 @@ def operator_problems(hop: Hop, final: Model, last: bool) -> Iterator[Problem]:
         return
     if any(head_problems(final, "model")):
         return  # told already
-    if (hop.growth.ramp is None) == (hop.growth.operator == "random"):
-        missing = 'is missing; "random" needs one, such as "1000 steps"'
-        extra = f'has no meaning for "{hop.growth.operator}"; remove it'
-        yield f"{hop.where}.ramp", missing if hop.growth.ramp is None else extra
-    yield from learn_problems(hop.growth, hop.where)
+    yield from operator_key_problems(hop)
     yield from carry_problems(hop)
     try:
-        if hop.growth.operator == "learn":
+        if hop.operator.learned:
             learned_shapes.check_learned(hop.source, hop.target)
-        else:
+        elif not own.is_own(hop.growth.operator):
             growth_rules(hop.growth.operator, hop.source, hop.target, hop.layer_map)
+        elif own.trusted():
+            growth_rules(hop.growth.operator, hop.source, hop.target, hop.layer_map)
+            if hop.growth.optimizer != "reset":  # which not every function can carry over
+                growth_rules(hop.growth.operator, hop.source, hop.target, hop.layer_map, moment=Moment(1))
     except GrowthError as error:
         yield hop.where, str(error)
 
@@ -162,20 +160,32 @@ def train_problems(part: Part, recipe: Recipe) -> Iterator[Problem]:
     peak, floor = part.train.learning_rate, part.train.min_learning_rate
     if floor > peak:
         yield part.where("min_learning_rate"), f"{floor:g} is above learning_rate = {peak:g}; lower it"
-    for name, off in (("compile", False), ("activation_checkpoint", "none"), ("cpu_offload", False)):
-        if part.learns and (given := getattr(part.train, name)) != off:
-            rule = f"is not supported where weights are made in the forward pass; set {part.table}.{name}"
-            yield part.where(name), f"{json.dumps(given)} {rule} = {json.dumps(off)}"
-    if part.train.precision == "float8" and (part.learns or part.masked):
-        yield part.where("precision"), '"float8" replaces the layers that "random" masks and "learn" makes; use "bf16"'
-    if part.masked and part.train.cpu_offload:
-        yield part.where("cpu_offload"), 'true is not supported with the mask of "random", which stays on the GPU'
+    yield from _limit_problems(part)
     if recipe.data.document_mask and part.train.attention != "flex":
         rule = f'"{part.train.attention}" cannot keep documents apart, as data.document_mask = true asks for'
         yield part.where("attention"), f'{rule}; use "flex", or set data.document_mask = false'
     yield from _kernel_problems(part)
     if part.train.precision == "float8":
         yield from _float8_problems(part, recipe.data.seq_len)
+
+
+def _limit_problems(part: Part) -> Iterator[Problem]:
+    """What the operator forbids whose maps this stage learns, or whose mask it raises."""
+    hop = part.at_work
+    if hop is None:
+        return
+    for limit in hop.operator.forbids:
+        if limit.widthwise and not hop.widens:
+            continue
+        table, _, name = limit.key.rpartition(".")
+        given = getattr(part.parallel if table else part.train, name)
+        if given in limit.allowed:
+            continue
+        instead = json.dumps(limit.allowed[0])
+        if table:
+            yield part.place(name), f"{given} {limit.why} ({part.table}); use parallel.shard"
+        else:
+            yield part.where(name), f"{json.dumps(given)} {limit.why}; set {part.table}.{name} = {instead}"
 
 
 def _float8_problems(part: Part, seq_len: int) -> Iterator[Problem]:
@@ -263,8 +273,6 @@ def _rank_problems(plan: Plan, stage: TrainStage, world_size: int) -> Iterator[P
             f'{who}torchtitan ignores "{stage.train.precision}" with tensor parallel alone; add data-parallel ranks '
             'or use "fp32"',
         )
-    if p.tensor > 1 and stage.mask and stage.mask.source.dim != stage.model.dim:
-        yield "parallel.tensor", f'{p.tensor} cannot shard the widthwise mask of "random"; use parallel.shard'
     for sequences in sorted(batch // stage.seq_len for batch in stage.batches.sizes):
         if sequences % data_ranks:
             yield (
@@ -281,21 +289,50 @@ SCHEDULE = ("warmup_steps", "horizon_steps")
 TRAIN = ("learning_rate", "min_learning_rate", "schedule", "decay_fraction", "global_batch_tokens")
 
 
-def learn_problems(growth: Growth, where: str) -> Iterator[Problem]:
-    """Keys that "learn" needs, or that have no meaning for it or without it."""
-    if growth.operator == "learn":
-        if growth.learn_steps is None:
-            yield f"{where}.learn_steps", 'is missing; "learn" needs it, such as "100 steps"'
-        for name, given in {"layer_map": growth.layer_map is not None, "order": growth.order != "stack"}.items():
-            if given:
-                yield f"{where}.{name}", 'has no meaning for "learn", which learns how layers mix; remove it'
-        if growth.optimizer != "reset":
-            rule = 'is not defined for "learn", which mixes many weights into one: their exp_avg_sq do not tell its'
-            yield f"{where}.optimizer", f'"{growth.optimizer}" {rule}; use "reset"'
-        return
-    for name, given in {"learn_steps": growth.learn_steps is not None, "learn": bool(growth.learn)}.items():
-        if given:
-            yield f"{where}.{name}", f'has no meaning for "{growth.operator}"; remove it'
+def operator_key_problems(hop: Hop) -> Iterator[Problem]:
+    """Keys of [[growth]] that the operator needs, and those that have no meaning for it."""
+    operator = hop.operator
+    given = _given_keys(hop.growth)
+    for name, example in operator.needs.items():
+        if name not in given:
+            yield f"{hop.where}.{name}", f'is missing; "{operator.name}" needs it, such as "{example}"'
+    for name, reason in operator.refuses.items():
+        if name in given:
+            value, default = given[name]
+            remedy = f"remove it, or use {json.dumps(default)}" if default else "remove it"
+            rule = f'is not defined for "{operator.name}", which {reason}; {remedy}'
+            yield f"{hop.where}.{name}", f"{json.dumps(value)} {rule}"
+    for name in sorted(_keys_of_some_operators() - operator.keys):
+        if name in given:
+            yield f"{hop.where}.{name}", f'has no meaning for "{operator.name}"; remove it'
+
+
+def _given_keys(growth: Growth) -> dict[str, tuple[Any, Any]]:
+    """Key -> (its value, its default), of the keys of [[growth]] that say something else than their default."""
+    given = {}
+    for spec in dataclasses.fields(Growth):
+        default = spec.default
+        if spec.default_factory is not dataclasses.MISSING:
+            default = spec.default_factory()
+        value = getattr(growth, spec.name)
+        if value != default:
+            given[spec.name] = (value, default)
+    return given
+
+
+def _keys_of_some_operators() -> set[str]:
+    keys: set[str] = set()
+    for operator in OPERATORS.values():
+        keys |= operator.keys
+    return keys
+
+
+def trust_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Operators that are code, and may not run."""
+    for index, growth in enumerate(recipe.growth):
+        if own.is_own(growth.operator) and not own.trusted():
+            rule = "names code, which a recipe from a stranger may, too; read it, then give --trust on the command line"
+            yield f"growth[{index}].operator", f'"{growth.operator}" {rule}'
 
 
 def carry_problems(hop: Hop) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from stackgrow.data.store import StoreError, read_manifest
+from stackgrow.growth.operators import operator_named
 from stackgrow.plan.checks import world_problems
 from stackgrow.plan.memory import FP32, Layout, Memory, layout, stage_memory
 from stackgrow.plan.stages import CHECKPOINT_BYTES, GrowStage, LearnStage, Plan, TrainStage
@@ -146,7 +147,7 @@ def _too_large(cost: StageCost, cluster: Cluster) -> str:
 def stage_disk(plan: Plan, stage: TrainStage | GrowStage) -> tuple[int, int]:
     """Bytes that a stage leaves on disk, and the most while it runs: a checkpoint is whole before one is dropped."""
     if isinstance(stage, GrowStage):
-        links = stage.operator == "stack" and not stage.noise  # hard links to the source's bytes
+        links = operator_named(stage.operator).links and not stage.noise  # hard links to the source's bytes
         size = 0 if links else (CHECKPOINT_BYTES if stage.optimizer else FP32) * stage.target.parameters()
         return size, size
     written = math.ceil(stage.steps / stage.every(plan.recipe.checkpoint.interval))
@@ -182,7 +183,7 @@ def expected_saving(plan: Plan) -> Saving | None:
 
     target, parameters, tokens, speed_up, source = min(MEASURED, key=distance)
     caveats = [f"{len(growths)} growths, measured with one"] if len(growths) > 1 else []
-    if any(s.operator != "stack" or s.noise for s in growths):
+    if any(s.noise or not operator_named(s.operator).studied for s in growths):
         caveats.append("another operator than G_stack")
     if abs(math.log(n / parameters)) > math.log(1.2):
         caveats.append(f"{human(n)} parameters without embeddings, measured with {human(parameters)}")

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stackgrow.growth.operators import Operator, operator_named
 from stackgrow.plan import guidelines
 from stackgrow.recipe.keys import Growth, Model, Parallel, Recipe, Train
 
@@ -20,6 +21,14 @@ class Hop:
     source: Model
     target: Model
     layer_map: tuple[int, ...] | None
+
+    @property
+    def operator(self) -> Operator:
+        return operator_named(self.growth.operator)
+
+    @property
+    def widens(self) -> bool:
+        return dataclasses.replace(self.source, n_layers=self.target.n_layers) != self.target
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,12 @@ class Part:
     places: Mapping[str, str]  # the TOML paths of the keys of [parallel] that are its own
     hop: Hop | None
     learns: bool = False
-    masked: bool = False  # by the growth before it
+    masking: Hop | None = None  # the growth before it, whose mask it raises
+
+    @property
+    def at_work(self) -> Hop | None:
+        """The growth whose operator is at work while this stage trains: it learns its maps, or raises its mask."""
+        return self.hop if self.learns else self.masking
 
     @property
     def trained(self) -> bool:
@@ -52,21 +66,27 @@ class Part:
 
 
 def parts_of(recipe: Recipe, hops: Sequence[Hop]) -> list[Part]:
-    models = [hops[0].source if hops else recipe.model, *(hop.target for hop in hops)]
-    tables = {"base": recipe.base, **{hop.where: hop.growth for hop in hops}}
+    """The train stages in order: the base's, and one after every growth; before a growth that is learned, another."""
     parts = []
-    for (name, table), model, hop in zip(tables.items(), models, [*hops, None], strict=True):
-        own, layout = (table.train, table.parallel) if table else ({}, {})
+    before: Hop | None = None  # the growth that leads to this stage
+    for hop in [*hops, None]:
+        if before:
+            model, name = before.target, before.where
+        else:
+            model, name = hops[0].source if hops else recipe.model, "base"
+        table = before.growth if before else recipe.base
+        own = table.train if table else {}
+        layout = table.parallel if table else {}
         parallel = dataclasses.replace(recipe.parallel, **layout)
         places = {key: f"{name}.parallel.{key}" for key in layout}
         train = dataclasses.replace(recipe.train, **own)
-        parts.append(
-            Part(model, train, f"{name}.train", own, parallel, places, hop, masked=bool(getattr(table, "ramp", None)))
-        )
-        if hop and hop.growth.operator == "learn":
+        masking = before if before and before.operator.masked else None
+        parts.append(Part(model, train, f"{name}.train", own, parallel, places, hop, masking=masking))
+        if hop and hop.operator.learned:
             own = {"batch_warmup": (), **hop.growth.learn}  # a few steps, all of the full batch
             train = dataclasses.replace(recipe.train, **own)
             parts.append(Part(hop.target, train, f"{hop.where}.learn", own, parallel, places, hop, learns=True))
+        before = hop
     return parts
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stackgrow.growth.depth import interleave_map, stack_map
+from stackgrow.growth.operators import operator_named
 from stackgrow.plan.batches import Batches
 from stackgrow.plan.checks import (
     base_problems,
@@ -73,7 +74,7 @@ def _resolve_growths(recipe: Recipe) -> tuple[list[Hop], list[Problem]]:
         layer_map = _layer_map(growth, source.n_layers, recipe.model.n_layers if alone else source.n_layers)
         n_layers = len(layer_map) if layer_map else source.n_layers
         target = resized(recipe.model if last else source, growth.model, n_layers)
-        if growth.operator == "learn":
+        if operator_named(growth.operator).learned:
             layer_map = None  # how layers mix is learned
         hops.append(Hop(growth, where, source, target, layer_map))
         if growth.model and (problems := list(head_problems(target, f"{where}.model"))):
@@ -118,7 +119,7 @@ def _resolve_stages(recipe: Recipe, parts: Sequence[Part], problems: list[Proble
                 problems += wrong
             problems += schedule_problems(stage, part)
             stages.append(stage)
-        if hop and (part.learns or hop.growth.operator != "learn"):
+        if hop and (part.learns or not hop.operator.learned):
             index, growth = len(stages), hop.growth
             optimizer = None if growth.optimizer == "reset" else growth.optimizer
             how = (growth.operator, hop.layer_map, growth.noise, recipe.seed + index, growth.ramp, optimizer)

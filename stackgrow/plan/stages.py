@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stackgrow.growth import learned_shapes
+from stackgrow.growth.operators import operator_named
 from stackgrow.plan import guidelines
 from stackgrow.plan.batches import Batches
 from stackgrow.plan.until import Until
@@ -300,9 +301,9 @@ class Plan:
 
     def inputs(self, stage: Stage) -> tuple[Stage | None, Stage | None]:
         """The stage whose checkpoint ``stage`` starts from (None: random weights), and the one that trained the maps
-        which a "learn" growth folds in."""
+        which a growth folds in whose operator is learned."""
         before = self.stages[stage.index - 1] if stage.index else None
-        if isinstance(stage, GrowStage) and stage.operator == "learn":
+        if isinstance(stage, GrowStage) and operator_named(stage.operator).learned:
             return self.stages[stage.index - 2], before
         return before, None
 

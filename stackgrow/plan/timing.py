@@ -60,7 +60,7 @@ def factor_note(hop: Hop) -> Iterator[str]:
     """Whether the paper found other factors of G_stack to be better."""
     before, after = hop.source.n_layers, hop.target.n_layers
     low, high = guidelines.BEST_FACTORS
-    if hop.growth.operator != "stack" or hop.growth.layer_map is not None:
+    if not hop.operator.studied or hop.growth.layer_map is not None:
         return
     if hop.growth.factor == "auto":
         yield f"{hop.where}.factor: {guidelines.GROWTH_FACTOR}, which the paper uses throughout (section 4.2)"

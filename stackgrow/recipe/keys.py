@@ -13,6 +13,8 @@ from typing import Any
 from stackgrow.recipe import values
 from stackgrow.recipe.values import Duration, Kind, Phase, Rewarm, Share
 
+# The operators' names alone, for the schema. What each one is stands in growth/operators.py, which this room must not
+# know; a test keeps the two equal.
 OPERATORS = ("stack", "split", "zero", "random", "learn")
 MAX_WIDTH = 2**16  # planning a growth takes memory and time with every channel; GPT-3 has 12,288
 
@@ -266,10 +268,8 @@ class Growth:
     """One growth of the model, and the stage that trains the grown model."""
 
     operator: str = key(
-        values.choice(*OPERATORS),
-        '"stack": whole layers copied, G_stack; "split": neurons copied, G_direct widthwise; '
-        '"zero": new parameters whose outputs are zero; "random": random ones behind a mask; '
-        '"learn": linear maps of the weights, trained first, LiGO (paper, appendix A)',
+        values.operator(*OPERATORS),
+        "what makes the grown weights: see the table of operators; or a function of your own, with --trust",
     )
     timing: Duration | Share | str | LossSlope = key(
         values.duration(1, words=("auto", "start"), share=True),

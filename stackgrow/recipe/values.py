@@ -152,6 +152,22 @@ def choice(*values: str) -> Kind:
     return Kind(rule, parse, {"enum": list(values)})
 
 
+def operator(*names: str) -> Kind:
+    """A growth operator by its name, or a function of the user's own, of which nothing is imported here."""
+    quoted = ", ".join(f'"{name}"' for name in names)
+    rule = f'one of {quoted}, or a function of your own, "my_package.my_module:rules"'
+    identifier = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
+    pattern = rf"{identifier}(\.{identifier}){{0,15}}:{identifier}"
+
+    def parse(value: Any) -> str:
+        _require(isinstance(value, str), rule)
+        _require(value in names or re.fullmatch(pattern, value) is not None, rule)
+        return value
+
+    schema = {"anyOf": [{"enum": list(names)}, {"type": "string", "pattern": f"^{pattern}$"}]}
+    return Kind(rule, parse, schema)
+
+
 def name() -> Kind:
     """An identifier that is also a safe file name: no separators, no control or bidirectional characters."""
     rule = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from stackgrow.data.order import Order
 from stackgrow.data.store import Manifest, StoreError, TokenStore
 from stackgrow.evaluate import tasks
-from stackgrow.plan.checks import world_problems
+from stackgrow.plan.checks import trust_problems, world_problems
 from stackgrow.plan.resolve import make_plan
 from stackgrow.plan.stages import Plan
 from stackgrow.recipe.keys import Recipe
@@ -19,7 +19,7 @@ def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
     """The plan, checked against the token stores and the number of ranks that are there; the order of its data."""
     recipe = load_recipe(file, sets)
     plan = make_plan(recipe, file)
-    problems = [*world_problems(plan, int(os.environ.get("WORLD_SIZE", "1")))]
+    problems = [*trust_problems(recipe), *world_problems(plan, int(os.environ.get("WORLD_SIZE", "1")))]
     where = [f"data.mix[{i}].path" for i in range(len(recipe.data.mix))] or ["data.path"]
     manifests = [_store(recipe, path, at, problems) for (path, _), at in zip(recipe.data.stores, where, strict=True)]
     if problems:
