@@ -13,7 +13,7 @@ from typing import Any
 from stackgrow import seal
 from stackgrow.audit.report import WrongRequest
 from stackgrow.errors import DamagedError, LockedError
-from stackgrow.plan.stages import ImportStage, Plan, Stage, TrainStage
+from stackgrow.plan.stages import Plan, Stage
 from stackgrow.process.ranks import lock
 from stackgrow.run_folder.folder import (
     DONE,
@@ -44,11 +44,6 @@ class Case:
     hashes: dict[str, str]  # of the stages
     data_from_recipe: bool = True
 
-    @property
-    def own_stages(self) -> list[Stage]:
-        """Those whose result this run has made."""
-        return [stage for stage in self.plan.stages if not isinstance(stage, ImportStage)]
-
     def path(self, stage: Stage) -> Path:
         return self.run / stage.name
 
@@ -67,7 +62,7 @@ class Case:
     def checkpoints(self, stage: Stage) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Every sealed checkpoint of a stage with its manifest, from the first."""
         folder = self.folder(stage)
-        if isinstance(stage, TrainStage):
+        if stage.trains:
             paths = [folder.checkpoint(step) for step in folder.sealed_steps()]
         else:
             paths = [folder.checkpoints]

@@ -12,7 +12,7 @@ from stackgrow import seal
 from stackgrow.audit import contents
 from stackgrow.audit.case import Case, open_case
 from stackgrow.audit.report import Audit, Look
-from stackgrow.plan.stages import Stage, TrainStage, identity
+from stackgrow.plan.stages import Stage
 from stackgrow.recipe.write import canonical_hash
 from stackgrow.run_folder import provenance
 from stackgrow.run_folder.folder import DONE, LEDGER, PROVENANCE, RECIPE, REQUIREMENTS, STAGE_FILE, RunFolder
@@ -70,7 +70,7 @@ def _provenance(case: Case) -> Look:
         for name, mark in session["texts"].items():
             if provenance.text_hash(case.record["texts"].get(mark, "")) != mark:
                 yield PROVENANCE, f"session {number}: the text of {name} is not the one that ran"
-    for stage in case.own_stages:
+    for stage in case.plan.own_stages:
         for path, manifest in case.checkpoints(stage):
             if manifest.get("session") not in known:
                 yield case.within(path), "was made by no session of provenance.json: one of the two was edited"
@@ -99,7 +99,7 @@ def _stages(case: Case) -> Look:
             if done is not None:
                 yield f"{where}{STAGE_FILE}", "is missing"
             continue
-        for change in differences(stored["stage"], identity(stage)):
+        for change in differences(stored["stage"], stage.identity()):
             yield f"{where}{STAGE_FILE}", f"is of another recipe: {change}"
         rederived = canonical_hash({"parent": parent, "stage": stored["stage"]})
         if len({stored["stage_hash"], rederived, wanted}) > 1 or stored["seed"] != case.plan.recipe.seed:
@@ -125,13 +125,12 @@ def _stages(case: Case) -> Look:
 
 def _done(case: Case, stage: Stage, before: str | None) -> dict[str, Any]:
     """What a stage's DONE must state, after a stage with the hash ``before``."""
-    train = isinstance(stage, TrainStage)
     return {
         "stage_hash": case.hashes[stage.name],
         "parent_hash": before,
         "checkpoint": str(case.output(stage).relative_to(case.path(stage))),
         "manifest_sha256": seal.manifest_hash(case.output(stage)),
-        **({name: getattr(stage, name) for name in ("steps", "tokens", "flops")} if train else {}),
+        **({name: getattr(stage, name) for name in ("steps", "tokens", "flops")} if stage.trains else {}),
     }
 
 

@@ -13,9 +13,8 @@ from stackgrow import seal
 from stackgrow.audit.report import Look
 from stackgrow.data.order import Order
 from stackgrow.data.store import StoreError, read_manifest
-from stackgrow.growth import learned_shapes
 from stackgrow.growth.rules import Alias
-from stackgrow.plan.stages import GrowStage, ImportStage, LearnStage, Stage, TrainStage
+from stackgrow.plan.stages import ImportStage, Stage, TrainStage
 from stackgrow.recipe.load import Problem
 from stackgrow.recipe.write import canonical_hash
 from stackgrow.run_folder.folder import GROWTH, LEDGER, METRICS, PROVENANCE, VALIDATION, RunFolder
@@ -36,13 +35,13 @@ def checkpoints(case: Case) -> Look:
     count, files, tensors = 0, 0, 0
     for stage in case.plan.stages:
         for path, manifest in case.checkpoints(stage):
-            if stage in case.own_stages and manifest["stage_hash"] != case.hashes[stage.name]:
+            if not stage.imports and manifest["stage_hash"] != case.hashes[stage.name]:
                 yield case.within(path), "is of another recipe, or of another stage"
             faults = seal.damage(path, manifest) or _inside(case, stage, path, manifest)
             yield from ((case.within(path), fault) for fault in faults)
             count, files, tensors = count + 1, files + len(manifest["files"]), tensors + len(marks_of(manifest))
         folder = case.folder(stage).checkpoints
-        if isinstance(stage, TrainStage) and case.done(stage) and folder.is_dir():
+        if stage.trains and case.done(stage) and folder.is_dir():
             torn = {p.name for p in folder.iterdir()} - {seal.step_name(n) for n in seal.sealed_steps(folder)}
             yield from ((case.within(folder / name), "has no seal") for name in sorted(torn))
     return f"{count} sealed; {files} files by SHA-256, {tensors} tensors by fingerprint"
@@ -57,14 +56,11 @@ def _inside(case: Case, stage: Stage, path: Path, manifest: dict[str, Any]) -> I
     metadata, due = read_metadata(path), _place(case, stage, path)
     if (stated := {name: manifest[name] for name in due}) != due:
         yield f"its seal states {stated}, and must state {due}"
-    if isinstance(stage, TrainStage):
+    if stage.trains:
         items = {"step": "train_state.step", "position": "dataloader.position"}
         if (held := {name: read_item(path, metadata, item) for name, item in items.items()}) != due:
             yield f"holds {held}, and must hold {due}"
-    wanted: dict[str, tuple[int, ...]] = (stage.target if isinstance(stage, GrowStage) else stage.model).tensors()
-    if isinstance(stage, LearnStage):
-        shapes = learned_shapes.shapes(stage.source, stage.model)
-        wanted = {stored: shapes[p][name] for stored, (p, name) in learned_shapes.matrix_names(shapes).items()}
+    wanted = stage.checkpoint_tensors()
     held = {name: shape for name, (shape, _) in tensor_shapes(metadata).items() if is_model_key(name)}
     if held != wanted or manifest["tensors"].keys() != wanted.keys():
         yield "its tensors are not those of the stage's model"
@@ -72,7 +68,7 @@ def _inside(case: Case, stage: Stage, path: Path, manifest: dict[str, Any]) -> I
     for name, mark in marks_of(manifest).items():
         if fingerprint(read_tensor(path, metadata, name)) != mark:
             yield f"{name} is not what was sealed"
-    if isinstance(stage, ImportStage) and canonical_hash(manifest["tensors"]) != case.plan.found.get(stage.name):
+    if stage.imports and canonical_hash(manifest["tensors"]) != case.plan.found.get(stage.name):
         yield "holds other weights than those that were taken over"
 
 
@@ -123,8 +119,8 @@ def _logged(case: Case, stage: TrainStage, name: str) -> set[int]:
 
 
 def _as_sealed(case: Case) -> Iterator[Problem]:
-    for stage in case.own_stages:
-        names = (METRICS, VALIDATION) if isinstance(stage, TrainStage) else (GROWTH,)
+    for stage in case.plan.own_stages:
+        names = (METRICS, VALIDATION) if stage.trains else (GROWTH,)
         for name in names:
             file = case.path(stage) / name
             for path, manifest in case.checkpoints(stage):
@@ -152,8 +148,8 @@ def growth(case: Case) -> Look:
     from stackgrow.seal.tensors import fingerprint
 
     count = 0
-    for stage in case.own_stages:
-        if isinstance(stage, TrainStage) or not case.done(stage):
+    for stage in case.plan.growths:
+        if not case.done(stage):
             continue
         source, network = (case.output(s) if s else None for s in case.plan.inputs(stage))
         record = seal.read_json(case.path(stage) / GROWTH)

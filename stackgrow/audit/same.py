@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from stackgrow import seal
 from stackgrow.audit.case import Case
 from stackgrow.audit.report import Look
-from stackgrow.plan.stages import identity
 from stackgrow.run_folder.folder import METRICS, VALIDATION
 from stackgrow.run_folder.lines import iter_records
 from stackgrow.text import differences
@@ -13,8 +14,8 @@ from stackgrow.text import differences
 
 def same_run(case: Case, other: Case) -> Look:
     """Both as they state themselves: whether they state the truth is for an audit of each."""
-    mine, theirs = ({"seed": c.plan.recipe.seed, **{s.name: identity(s) for s in c.plan.stages}} for c in (case, other))
-    yield from (("recipe", change) for change in differences(mine, theirs))
+    for change in differences(_identity(case), _identity(other)):
+        yield "recipe", change
     if case.record["data"]["manifest_hash"] != other.record["data"]["manifest_hash"]:
         yield "data", "they were trained on different tokens"
     compared = 0
@@ -38,3 +39,11 @@ def same_run(case: Case, other: Case) -> Look:
             if ends[0]["tensors"] != ends[1]["tensors"]:
                 yield stage.name, "ends with other weights"
     return f"{other.run}: {compared} losses, and the weights at the end of {ended} stages"
+
+
+def _identity(case: Case) -> dict[str, Any]:
+    """All values that define what a run computes, its data aside."""
+    values: dict[str, Any] = {"seed": case.plan.recipe.seed}
+    for stage in case.plan.stages:
+        values[stage.name] = stage.identity()
+    return values

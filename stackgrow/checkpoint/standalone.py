@@ -22,7 +22,7 @@ from stackgrow.checkpoint.hf import CONFIG, import_hf
 from stackgrow.checkpoint.hf_format import config_of, model_from_config
 from stackgrow.errors import RunError, disk_error, retold
 from stackgrow.growth.rules import GrowthError, Rules
-from stackgrow.plan.stages import GrowStage, identity
+from stackgrow.plan.stages import GrowStage
 from stackgrow.recipe.keys import Model
 from stackgrow.recipe.write import canonical_hash
 from stackgrow.run_folder.folder import GROWTH, run_of
@@ -119,7 +119,7 @@ def known_model(source: Path) -> Model | None:
     if run := run_of(source):
         for stage in plan_of_run(run).stages:
             if stage.name in source.absolute().parts:
-                return stage.target if isinstance(stage, GrowStage) else stage.model
+                return stage.output_model
     config = (seal.read_seal(source) or {}).get("config")
     return model_from_config(config) if config else None
 
@@ -189,7 +189,7 @@ def _refuse_masked(source: Path) -> None:
 
 def _grow_stages(source: Path) -> list[GrowStage]:
     run = run_of(source)
-    return [stage for stage in plan_of_run(run).stages if isinstance(stage, GrowStage)] if run else []
+    return plan_of_run(run).grow_stages if run else []
 
 
 def _begin(source: Path, work: Path, rules: Rules) -> None:
@@ -231,7 +231,7 @@ def _finish(
     grown = target.with_name(target.name + ".tmp") / "grown"
     growth = growth_record(stage, source, before, rules, convert.commit(checkpoint, grown, rules, world_size))
     seal.write_json(grown / GROWTH, growth)
-    stage_hash = canonical_hash({"parent": before["stage_hash"], "stage": identity(stage)})
+    stage_hash = canonical_hash({"parent": before["stage_hash"], "stage": stage.identity()})
     seal_grown(grown, stage_hash, before, growth, config=config_of(stage.target), **facts)
     grown.rename(target)
     seal.sync_folder(target.absolute().parent)

@@ -25,7 +25,7 @@ from stackgrow.data.tokenizer import store_tokenizer
 from stackgrow.errors import DamagedError
 from stackgrow.evaluate import tasks
 from stackgrow.plan.checks import world_problems
-from stackgrow.plan.stages import LearnStage, TrainStage
+from stackgrow.plan.stages import TrainStage
 from stackgrow.process.logs import log_to
 from stackgrow.process.ranks import from_rank0
 from stackgrow.recipe.keys import Eval, Recipe
@@ -178,7 +178,7 @@ def evaluate_run(
         raise DamagedError(f"{path} is neither a run nor a checkpoint of one; name one")
     folder = RunFolder(chosen.run)
     recipe, train = chosen.plan.recipe, chosen.train_stage
-    if train.model != chosen.model or isinstance(train, LearnStage):
+    if train.model != chosen.model or train.learns_maps:
         what = '"start" grows the imported model before any stage trains it; export it and use lm_eval'
         raise RecipeError(folder.recipe_file, [("growth[0].timing", what)])
     wanted = dataclasses.replace(recipe.eval or Eval(tasks=("paper",)), **options)

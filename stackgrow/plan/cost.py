@@ -16,7 +16,7 @@ from stackgrow.data.store import StoreError, read_manifest
 from stackgrow.growth.operators import operator_named
 from stackgrow.plan.checks import world_problems
 from stackgrow.plan.memory import FP32, Layout, Memory, layout, stage_memory
-from stackgrow.plan.stages import CHECKPOINT_BYTES, GrowStage, LearnStage, Plan, TrainStage
+from stackgrow.plan.stages import CHECKPOINT_BYTES, GrowStage, Plan, TrainStage
 from stackgrow.text import human
 
 MFU = 0.4  # assumed where the caller does not state it
@@ -169,7 +169,7 @@ def _epochs(plan: Plan, data_tokens: int | None) -> dict[str, float]:
 
 def expected_saving(plan: Plan) -> Saving | None:
     """By the measured speed-up whose target and scratch tokens are nearest, in logarithms; None without growth."""
-    growths = [s for s in plan.stages if isinstance(s, GrowStage) and s.kind == "grow"]
+    growths = plan.growths
     if not growths:
         return None
     last = plan.train_stages[-1]
@@ -212,7 +212,7 @@ def search(stage: TrainStage, cluster: Cluster, network: float = NETWORK, best: 
     for how in _layouts(stage, cluster.gpus):
         share, rest = divmod(sequences, how.data_ranks)
         sizes = [m for m in (1, 2, 4, 8, 16, 32, 64) if rest == 0 and share and share % m == 0]
-        for micro_batch, mode in itertools.product(sizes, MODES[:1] if isinstance(stage, LearnStage) else MODES):
+        for micro_batch, mode in itertools.product(sizes, MODES[:1] if stage.learns_maps else MODES):
             variant = replace(stage, train=replace(stage.train, activation_checkpoint=mode))
             memory = stage_memory(variant, how, micro_batch)
             if memory.total <= cluster.gpu.memory:
@@ -223,7 +223,7 @@ def search(stage: TrainStage, cluster: Cluster, network: float = NETWORK, best: 
 
 def _layouts(stage: TrainStage, gpus: int) -> Iterator[Layout]:
     """FSDP, HSDP by nodes, and either with tensor parallelism inside a node, where the model divides."""
-    model, whole = stage.model, isinstance(stage, LearnStage) or stage.train.loss_chunk > 0  # as checks.py has it
+    model, whole = stage.model, stage.learns_maps or stage.train.loss_chunk > 0  # as checks.py has it
     divisible = (model.n_heads, model.kv_heads, model.ffn_dim, model.vocab_size, stage.seq_len // 2)
     for tensor in (1, 2, 4, 8):
         if gpus % tensor or any(size % tensor for size in divisible) or (tensor > 1 and whole):

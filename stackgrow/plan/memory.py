@@ -12,8 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from stackgrow.growth import learned_shapes
-from stackgrow.plan.stages import LearnStage, TrainStage
+from stackgrow.plan.stages import TrainStage
 from stackgrow.recipe.keys import Parallel
 
 ROWWISE = ("attention.wo.weight", "feed_forward.w2.weight")  # tensor parallel splits their columns, and others' rows
@@ -62,7 +61,7 @@ class Memory:
 
 def stage_memory(stage: TrainStage, layout: Layout, micro_batch: int | None = None) -> Memory:
     """The memory of a stage on ``layout``, with ``micro_batch`` sequences per forward pass (default: the recipe's)."""
-    tensors = stage_tensors(stage)
+    tensors = stage.checkpoint_tensors()
     elements = sum(local_elements(name, shape, layout) for name, shape in tensors.items())
     gradients = elements
     if layout.tensor > 1 and layout.shard == 1:  # without FSDP, DTensor leaves the embedding's gradient whole
@@ -72,17 +71,8 @@ def stage_memory(stage: TrainStage, layout: Layout, micro_batch: int | None = No
     sizes = _Sizes(stage, layout, tokens)
     kept = stage.model.n_layers * sizes.kept(stage.train.activation_checkpoint) + sizes.head()
     working = kept + sizes.cast + max(sizes.loss() + sizes.head_weights, sizes.backward())
-    if isinstance(stage, LearnStage):  # titan/ligo.py: the source's weights, the target's and their gradients, whole
-        working += FP32 * (stage.source.parameters() + 2 * stage.model.parameters())
+    working += FP32 * stage.made_parameters
     return Memory(*state, kept, sizes.loss(), working, host=sum(state) if stage.train.cpu_offload else 0)
-
-
-def stage_tensors(stage: TrainStage) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what the stage trains."""
-    if isinstance(stage, LearnStage):
-        parts = learned_shapes.shapes(stage.source, stage.model)
-        return {f"{part}.{name}": shape for part, shapes in parts.items() for name, shape in shapes.items()}
-    return dict(stage.model.tensors())
 
 
 def local_elements(name: str, shape: Iterable[int], layout: Layout) -> int:

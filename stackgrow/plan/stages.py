@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from stackgrow.growth import learned_shapes
 from stackgrow.growth.operators import operator_named
@@ -72,9 +72,23 @@ class TrainStage:
     freeze: Freeze | None = None
     document_mask: bool = False
 
+    trains: ClassVar[bool] = True
+    learns_maps: ClassVar[bool] = False
+    imports: ClassVar[bool] = False
+    folds_maps: ClassVar[bool] = False
+    finds: ClassVar[type[int] | type[str] | None] = int  # the step at which the loss called for growth
+
     @property
     def name(self) -> str:
         return f"stage-{self.index}-train-{self.model.n_layers}L"
+
+    @property
+    def output_model(self) -> Model:
+        return self.model
+
+    @property
+    def output_step(self) -> int | None:
+        return self.steps
 
     @property
     def batches(self) -> Batches:
@@ -140,9 +154,29 @@ class TrainStage:
         share = math.gcd(*self.batches.sizes) // self.seq_len // data_ranks
         return max(m for m in range(1, min(share, self.train.micro_batch) + 1) if share % m == 0)
 
+    def checkpoint_tensors(self) -> dict[str, tuple[int, ...]]:
+        return dict(self.model.tensors())
+
     @property
     def checkpoint_bytes(self) -> int:
         return CHECKPOINT_BYTES * self.model.parameters()
+
+    @property
+    def made_parameters(self) -> int:
+        """Numbers that every rank holds whole beside what the stage trains."""
+        return 0
+
+    def identity(self) -> dict[str, Any]:
+        plain = to_dict(self)
+        free = {f.name for f in dataclasses.fields(Train) if f.metadata["free"]}
+        plain["train"] = {key: value for key, value in plain["train"].items() if key not in free}
+        plain.pop("start_flops")
+        plain.pop("parallel")  # all of it is free
+        if not self.document_mask:  # as before there was one
+            plain.pop("document_mask")
+        if self.until:  # where the loss decides the end, it is not known when the stage begins
+            plain["steps"] = self.until.max_steps
+        return plain
 
     def place(self, step: int) -> dict[str, Any]:
         """What every record of optimizer step ``step`` states: how far the run is then, earlier stages included."""
@@ -199,6 +233,8 @@ class LearnStage(TrainStage):
     source: Model = field(kw_only=True)
     seed: int = field(kw_only=True)  # the recipe's, made different for every growth
 
+    learns_maps: ClassVar[bool] = True
+
     @property
     def name(self) -> str:
         return f"stage-{self.index}-learn-{self.model.n_layers}L"
@@ -209,6 +245,18 @@ class LearnStage(TrainStage):
         micro-batch and rank, which is not counted, as recomputed activations are not."""
         making = learned_shapes.mapping_flops(self.source, self.model)
         return super().flops_per_token + making / self.train.global_batch_tokens
+
+    def checkpoint_tensors(self) -> dict[str, tuple[int, ...]]:
+        shapes = learned_shapes.shapes(self.source, self.model)
+        tensors: dict[str, tuple[int, ...]] = {}
+        for stored, (part, name) in learned_shapes.matrix_names(shapes).items():
+            tensors[stored] = shapes[part][name]
+        return tensors
+
+    @property
+    def made_parameters(self) -> int:
+        """The source's weights, the target's and their gradients (titan/ligo.py)."""
+        return self.source.parameters() + 2 * self.model.parameters()
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -230,9 +278,32 @@ class GrowStage:
     optimizer: str | None = None  # "copy" or "asymmetric"; None: its state is left behind
     kind: str = "grow"
 
+    trains: ClassVar[bool] = False
+    learns_maps: ClassVar[bool] = False
+    imports: ClassVar[bool] = False
+    finds: ClassVar[type[int] | type[str] | None] = None
+
     @property
     def name(self) -> str:
         return f"stage-{self.index}-grow"
+
+    @property
+    def folds_maps(self) -> bool:
+        return operator_named(self.operator).learned
+
+    @property
+    def output_model(self) -> Model:
+        return self.target
+
+    @property
+    def output_step(self) -> int | None:
+        return None
+
+    def checkpoint_tensors(self) -> dict[str, tuple[int, ...]]:
+        return dict(self.target.tensors())
+
+    def identity(self) -> dict[str, Any]:
+        return dict(to_dict(self))
 
     @property
     def mask(self) -> GrowthMask | None:
@@ -256,6 +327,9 @@ class ImportStage(GrowStage):
     position: int = field(kw_only=True)  # sequences of the data that it has consumed
     kind: str = "import"
 
+    imports: ClassVar[bool] = True
+    finds: ClassVar[type[int] | type[str] | None] = str  # a hash of the weights
+
     @property
     def name(self) -> str:
         return f"stage-{self.index}-import-{self.source.n_layers}L"
@@ -265,6 +339,19 @@ class ImportStage(GrowStage):
         return f"{self.source.n_layers} layers from {self.folder}"
 
 
+# Callers ask a stage what it does, not of which class it is:
+#
+#   trains              whether it makes optimizer steps
+#   learns_maps         whether they train LiGO's maps: its checkpoint holds no model
+#   folds_maps          whether it makes weights by the maps that the stage before it learned
+#   imports             whether it takes over weights from outside of the run
+#   finds               the type of what it may find out as it runs (run_folder/found.py); None: nothing
+#   output_model        the model that its checkpoint holds, or that its maps lead to
+#   output_step         the step of its last checkpoint; None: it has one checkpoint and no steps
+#   checkpoint_tensors  names and shapes of its checkpoint's tensors, without optimizer state
+#   identity            the values that define what it computes, of which its hash is made; keys marked free left out
+#
+# isinstance is left to those who go on with fields that one kind alone has.
 Stage = TrainStage | GrowStage
 
 
@@ -281,6 +368,20 @@ class Plan:
     @property
     def train_stages(self) -> list[TrainStage]:
         return [s for s in self.stages if isinstance(s, TrainStage)]
+
+    @property
+    def grow_stages(self) -> list[GrowStage]:
+        """The growths, and the import of a base model if there is one."""
+        return [s for s in self.stages if isinstance(s, GrowStage)]
+
+    @property
+    def growths(self) -> list[GrowStage]:
+        return [s for s in self.grow_stages if not s.imports]
+
+    @property
+    def own_stages(self) -> list[Stage]:
+        """Those whose result the run makes itself."""
+        return [s for s in self.stages if not s.imports]
 
     @property
     def tokens(self) -> int:
@@ -303,7 +404,7 @@ class Plan:
         """The stage whose checkpoint ``stage`` starts from (None: random weights), and the one that trained the maps
         which a growth folds in whose operator is learned."""
         before = self.stages[stage.index - 1] if stage.index else None
-        if isinstance(stage, GrowStage) and operator_named(stage.operator).learned:
+        if stage.folds_maps:
             return self.stages[stage.index - 2], before
         return before, None
 
@@ -315,22 +416,7 @@ class Plan:
         hashes: dict[str, str] = {}
         parent = canonical_hash({"seed": self.recipe.seed, "data": data_hash})
         for stage in self.stages:
-            parent = hashes[stage.name] = canonical_hash({"parent": parent, "stage": identity(stage)})
+            parent = hashes[stage.name] = canonical_hash({"parent": parent, "stage": stage.identity()})
             if stage.name in self.found:
                 parent = canonical_hash({"parent": parent, "found": self.found[stage.name]})
         return hashes
-
-
-def identity(stage: Stage) -> dict[str, Any]:
-    """The values that define what a stage computes, free keys left out."""
-    plain = to_dict(stage)
-    if isinstance(stage, TrainStage):
-        free = {f.name for f in dataclasses.fields(Train) if f.metadata["free"]}
-        plain["train"] = {k: v for k, v in plain["train"].items() if k not in free}
-        plain.pop("start_flops")
-        plain.pop("parallel")  # all of it is free
-        if not stage.document_mask:  # as before there was one
-            plain.pop("document_mask")
-        if stage.until:
-            plain["steps"] = stage.until.max_steps
-    return plain

@@ -117,8 +117,8 @@ def _overview(run: Path) -> Iterator[str]:
         yield f"<h3>To be noted</h3><ul>{items}</ul>"
     yield f'<h3>Stages</h3><div class="timeline">{"".join(map(_block, plan.stages))}</div>'
     yield _table([STAGE_HEAD, *(_stage_row(run, stage) for stage in plan.train_stages)])
-    for stage in plan.stages:
-        if isinstance(stage, GrowStage) and stage.layer_map:
+    for stage in plan.grow_stages:
+        if stage.layer_map:
             yield f"<h3>{escape(stage.name)}: {escape(stage.change)}</h3>{_map_figure(stage)}"
 
 
@@ -161,7 +161,7 @@ def _warnings(run: Path, plan: Plan, provenance: dict[str, Any]) -> Iterator[str
 def _block(stage: Stage) -> str:
     if isinstance(stage, GrowStage):
         return f'<div class="grow">{escape(stage.operator)}<br>{escape(stage.change)}</div>'
-    what = "learns maps, " if stage.kind == "learn" else ""
+    what = "learns maps, " if stage.learns_maps else ""
     grow = f"flex-grow: {stage.flops:.6g}"
     return f'<div style="{grow}">{what}{stage.model.n_layers} layers<br>{human(stage.tokens)} tokens</div>'
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
-from stackgrow.plan.stages import GrowStage, LearnStage, Plan, TrainStage
+from stackgrow.plan.stages import GrowStage, Plan, TrainStage
 from stackgrow.recipe.write import recipe_hash, to_dict
 from stackgrow.text import aligned, human, wrapped
 
@@ -37,9 +37,8 @@ def render_plan(plan: Plan, order: Order | None = None) -> str:
     if order:
         head.extend(_data_lines(plan, order))
     growths: list[str] = []
-    for stage in plan.stages:
-        if isinstance(stage, GrowStage):
-            growths.extend(_growth_lines(stage))
+    for stage in plan.grow_stages:
+        growths.extend(_growth_lines(stage))
     blocks = [head, aligned(_model_table(plan)), aligned(_cost_table(plan)), growths, _remark_lines(plan)]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
@@ -181,7 +180,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
         "FLOPs are 6 N D with N the parameters without the input embedding; attention's own are beside them, "
         "not in share or total"
     )
-    if any(isinstance(stage, LearnStage) for stage in plan.stages):
+    if any(stage.learns_maps for stage in plan.stages):
         yield "a learn stage's FLOPs hold those of making the target's weights, once per step"
     yield from plan.notes
     for stage in plan.train_stages:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stackgrow import seal
 from stackgrow.errors import ChangedError, DamagedError
-from stackgrow.plan.stages import Plan, identity
+from stackgrow.plan.stages import Plan
 from stackgrow.run_folder import provenance
 from stackgrow.run_folder.folder import DONE, STAGE_FILE, RunFolder
 from stackgrow.text import differences
@@ -30,7 +30,7 @@ def refuse_changed(plan: Plan, folder: Path, hashes: dict[str, str]) -> None:
             continue
         changes = ["the recipe has no such stage"]
         if path.name in known:
-            new = {"seed": plan.recipe.seed, **identity(known[path.name])}
+            new = {"seed": plan.recipe.seed, **known[path.name].identity()}
             changes = list(differences({"seed": stored.get("seed"), **stored.get("stage", {})}, new))
         what = "; ".join(changes[:6]) or "the data or a stage before it"
         raise ChangedError(

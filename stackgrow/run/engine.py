@@ -24,7 +24,7 @@ from stackgrow import seal
 from stackgrow.data.order import Order
 from stackgrow.errors import ChangedError, DamagedError, RunError, disk_error
 from stackgrow.plan.resolve import make_plan
-from stackgrow.plan.stages import ImportStage, LearnStage, Plan, Stage, TrainStage, identity
+from stackgrow.plan.stages import ImportStage, Plan, Stage, TrainStage
 from stackgrow.process import signals
 from stackgrow.process.logs import log_to
 from stackgrow.process.ranks import from_rank0, wait_for
@@ -121,7 +121,7 @@ def _is_done(path: Path) -> bool:
 
 def _open_stage(plan: Plan, stage: Stage, path: Path, hashes: dict[str, str]) -> None:
     path.mkdir(exist_ok=True)
-    stored = {"stage_hash": hashes[stage.name], "seed": plan.recipe.seed, "stage": identity(stage)}
+    stored = {"stage_hash": hashes[stage.name], "seed": plan.recipe.seed, "stage": stage.identity()}
     seal.write_json(path / STAGE_FILE, stored)
 
 
@@ -148,7 +148,7 @@ def _run_stage(plan: Plan, stage: Stage, path: Path, data_hash: str, rank: int, 
     if isinstance(stage, TrainStage):
         finds_end = stage.until is not None and stage.name not in plan.found
         job = stage_job(plan.recipe, stage, hashes[stage.name], path, source, session, finds_end)
-        if plan.recipe.eval and not isinstance(stage, LearnStage):
+        if plan.recipe.eval and not stage.learns_maps:
             job.after_step = Evaluation(plan.recipe, hashes[stage.name], path.parent).after_step
         job.on_resume = partial(_note_resumed, path)
         job.on_end_found = partial(_note_end, path, hashes[stage.name])
@@ -199,7 +199,7 @@ def stage_job(
     from stackgrow.titan.job import StageJob
 
     data = WindowDataset.open(recipe.data, recipe.seed)
-    start: dict[str, Any] = {"source": source} if isinstance(stage, LearnStage) else {"parent": source}
+    start: dict[str, Any] = {"source": source} if stage.learns_maps else {"parent": source}
     return StageJob(recipe, stage, stage_hash, path, data, session=session, finds_end=finds_end, **start)
 
 

@@ -11,7 +11,7 @@ from stackgrow.data.order import read_order
 from stackgrow.data.store import MANIFEST
 from stackgrow.data.tokenizer import store_tokenizer
 from stackgrow.errors import ChangedError, DamagedError
-from stackgrow.plan.stages import GrowStage, LearnStage, Plan, Stage, TrainStage
+from stackgrow.plan.stages import Plan, Stage, TrainStage
 from stackgrow.recipe.keys import Model, Recipe
 from stackgrow.run_folder.folder import RunFolder, StageFolder, run_of
 from stackgrow.run_folder.found import plan_of_run
@@ -28,12 +28,12 @@ class Chosen:
 
     @property
     def model(self) -> Model:
-        return self.stage.target if isinstance(self.stage, GrowStage) else self.stage.model
+        return self.stage.output_model
 
     @property
     def step(self) -> int:
         """Of the stage; 0 for a grown checkpoint."""
-        return int((seal.read_seal(self.path) or {}).get("step", 0)) if isinstance(self.stage, TrainStage) else 0
+        return int((seal.read_seal(self.path) or {}).get("step", 0)) if self.stage.trains else 0
 
     @property
     def train_stage(self) -> TrainStage:
@@ -69,7 +69,7 @@ def _finished(plan: Plan, run: Path) -> list[str]:
 
 def _models(plan: Plan) -> list[Stage]:
     """A learn stage trains linear maps: what it leaves is no model."""
-    return [stage for stage in plan.stages if not isinstance(stage, LearnStage)]
+    return [stage for stage in plan.stages if not stage.learns_maps]
 
 
 def _stage(plan: Plan, names: Sequence[str]) -> Stage:
@@ -83,7 +83,7 @@ def _stage(plan: Plan, names: Sequence[str]) -> Stage:
 
 def _checkpoint(folder: StageFolder, stage: Stage, step: int | None) -> Path:
     """The checkpoint of a step, or the newest."""
-    if isinstance(stage, GrowStage) and step is None:
+    if not stage.trains and step is None:
         return folder.checkpoints
     steps = folder.sealed_steps()
     if not steps or step not in (None, *steps):

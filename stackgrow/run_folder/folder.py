@@ -17,7 +17,7 @@ from typing import Any
 
 from stackgrow import seal
 from stackgrow.errors import DamagedError
-from stackgrow.plan.stages import Stage, TrainStage
+from stackgrow.plan.stages import Stage
 
 RECIPE = "recipe.toml"
 PROVENANCE = "provenance.json"
@@ -102,9 +102,9 @@ class StageFolder:
 
     def output(self, stage: Stage) -> Path:
         """The checkpoint that ``stage``, whose folder this is, hands on."""
-        if isinstance(stage, TrainStage):
-            return self.checkpoint(stage.steps)
-        return self.checkpoints
+        if stage.output_step is None:
+            return self.checkpoints
+        return self.checkpoint(stage.output_step)
 
     def done(self) -> dict[str, Any] | None:
         """What DONE states; None while the stage is not finished."""

@@ -25,11 +25,14 @@ def with_found(plan: Plan, folder: Path, data_hash: str, file: str | Path = "rec
     """``plan`` as the stages in run ``folder`` have settled it. What another recipe's stage found does not count."""
     while True:
         hashes, found = plan.stage_hashes(data_hash), {}
-        for name, stage_hash in hashes.items():
+        for stage in plan.stages:
+            if stage.finds is None:
+                continue
+            name = stage.name
             record = seal.read_json(folder / name / FOUND) or {}
-            if record.get("stage_hash") == stage_hash:
+            if record.get("stage_hash") == hashes[name]:
                 value = record.get("found")
-                if not isinstance(value, str if "-import-" in name else int):
+                if not isinstance(value, stage.finds):
                     raise DamagedError(f"{folder / name / FOUND}: {value!r} is nothing that the stage finds")
                 found[name] = value
         if found == plan.found:

@@ -33,7 +33,7 @@ from torchtitan.models.llama3.infra import parallelize
 
 from stackgrow.data.loader import WindowDataset
 from stackgrow.plan.memory import Memory, layout, stage_memory
-from stackgrow.plan.stages import LearnStage, Plan, TrainStage
+from stackgrow.plan.stages import Plan, TrainStage
 from stackgrow.recipe.keys import Recipe
 from stackgrow.titan import model
 from stackgrow.titan.job import StageJob, job_config
@@ -199,6 +199,6 @@ def compare(plan: Plan, ranks: int) -> Iterator[tuple[TrainStage, Traced, Memory
     come from a checkpoint."""
     with fake_ranks(ranks):
         for stage in plan.train_stages:
-            if not isinstance(stage, LearnStage):
+            if not stage.learns_maps:
                 planned = stage_memory(eager(stage), layout(stage.parallel, ranks))
                 yield stage, trace(plan.recipe, stage), planned
