@@ -147,8 +147,7 @@ def _too_large(cost: StageCost, cluster: Cluster) -> str:
 def stage_disk(plan: Plan, stage: TrainStage | GrowStage) -> tuple[int, int]:
     """Bytes that a stage leaves on disk, and the most while it runs: a checkpoint is whole before one is dropped."""
     if isinstance(stage, GrowStage):
-        links = operator_named(stage.operator).links and not stage.noise  # hard links to the source's bytes
-        size = 0 if links else (CHECKPOINT_BYTES if stage.optimizer else FP32) * stage.target.parameters()
+        size = 0 if stage.links else (CHECKPOINT_BYTES if stage.optimizer else FP32) * stage.target.parameters()
         return size, size
     written = math.ceil(stage.steps / stage.every(plan.recipe.checkpoint.interval))
     kept = min(plan.recipe.checkpoint.keep, written)

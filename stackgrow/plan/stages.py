@@ -292,6 +292,11 @@ class GrowStage:
         return operator_named(self.operator).learned
 
     @property
+    def links(self) -> bool:
+        """Whether its checkpoint is hard links to the source's bytes."""
+        return operator_named(self.operator).links and not self.noise
+
+    @property
     def output_model(self) -> Model:
         return self.target
 
@@ -329,6 +334,14 @@ class ImportStage(GrowStage):
 
     imports: ClassVar[bool] = True
     finds: ClassVar[type[int] | type[str] | None] = str  # a hash of the weights
+
+    @property
+    def folds_maps(self) -> bool:
+        return False
+
+    @property
+    def links(self) -> bool:
+        return False  # what is taken over from Hugging Face is written anew
 
     @property
     def name(self) -> str:
