@@ -90,7 +90,7 @@ def retold(exit_code: int, message: str) -> RunError:
 
 def disk_error(error: OSError) -> DiskError:
     """An operating system's error in a run's terms."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    what = f"{error.filename or 'a file of the run'}: {error.strerror or error}"
-    remedy = "make room" if full else "restore access to it"
-    return DiskError(f"{'disk full: ' if full else ''}{what}; {remedy}, then give the same command again")
+    fault = f"{error.filename or 'a file of the run'}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskError(f"disk full: {fault}; make room, then give the same command again")
+    return DiskError(f"{fault}; restore access to it, then give the same command again")

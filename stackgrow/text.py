@@ -1,9 +1,9 @@
-"""TODO"""
+"""Small things made readable: amounts, times, tables in columns, paths, and what differs between two trees."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ SUFFIXES = {
     "Gi": 2**30,
     "Ti": 2**40,
 }
+WIDTH = 120  # of what is printed
+Table = list[tuple[str, ...]]
 
 
 def human(amount: float) -> str:
@@ -37,25 +39,24 @@ def clock(seconds: float) -> str:
     """``3725`` seconds as ``1:02:05``."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-WIDTH = 120
-
-
-Table = list[tuple[str, ...]]
+    if hours:
+        return f"{hours}:{minute:02}:{second:02}"
+    return f"{minute}:{second:02}"
 
 
 def aligned(rows: Table) -> list[str]:
     """The first column to the left, numbers to the right, two spaces between."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    widths = [0] * len(rows[0]) if rows else []
+    for row in rows:
+        widths = [max(width, len(cell)) for width, cell in zip(widths, row, strict=True)]
+    return [_aligned_row(row, widths) for row in rows]
+
+
+def _aligned_row(row: tuple[str, ...], widths: Sequence[int]) -> str:
+    cells = [row[0].ljust(widths[0])]
+    for cell, width in zip(row[1:], widths[1:], strict=True):
+        cells.append(cell.rjust(width))
+    return "  ".join(cells).rstrip()
 
 
 def wrapped(line: str) -> list[str]:
@@ -72,6 +73,7 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
     """``train.learning_rate: 0.001 -> 0.002`` for every leaf that differs between two trees."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
-            yield from differences(old.get(name), new.get(name), f"{where}.{name}" if where else name)
+            inner = f"{where}.{name}" if where else name
+            yield from differences(old.get(name), new.get(name), inner)
     elif old != new:
         yield f"{where}: {old} -> {new}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stackgrow.data.order import read_order
-from stackgrow.data.store import AGAIN, Manifest, StoreError, TokenStore, read_manifest
+from stackgrow.data.store import AGAIN, SPLITS, Manifest, StoreError, TokenStore, read_manifest
 from stackgrow.data.tokenizer import store_tokenizer
 from stackgrow.recipe.keys import Recipe
 from stackgrow.text import printable
@@ -29,18 +29,20 @@ class Piece:
     number: int
 
 
-def summary(manifest: Manifest, what: str) -> str:
-    """Counts, the tokenizer, and what was left out and why."""
-    lines = [f"{manifest.folder}: {what}"]
+def summary(manifest: Manifest, state: str) -> str:
+    """Counts, the tokenizer, and what was left out and why; ``state`` of the store is told first."""
+    lines = [f"{manifest.folder}: {state}"]
     for name, split in manifest.splits.items():
         counts = f"{split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards):,} shards"
         lines.append(f"  {name}: {counts}")
     lines.append(f"  vocabulary: {manifest.vocab_size:,}, tokenizer {manifest.tokenizer_sha256}")
     for corpus in manifest.raw.get("corpora", []):
-        lines += [f"  from {source['root']}/{source['pattern']}" for source in corpus.get("sources", [])]
-        for why, entry in corpus.get("skipped", {}).items():
-            lines.append(f"  left out, {why}: {entry['count']:,}, such as {', '.join(entry['names'][:3])}")
-    return "\n".join(map(printable, lines))
+        for source in corpus.get("sources", []):
+            lines.append(f"  from {source['root']}/{source['pattern']}")
+        for reason, entry in corpus.get("skipped", {}).items():
+            examples = ", ".join(entry["names"][:3])
+            lines.append(f"  left out, {reason}: {entry['count']:,}, such as {examples}")
+    return "\n".join(printable(line) for line in lines)
 
 
 def sequence(recipe: Recipe, position: int) -> str:
@@ -49,38 +51,44 @@ def sequence(recipe: Recipe, position: int) -> str:
     Raises:
         StoreError: a store is absent or damaged.
     """
-    order, S = read_order(recipe.data, recipe.seed), recipe.data.seq_len
-    which, window = order.windows([position])[0]
-    store = TokenStore.open(order.manifests[which].folder)
+    order = read_order(recipe.data, recipe.seed)
+    seq_len = recipe.data.seq_len
+    [(number, window)] = order.windows([position])
+    store = TokenStore.open(order.manifests[number].folder)
     tokenizer = store_tokenizer(store.manifest)
-    tokens = store.tokens(window * S, window * S + S)
-    epoch = (order.sequences(position + 1)[which] - 1) // order.n_windows[which]
+    start = window * seq_len
+    tokens = store.tokens(start, start + seq_len)
+    of_this_store = order.sequences(position + 1)[number]
+    epoch = (of_this_store - 1) // order.n_windows[number]
     lines = [f"position {position}: window {window} of {store.manifest.folder}, epoch {epoch}"]
-    for piece in pieces(store, window * S, window * S + S):
+    for piece in pieces(store, start, start + seq_len):
         where = f"document {piece.document}, number {piece.number} of {piece.file}"
-        lines += [
-            f"  tokens {piece.start} to {piece.stop - 1}: {where}",
-            f"    {tokenizer.decode(tokens[piece.start : piece.stop].tolist())!r}",
-        ]
+        text = tokenizer.decode(tokens[piece.start : piece.stop].tolist())
+        lines.append(f"  tokens {piece.start} to {piece.stop - 1}: {where}")
+        lines.append(f"    {text!r}")
     return "\n".join(lines)
 
 
 def pieces(store: TokenStore, start: int, stop: int) -> Iterator[Piece]:
     """The documents in tokens [start, stop) of a split."""
-    begins = np.flatnonzero(store.tokens(start, stop) == store.manifest.bos_id)
-    cuts = sorted({0, *begins.tolist(), stop - start})
-    first = store.document(start)
+    separators = np.flatnonzero(store.tokens(start, stop) == store.manifest.bos_id)
+    if store.manifest.document_ends == "eos":
+        separators = separators + 1  # the next document begins after it
+    cuts = sorted({0, *separators.tolist(), stop - start})
+    first_document = store.document(start)
     for i, (a, b) in enumerate(itertools.pairwise(cuts)):
-        yield Piece(a, b, first + i, *_origin(store, first + i))
+        file, number = _origin(store, first_document + i)
+        yield Piece(a, b, first_document + i, file, number)
 
 
 def _origin(store: TokenStore, document: int) -> tuple[str, int]:
-    column = {"train": 3, "validation": 4}[store.split]
+    """The file that a document of the split came from, and which of those that the file gave to the split it is."""
+    column = 3 + SPLITS.index(store.split)  # of a row: root, file, bytes, documents in train, in validation
     for corpus in store.manifest.raw.get("corpora", []):
         path = store.manifest.folder / corpus["list"]["file"]
-        content = path.read_bytes()
+        content = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(content).hexdigest() != corpus["list"]["sha256"]:
-            raise StoreError(f"{path} is damaged (SHA-256 differs); {AGAIN}")
+            raise StoreError(f"{path} is missing or damaged (SHA-256 differs); {AGAIN}")
         for row in json.loads(content)["files"]:
             if document < row[column]:
                 return f"{row[0]}/{row[1]}", document

@@ -27,16 +27,19 @@ class WindowDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, stores: Sequence[TokenStore], weights: Sequence[float], seq_len: int, seed: int):
-        self.stores, self.seq_len = tuple(stores), seq_len
-        for store in stores:  # a process may open so many files, whatever the number of stores
+        self.stores = tuple(stores)
+        self.seq_len = seq_len
+        # A process may open so many files, whatever the number of stores.
+        for store in stores:
             store.open_files = max(1, store.open_files // len(stores))
         self.order = Order([store.manifest for store in stores], weights, seq_len, seed)
 
     @classmethod
     def open(cls, data: Data, seed: int) -> WindowDataset:
         """The data of a recipe. Raises StoreError for a store that is absent or damaged."""
-        paths, weights = zip(*data.stores, strict=True)
-        return cls([TokenStore.open(path) for path in paths], weights, data.seq_len, seed)
+        stores = [TokenStore.open(path) for path, _ in data.stores]
+        weights = [weight for _, weight in data.stores]
+        return cls(stores, weights, data.seq_len, seed)
 
     @property
     def bos_id(self) -> int:
@@ -50,10 +53,13 @@ class WindowDataset(torch.utils.data.Dataset):
 
 def _stacked(rows: Sequence[tuple[TokenStore, int]], seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and labels of these windows, int64 [b, S]; labels are the inputs shifted by one."""
-    inputs, labels = np.empty((2, len(rows), seq_len), np.int64)
+    inputs = np.empty((len(rows), seq_len), np.int64)
+    labels = np.empty((len(rows), seq_len), np.int64)
     for i, (store, window) in enumerate(rows):
-        tokens = store.tokens(window * seq_len, window * seq_len + seq_len + 1)
-        inputs[i], labels[i] = tokens[:-1], tokens[1:]
+        start = window * seq_len
+        tokens = store.tokens(start, start + seq_len + 1)
+        inputs[i] = tokens[:-1]
+        labels[i] = tokens[1:]
     return torch.from_numpy(inputs), torch.from_numpy(labels)
 
 
@@ -61,7 +67,9 @@ class _Positions:
     """Batch sampler without end: ``rows`` positions from ``start``, then ``stride`` further on, and so on."""
 
     def __init__(self, start: int, rows: int, stride: int):
-        self.start, self.rows, self.stride = start, rows, stride
+        self.start = start
+        self.rows = rows
+        self.stride = stride
 
     def __iter__(self) -> Iterator[list[int]]:
         start = self.start
@@ -94,7 +102,9 @@ class TokenLoader(Stateful):
         pin_memory: bool = False,
     ):
         self.dataset = dataset
-        self.micro_batch, self.num_workers, self.pin_memory = micro_batch, num_workers, pin_memory
+        self.micro_batch = micro_batch
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
         self.dp_rank = _checked_rank(dp_rank, dp_world_size)
         self.stride = dp_world_size * micro_batch
         if micro_batch < 1 or global_batch < 1 or global_batch % self.stride:
@@ -107,7 +117,8 @@ class TokenLoader(Stateful):
     def _batches(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         first = self.position + self.dp_rank * self.micro_batch
         positions = _Positions(first, self.micro_batch, self.stride)
-        if self.num_workers == 0 and not self.pin_memory:  # a DataLoader takes as long as reading does
+        if self.num_workers == 0 and not self.pin_memory:
+            # A DataLoader would take as long as reading does.
             return map(self.dataset.__getitems__, positions)
         return StatefulDataLoader(
             self.dataset,
@@ -127,7 +138,8 @@ class TokenLoader(Stateful):
         for inputs, labels in self._batches():
             if self.position != reached:
                 raise RuntimeError("the position was set while this iterator was live; call iter() again")
-            self.position = reached = reached + self.stride
+            reached += self.stride
+            self.position = reached
             yield {"input": inputs}, labels
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,12 +156,15 @@ def _as_fetched(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor,
 def open_validation(data: Data, sequences: int) -> list[tuple[TokenStore, int]]:
     """The first held-out windows of a recipe's stores, ``sequences`` in all and from each by its weight; fewer where a
     store holds out fewer. Raises StoreError."""
-    paths, weights = zip(*data.stores, strict=True)
+    paths = [path for path, _ in data.stores]
+    counts = apportion([weight for _, weight in data.stores], sequences)
     rows: list[tuple[TokenStore, int]] = []
-    for path, count in zip(paths, apportion(weights, sequences), strict=True):
-        if count:
-            store = TokenStore.open(path, split="validation")
-            rows += [(store, window) for window in range(min(count, store.windows(data.seq_len)))]
+    for path, count in zip(paths, counts, strict=True):
+        if count == 0:
+            continue
+        store = TokenStore.open(path, split="validation")
+        for window in range(min(count, store.windows(data.seq_len))):
+            rows.append((store, window))
     if not rows:
         raise StoreError(f"{paths[0]}: validation has no sequence of {data.seq_len}; prepare a larger --validation")
     return rows
@@ -165,11 +180,13 @@ def validation_batches(
     """
     _checked_rank(dp_rank, dp_world_size)
     first = dp_rank * micro_batch
-    for start in range(first, len(rows) + first, dp_world_size * micro_batch):
+    stride = dp_world_size * micro_batch
+    for start in range(first, len(rows) + first, stride):
         inputs = torch.zeros((micro_batch, seq_len), dtype=torch.int64)
         labels = torch.full((micro_batch, seq_len), IGNORE)
-        if here := rows[start : start + micro_batch]:
-            inputs[: len(here)], labels[: len(here)] = _stacked(here, seq_len)
+        present = rows[start : start + micro_batch]
+        if present:
+            inputs[: len(present)], labels[: len(present)] = _stacked(present, seq_len)
         yield {"input": inputs}, labels
 
 

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -33,7 +34,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from stackgrow.data.read import INPUTS, File, PrepareError, Reader, Skipped, Source, list_files, read_file
-from stackgrow.data.store import DTYPES, FORMAT, MANIFEST, Manifest, TokenStore, read_manifest
+from stackgrow.data.store import DTYPES, FORMAT, MANIFEST, SPLITS, Manifest, TokenStore, read_manifest
 from stackgrow.data.tokenizer import Tokenizer, store_tokenizer, train_tokenizer
 from stackgrow.data.write import PARTS, STORE, TokenWriter, fraction, write_file
 from stackgrow.process.ranks import lock
@@ -42,6 +43,7 @@ from stackgrow.seal.files import read_json, sync_folder, write_json
 
 TASKS, TASK_BYTES = 1024, 2**21  # at most so many tasks, of at least so many bytes of input
 TRAINING_CHARACTERS = 2**28  # text a tokenizer is trained on at most; the trainer holds it in memory
+LIST_COLUMNS = ["root", "file", "bytes", *SPLITS]
 PACKAGES = ("datatrove", "numpy", "pyarrow", "sentencepiece", "tokenizers")
 PRESETS: dict[str, dict[str, Any]] = {
     "slimpajama": {  # SlimPajama-627B as published, without its GitHub part (the paper)
@@ -84,7 +86,9 @@ def prepare(
         raise PrepareError(f"validation share {validation} must be at least 0 and below 1")
     if not 1 <= tokens_per_shard <= 2**30:
         raise PrepareError(f"tokens per shard {tokens_per_shard} must be between 1 and {2**30}")
-    out, skipped = Path(out).absolute(), Skipped()
+    out = Path(out).absolute()
+    work = out.with_name(f".{out.name}.partial")
+    skipped = Skipped()
     files = list_files(sources, skipped)
     before = read_manifest(out) if append else None
     known = _known_tokenizer(tokenizer, before)
@@ -104,9 +108,10 @@ def prepare(
         "tasks": _tasks(files),
         "skipped": skipped,
     }
-    work = out.with_name(f".{out.name}.partial")
-    if existing := _existing(out, inputs, append):
-        if (read_json(work / INPUTS) or {}).get("fingerprint") == inputs["fingerprint"]:
+    existing = _existing(out, inputs, append)
+    if existing:
+        left_over = read_json(work / INPUTS) or {}
+        if left_over.get("fingerprint") == inputs["fingerprint"]:
             shutil.rmtree(work, ignore_errors=True)  # a kill came between the last two steps, or its owner is there
         return existing, False
     with _locked(work, out):
@@ -121,6 +126,7 @@ def prepare(
 
 
 def _known_tokenizer(tokenizer: int | str | Path | None, before: Manifest | None) -> int | Tokenizer:
+    """The tokenizer, or how many pieces one is to be trained with; ``before``: of the store that is added to."""
     if before is None:
         assert tokenizer is not None
         return tokenizer if isinstance(tokenizer, int) else Tokenizer.load(tokenizer)
@@ -132,13 +138,17 @@ def _known_tokenizer(tokenizer: int | str | Path | None, before: Manifest | None
 
 def _tasks(files: Sequence[File]) -> list[tuple[int, int]]:
     """Consecutive files, [first, last + 1) of each task: by their bytes alone."""
-    size = max(TASK_BYTES, -(-sum(file.bytes for file in files) // TASKS))
-    tasks, first, total = [], 0, 0
+    all_bytes = sum(file.bytes for file in files)
+    enough = max(TASK_BYTES, math.ceil(all_bytes / TASKS))
+    tasks = []
+    first = 0
+    size = 0
     for number, file in enumerate(files, 1):
-        total += file.bytes
-        if total >= size or number == len(files):
+        size += file.bytes
+        if size >= enough or number == len(files):
             tasks.append((first, number))
-            first, total = number, 0
+            first = number
+            size = 0
     return tasks
 
 
@@ -153,11 +163,14 @@ def _existing(out: Path, inputs: dict[str, Any], append: bool) -> Manifest | Non
     if all(corpus["fingerprint"] != inputs["fingerprint"] for corpus in corpora):
         if append:
             return None
-        what = "files" if any(corpus["options"] == inputs["options"] for corpus in corpora) else "options"
-        raise PrepareError(f"{out} was prepared from other {what}; name another --out, delete that folder, or --append")
+        same_options = any(corpus["options"] == inputs["options"] for corpus in corpora)
+        other = "files" if same_options else "options"
+        raise PrepareError(
+            f"{out} was prepared from other {other}; name another --out, delete that folder, or --append"
+        )
     for name, split in manifest.splits.items():
         if split.tokens:
-            TokenStore.open(out, name)
+            TokenStore.open(out, name)  # refuses a store whose files are not all there
     return manifest
 
 
@@ -168,8 +181,8 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
     handle = os.open(work, os.O_RDONLY)
     try:
         lock(handle)
-        if not work.exists() or not os.path.samestat(os.fstat(handle), work.stat()):  # its owner has just finished
-            raise BlockingIOError
+        if not work.exists() or not os.path.samestat(os.fstat(handle), work.stat()):
+            raise BlockingIOError  # its owner has just finished, and the folder is the store now
         yield
     except BlockingIOError:
         raise PrepareError(f"another preparation of {out} is at work; let it finish, then run again") from None
@@ -179,8 +192,9 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
 
 def _begin(work: Path, inputs: dict[str, Any], known: int | Tokenizer) -> None:
     """Writes the tokenizer and then inputs.json, unless a stopped preparation of the same inputs has."""
-    if found := read_json(work / INPUTS):
-        if found["fingerprint"] != inputs["fingerprint"]:
+    stopped = read_json(work / INPUTS)
+    if stopped:
+        if stopped["fingerprint"] != inputs["fingerprint"]:
             raise PrepareError(f"{work} holds a stopped preparation of other files or options; finish or delete it")
         return
     for folder in (STORE, PARTS):
@@ -194,7 +208,8 @@ def _begin(work: Path, inputs: dict[str, Any], known: int | Tokenizer) -> None:
 def _sample(inputs: dict[str, Any]) -> Iterator[str]:
     """Training text from all over the corpus: files by the hashes of their names, of each no more than its share."""
     files: list[File] = sorted(inputs["files"], key=lambda f: hashlib.sha256(os.fsencode(f.name)).digest())
-    share, total = max(TRAINING_CHARACTERS // len(files), 2**20), 0
+    share = max(TRAINING_CHARACTERS // len(files), 2**20)
+    total = 0
     for file in files:
         taken = 0
         for document in read_file(inputs, file, Skipped()):
@@ -209,9 +224,10 @@ def _sample(inputs: dict[str, Any]) -> Iterator[str]:
 
 
 def _pipeline(work: Path, validation: float | None = None) -> list[PipelineStep]:
+    if validation is None:
+        validation = json.loads((work / INPUTS).read_bytes())["options"]["validation"]
     reader = Reader(str(work))
-    share = json.loads((work / INPUTS).read_bytes())["options"]["validation"]
-    return [reader, TokenWriter(str(work), reader, share if validation is None else validation)]
+    return [reader, TokenWriter(str(work), reader, validation)]
 
 
 class _Local(LocalPipelineExecutor):
@@ -256,25 +272,22 @@ def _submit(work: Path, out: Path, tasks: int, options: dict[str, Any]) -> None:
 def finish(work: Path, out: Path, *_: Any) -> None:
     """Makes the work of all tasks the store ``out``, or a part of it; doing it again after a kill does the rest."""
     inputs = json.loads((work / INPUTS).read_bytes())
+    store = work / STORE
     parts = _with_validation(work, _records(work, len(inputs["tasks"])), inputs["options"]["validation"])
     skipped = Skipped(inputs["skipped"])
     for part in parts:
         skipped.merge(part["skipped"])
-    counts = {number: of_file for part in parts for number, of_file in part["files"].items()}
-    listing = [
-        [inputs["sources"][f[0]]["root"], f[1], f[2], *counts.get(str(i), (0, 0))]
-        for i, f in enumerate(inputs["files"])
-    ]
-    store, documents = work / STORE, f"sources-{inputs['corpus']:02d}.json"
-    content = json.dumps({"columns": ["root", "file", "bytes", "train", "validation"], "files": listing}).encode()
-    splits = {split: _joined([part["splits"][split] for part in parts]) for split in ("train", "validation")}
-    if not splits["train"]["documents"]:
-        why = ", ".join(f"{entry['count']} {reason}" for reason, entry in skipped.items()) or "none"
-        held = splits["validation"]["documents"]
-        raise PrepareError(f"no documents to train on: {held} held out (--validation); left out: {why}")
-    write_file(store / documents, content)
+    splits = {split: _joined([part["splits"][split] for part in parts]) for split in SPLITS}
+    _refuse_empty(splits, skipped)
+
+    # The list of the corpus' files, by which a token is traced to its document.
+    list_file = f"sources-{inputs['corpus']:02d}.json"
+    list_content = json.dumps({"columns": LIST_COLUMNS, "files": _listing(inputs, parts)}).encode()
+    write_file(store / list_file, list_content)
     corpus = {name: inputs[name] for name in ("fingerprint", "options", "sources")}
-    corpus |= {"skipped": skipped, "list": {"file": documents, "sha256": hashlib.sha256(content).hexdigest()}}
+    corpus["skipped"] = skipped
+    corpus["list"] = {"file": list_file, "sha256": hashlib.sha256(list_content).hexdigest()}
+
     tokenizer = Tokenizer.load(store / inputs["tokenizer"])
     manifest = {
         "format": FORMAT,
@@ -289,6 +302,26 @@ def finish(work: Path, out: Path, *_: Any) -> None:
     _put_in_place(work, out, manifest)
 
 
+def _listing(inputs: dict[str, Any], parts: list[dict[str, Any]]) -> list[list[Any]]:
+    """A row of LIST_COLUMNS for every file."""
+    documents: dict[str, list[int]] = {}  # of each file, by its number: in train, in validation
+    for part in parts:
+        documents |= part["files"]
+    rows = []
+    for number, (source, name, size, _) in enumerate(inputs["files"]):
+        root = inputs["sources"][source]["root"]
+        rows.append([root, name, size, *documents.get(str(number), [0, 0])])
+    return rows
+
+
+def _refuse_empty(splits: dict[str, Any], skipped: Skipped) -> None:
+    if splits["train"]["documents"]:
+        return
+    reasons = ", ".join(f"{entry['count']} {reason}" for reason, entry in skipped.items())
+    held_out = splits["validation"]["documents"]
+    raise PrepareError(f"no documents to train on: {held_out} held out (--validation); left out: {reasons or 'none'}")
+
+
 def _records(work: Path, tasks: int) -> list[dict[str, Any]]:
     records = [read_json(work / PARTS / f"{rank:05d}.json") for rank in range(tasks)]
     done = [record for record in records if record is not None]
@@ -300,35 +333,53 @@ def _records(work: Path, tasks: int) -> list[dict[str, Any]]:
 def _with_validation(work: Path, parts: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
     """The records; where no document of several was held out, after the task that has the one next to it is done again
     with that one held out."""
-    counts = {split: sum(part["splits"][split]["documents"] for part in parts) for split in ("train", "validation")}
-    if share == 0 or counts["validation"] or counts["train"] < 2:
+    held_out = sum(part["splits"]["validation"]["documents"] for part in parts)
+    trained = sum(part["splits"]["train"]["documents"] for part in parts)
+    if share == 0 or held_out or trained < 2:
         return parts
     rank = min(range(len(parts)), key=lambda i: parts[i]["lowest"])
-    reader, writer = _pipeline(work, validation=float(np.nextafter(parts[rank]["lowest"], 1)))
+    just_above = float(np.nextafter(parts[rank]["lowest"], 1))
+    reader, writer = _pipeline(work, validation=just_above)
     writer.run(reader.run(None, rank, len(parts)), rank, len(parts))
     return _records(work, len(parts))
 
 
 def _joined(splits: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    counts = {name: sum(split[name] for split in splits) for name in ("tokens", "documents")}
-    return {**counts, "shards": [shard for split in splits for shard in split["shards"]]}
+    """One split's entries, of several tasks or corpora, as one."""
+    shards = []
+    for split in splits:
+        shards += split["shards"]
+    return {
+        "tokens": sum(split["tokens"] for split in splits),
+        "documents": sum(split["documents"] for split in splits),
+        "shards": shards,
+    }
 
 
 def _put_in_place(work: Path, out: Path, manifest: dict[str, Any]) -> None:
-    store, named = work / STORE, {manifest["tokenizer"]["file"], manifest["corpora"][0]["list"]["file"]}
-    named |= {shard["file"] for split in manifest["splits"].values() for shard in split["shards"]}
+    store = work / STORE
+    named = {manifest["tokenizer"]["file"], manifest["corpora"][0]["list"]["file"]}
+    for split in manifest["splits"].values():
+        named.update(shard["file"] for shard in split["shards"])
     for path in store.iterdir():
         if path.name not in named:  # of a killed worker, or of a task done again
             path.unlink()
-    if (out / MANIFEST).exists():  # add to it: files that no manifest names yet, then the manifest
-        before = read_manifest(out).raw
-        for name in sorted(named - {manifest["tokenizer"]["file"]}):
-            if (store / name).exists():
-                (store / name).replace(out / name)
-        manifest["splits"] = {s: _joined([before["splits"][s], manifest["splits"][s]]) for s in manifest["splits"]}
-        write_json(out / MANIFEST, {**manifest, "corpora": [*before["corpora"], *manifest["corpora"]]})
+    if (out / MANIFEST).exists():
+        _add_to(out, store, named - {manifest["tokenizer"]["file"]}, manifest)
     else:
         write_json(store / MANIFEST, manifest)
         store.rename(out)
         sync_folder(out.parent)
     shutil.rmtree(work, ignore_errors=True)  # another preparation may find it and delete it, too
+
+
+def _add_to(out: Path, store: Path, names: set[str], manifest: dict[str, Any]) -> None:
+    """Moves files that no manifest of ``out`` names yet into it, and then writes the manifest that names them."""
+    before = read_manifest(out).raw
+    for name in sorted(names):
+        if (store / name).exists():  # not moved before a kill
+            (store / name).replace(out / name)
+    for split in SPLITS:
+        manifest["splits"][split] = _joined([before["splits"][split], manifest["splits"][split]])
+    manifest["corpora"] = [*before["corpora"], *manifest["corpora"]]
+    write_json(out / MANIFEST, manifest)

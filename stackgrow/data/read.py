@@ -27,6 +27,7 @@ logger.disable("datatrove")  # tracebacks and tables; its log files stay
 
 INPUTS = "inputs.json"
 CODECS = {".zst": "zstd", ".gz": "gzip", ".bz2": "bz2"}
+JSON_LINES = (".jsonl", ".json", ".ndjson")
 VERSIONS = ("mtime", "ETag", "etag", "blob_id", "LastModified", "last_modified", "updated")  # what file systems have
 SKIPPED_NAMES = 20  # names kept per reason in the manifest
 STDLIB_EXCLUDED = ("site-packages", "dist-packages", "lib2to3", "encodings", "test", "tests", "idle_test")
@@ -70,34 +71,44 @@ class File(NamedTuple):
 
 def stdlib_source() -> Source:
     """The Python standard library's own code: about 10 MB of text that every machine has."""
-    exclude = [e for folder in STDLIB_EXCLUDED for e in (f"{folder}/*", f"*/{folder}/*")]
-    return Source(sysconfig.get_path("stdlib"), "**/*.py", (*exclude, "_sysconfigdata*"))
+    exclude = []
+    for folder in STDLIB_EXCLUDED:
+        exclude += [f"{folder}/*", f"*/{folder}/*"]
+    exclude.append("_sysconfigdata*")
+    return Source(sysconfig.get_path("stdlib"), "**/*.py", tuple(exclude))
 
 
 def list_files(sources: Sequence[Source], skipped: Skipped) -> list[File]:
     """Every input file, source after source, by name. Raises PrepareError where there is none."""
     files: list[File] = []
-    seen = set()
+    seen: set[str] = set()
     for number, source in enumerate(sources):
-        folder = get_datafolder(source.root)
-        if not folder.isdir(""):
-            raise PrepareError(f"{source.root} is not a folder; give one that holds the text files")
-        for name, info in sorted(folder.glob(source.pattern, detail=True).items()):
-            if info["type"] == "directory" or any(fnmatchcase(name, pattern) for pattern in source.exclude):
-                continue
-            real = str(Path(source.root, name).resolve()) if folder.is_local() else folder.resolve_paths(name)
-            if info["type"] != "file" and not folder.isfile(name):  # opening a pipe would wait for ever
-                skipped.add("not a regular file", name)
-            elif real in seen:
-                skipped.add("same file found twice", name)
-            else:
-                whole = info["type"] == "file" and info.get("size") is not None  # a listing over HTTP has no sizes
-                files.append(_file(number, name, info if whole else _info(folder, name)))
-            seen.add(real)
+        files += _list_source(number, source, seen, skipped)
     if not files:
         where = ", ".join(f"{source.root}/{source.pattern}" for source in sources)
         raise PrepareError(f"no documents in {where}; look at --pattern and --exclude")
     return files
+
+
+def _list_source(number: int, source: Source, seen: set[str], skipped: Skipped) -> Iterator[File]:
+    """Files of one source that are not in ``seen``, where they are added, links resolved."""
+    folder = get_datafolder(source.root)
+    if not folder.isdir(""):
+        raise PrepareError(f"{source.root} is not a folder; give one that holds the text files")
+    for name, info in sorted(folder.glob(source.pattern, detail=True).items()):
+        if info["type"] == "directory" or any(fnmatchcase(name, pattern) for pattern in source.exclude):
+            continue
+        real = str(Path(source.root, name).resolve()) if folder.is_local() else folder.resolve_paths(name)
+        if info["type"] != "file" and not folder.isfile(name):
+            # Opening a pipe would wait for ever.
+            skipped.add("not a regular file", name)
+        elif real in seen:
+            skipped.add("same file found twice", name)
+        else:
+            # A link's own entry is not the file's, and a listing over HTTP has no sizes.
+            is_whole = info["type"] == "file" and info.get("size") is not None
+            yield _file(number, name, info if is_whole else _info(folder, name))
+        seen.add(real)
 
 
 def _info(folder: DataFolder, name: str) -> dict[str, Any]:
@@ -120,41 +131,53 @@ class FileReader(ParquetReader):
 
     def __init__(self, root: str, text_key: str, drop: Sequence[Sequence[str]], skipped: Skipped):
         super().__init__(root, text_key=text_key)
-        self.drop, self.skipped = drop, skipped
+        self.drop = drop
+        self.skipped = skipped
 
     def read_file(self, filepath: str) -> Iterator[Document]:
         """Raises PrepareError, naming the file, if it cannot be read to its end."""
         path = PurePosixPath(filepath)
-        kind = path.with_suffix("").suffix if path.suffix in CODECS else path.suffix
+        suffix = path.with_suffix("").suffix if path.suffix in CODECS else path.suffix
         try:
-            if kind == ".parquet":
+            if suffix == ".parquet":
                 yield from super().read_file(filepath)
+            elif suffix in JSON_LINES:
+                yield from self._lines(filepath)
             else:
-                yield from (self._lines if kind in (".jsonl", ".json", ".ndjson") else self._whole)(filepath)
+                yield from self._whole(filepath)
         except Exception as error:
             where = self.data_folder.resolve_paths(filepath)
             raise PrepareError(f"{where}: {error}; fetch it again, or leave it out with --exclude") from error
 
     def get_document_from_dict(self, data: dict, source_file: str, id_in_file: int | str) -> Document | None:
         text = data.get(self.text_key)
-        fault = "" if isinstance(text, str) else f'no text under the key "{self.text_key}"'
-        if not fault and (not text or text.isspace()):
-            fault = "empty"
-        for key, value in self.drop:
-            if str(_nested(data, key)) == value:
-                fault = f"dropped, {key} = {value}"
-        try:
-            encoded = b"" if fault else str(text).encode()
-        except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
-            fault = "not UTF-8"
+        fault = self._fault(data, text)
+        encoded = b""
+        if not fault:
+            try:
+                encoded = str(text).encode()
+            except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
+                fault = "not UTF-8"
         if fault:
             self.skipped.add(fault, f"{source_file}:{id_in_file}")
             return None
         return Document(text, hashlib.sha256(encoded).hexdigest())
 
+    def _fault(self, data: dict, text: Any) -> str:
+        """Why a row is left out; "" where it is not."""
+        for key, value in reversed(self.drop):
+            if str(_nested(data, key)) == value:
+                return f"dropped, {key} = {value}"
+        if not isinstance(text, str):
+            return f'no text under the key "{self.text_key}"'
+        if not text or text.isspace():
+            return "empty"
+        return ""
+
     def _open(self, path: str) -> io.BufferedReader:
         stream = self.data_folder.open(path, "rb")
-        if codec := CODECS.get(PurePosixPath(path).suffix):
+        codec = CODECS.get(PurePosixPath(path).suffix)
+        if codec:
             # Arrow's stream goes on over the frames of a file and fails where one is cut off; zstandard's just ends.
             stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), codec)
         return io.BufferedReader(stream, 2**20)
@@ -166,11 +189,14 @@ class FileReader(ParquetReader):
                     continue
                 try:
                     row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    fault = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
-                    self.skipped.add(fault, f"{path}:{number}")
+                except UnicodeDecodeError:
+                    self.skipped.add("not UTF-8", f"{path}:{number}")
                     continue
-                if document := self.get_document_from_dict(row if isinstance(row, dict) else {}, path, number):
+                except (ValueError, RecursionError):
+                    self.skipped.add("not JSON", f"{path}:{number}")
+                    continue
+                document = self.get_document_from_dict(row if isinstance(row, dict) else {}, path, number)
+                if document:
                     yield document
 
     def _whole(self, path: str) -> Iterator[Document]:
@@ -181,7 +207,8 @@ class FileReader(ParquetReader):
         except UnicodeDecodeError:
             self.skipped.add("not UTF-8", path)
             return
-        if document := self.get_document_from_dict({self.text_key: text}, path, 1):
+        document = self.get_document_from_dict({self.text_key: text}, path, 1)
+        if document:
             yield document
 
 
@@ -194,17 +221,20 @@ def _nested(data: Any, key: str) -> Any:
 class Reader(PipelineStep):
     """The documents of a task's files, which the folder ``work`` lists; each says its file's number."""
 
-    type, name = "READER", "stackgrow"
+    type = "READER"
+    name = "stackgrow"
 
     def __init__(self, work: str):
         super().__init__()
-        self.work, self.skipped = work, Skipped()
+        self.work = work
+        self.skipped = Skipped()
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Raises PrepareError for a file that has changed since it was listed, or cannot be read."""
         inputs = json.loads((Path(self.work) / INPUTS).read_bytes())
         self.skipped = Skipped()
-        for number in range(*inputs["tasks"][rank]):
+        first, end = inputs["tasks"][rank]
+        for number in range(first, end):
             file = File(*inputs["files"][number])
             for document in read_file(inputs, file, self.skipped):
                 document.metadata["file"] = number
@@ -212,7 +242,8 @@ class Reader(PipelineStep):
 
 
 def read_file(inputs: dict[str, Any], file: File, skipped: Skipped) -> Iterator[Document]:
-    root, options = inputs["sources"][file.source]["root"], inputs["options"]
+    root = inputs["sources"][file.source]["root"]
+    options = inputs["options"]
     reader = FileReader(root, options["text_key"], options["drop"], skipped)
     if _file(file.source, file.name, _info(reader.data_folder, file.name)) != file:
         raise PrepareError(f"{root}/{file.name} changed while it was being prepared; run again")

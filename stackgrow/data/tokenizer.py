@@ -18,8 +18,10 @@ from stackgrow.data.store import AGAIN, Manifest, StoreError
 SPACE = "\u2581"
 LONG = 2**20  # characters; a longer text is encoded in parts, since encoders hold some 100 bytes per character
 WORD_END = re.compile(r"\w(?= \w)")
+# Names to look for where neither a tokenizer_config.json nor the tokenizer itself says which token it is.
 BOS = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|endoftext|>")
 EOS = ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>")
+NONE = -1  # the id of a token that a tokenizer does not have
 
 
 class TokenizerError(ValueError):
@@ -36,15 +38,16 @@ class Tokenizer:
     model: bytes
     file: str  # its name in a token store
     vocab_size: int
-    bos_id: int
-    eos_id: int  # -1: it has none
+    bos_id: int  # NONE: it has none
+    eos_id: int  # NONE: it has none
     adds_prefix: bool  # it puts a space before every text
 
     @staticmethod
     def load(path: str | Path) -> Tokenizer:
         """The tokenizer in file ``path``. Raises TokenizerError if it is not one, OSError if unreadable."""
         content = Path(path).read_bytes()
-        return (HfTokenizer if str(path).endswith(".json") else SentencePiece)(content, str(path))
+        kind = HfTokenizer if str(path).endswith(".json") else SentencePiece
+        return kind(content, str(path))
 
     @property
     def sha256(self) -> str:
@@ -56,11 +59,22 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int] | np.ndarray]:
         """Token ids of each text; a long one's as an array, which takes a tenth of a list's memory."""
-        ids = iter(self._encode([text for text in texts if len(text) <= LONG]))
-        return [next(ids) if len(text) <= LONG else self._encode_long(text) for text in texts]
+        # All short ones in one call: the encoders spread them over the cores.
+        ids_of_short_texts = iter(self._encode([text for text in texts if len(text) <= LONG]))
+        result: list[list[int] | np.ndarray] = []
+        for text in texts:
+            if len(text) <= LONG:
+                result.append(next(ids_of_short_texts))
+            else:
+                result.append(self._encode_long(text))
+        return result
 
     def _encode_long(self, text: str) -> np.ndarray:
-        return np.concatenate([np.array(self._encode([part])[0], np.uint32) for part in self._parts(text)])
+        parts = []
+        for part in self._parts(text):
+            [ids] = self._encode([part])
+            parts.append(np.array(ids, np.uint32))
+        return np.concatenate(parts)
 
     def decode(self, ids: Sequence[int]) -> str:
         raise NotImplementedError
@@ -71,10 +85,12 @@ class Tokenizer:
     def _parts(self, text: str) -> Iterator[str]:
         start = 0
         while start < len(text):
-            found = WORD_END.search(text, start + LONG, start + 2 * LONG)
-            end = found.end() if found else start + 2 * LONG
+            word_end = WORD_END.search(text, start + LONG, start + 2 * LONG)
+            end = word_end.end() if word_end else start + 2 * LONG
             yield text[start:end]
-            start = end + (found is not None and self.adds_prefix)  # the next part's own prefix stands for its space
+            start = end
+            if word_end and self.adds_prefix:
+                start += 1  # the next part's own prefix stands for its space
 
 
 def store_tokenizer(manifest: Manifest) -> Tokenizer:
@@ -101,23 +117,31 @@ class SentencePiece(Tokenizer):
             raise TokenizerError(f"{name} has no BOS token; every document must begin with one")
         self.model = model
         self.vocab_size = self._model.vocab_size()
-        self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
-        ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self.bos_id = self._model.bos_id()
+        self.eos_id = self._model.eos_id()
         self.adds_prefix = self._model.encode("a", out_type=str)[0].startswith(SPACE)
+        bytes_of_space = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         # Only where a text may be encoded in parts: bytes are pieces, and no part gets a space of its own.
-        self._space_ids = ids if all(map(self._model.is_byte, ids)) and not self.adds_prefix else None
+        self._space_ids: list[int] | None = None
+        if all(map(self._model.is_byte, bytes_of_space)) and not self.adds_prefix:
+            self._space_ids = bytes_of_space
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._model.decode(list(ids)))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [self._encode_parts(text) if SPACE in text else self._model.encode(text) for text in texts]
+        return [self._encode_spaces(text) if SPACE in text else self._model.encode(text) for text in texts]
 
-    def _encode_parts(self, text: str) -> list[int]:
+    def _encode_spaces(self, text: str) -> list[int]:
+        """Token ids of a text with real U+2581 in it: their bytes, between the tokens of what stands between them."""
         if self._space_ids is None:
             return list(self._model.encode(text))
-        first, *rest = self._model.encode(text.split(SPACE))
-        return [*first, *(i for part in rest for i in (*self._space_ids, *part))]
+        result: list[int] = []
+        for number, part in enumerate(self._model.encode(text.split(SPACE))):
+            if number > 0:
+                result += self._space_ids
+            result += part
+        return result
 
 
 class HfTokenizer(Tokenizer):
@@ -133,11 +157,11 @@ class HfTokenizer(Tokenizer):
         self._model.no_truncation()
         self._model.no_padding()
         self._model.encode_special_tokens = True
-        own = self._model.encode("").ids
-        bos = own[:1] if own and self._model.id_to_token(own[0]) not in EOS[:-1] else self._ids(BOS)
-        if not bos:
+        self.model = model
+        self.bos_id = self._own_bos()
+        if self.bos_id == NONE:
             raise TokenizerError(f"{name} has no BOS token ({', '.join(BOS)}); every document must begin with one")
-        self.model, self.bos_id, self.eos_id = model, bos[0], (*self._ids(EOS), -1)[0]
+        self.eos_id = self._first_known(EOS)
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         self.adds_prefix = not self._model.encode("a", add_special_tokens=False).tokens[0].startswith("a")
 
@@ -147,8 +171,18 @@ class HfTokenizer(Tokenizer):
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._model.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _ids(self, names: Sequence[str]) -> list[int]:
-        return [i for name in names if (i := self._model.token_to_id(name)) is not None]
+    def _own_bos(self) -> int:
+        put_before_a_text = self._model.encode("").ids
+        if put_before_a_text and self._model.id_to_token(put_before_a_text[0]) not in EOS[:-1]:
+            return int(put_before_a_text[0])
+        return self._first_known(BOS)
+
+    def _first_known(self, names: Sequence[str]) -> int:
+        for name in names:
+            token = self._model.token_to_id(name)
+            if token is not None:
+                return int(token)
+        return NONE
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -17,7 +17,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from stackgrow.data.read import INPUTS, Reader
-from stackgrow.data.store import Shard
+from stackgrow.data.store import SPLITS, Shard
 from stackgrow.data.tokenizer import Tokenizer
 from stackgrow.seal.files import file_records, write_json
 from stackgrow.text import human
@@ -30,33 +30,53 @@ class TokenWriter(PipelineStep):
     """Encodes the documents of a task into shards of its own: neither the number of workers nor a kill changes a byte.
     A document is held out when the hash of its text, as a number below 1, is below ``validation``."""
 
-    type, name = "WRITER", "stackgrow"
+    type = "WRITER"
+    name = "stackgrow"
 
     def __init__(self, work: str, reader: Reader, validation: float):
         super().__init__()
-        self.work, self.reader, self.validation = Path(work), reader, validation
+        self.work = Path(work)
+        self.reader = reader
+        self.validation = validation
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
-        inputs, began = json.loads((self.work / INPUTS).read_bytes()), time.monotonic()
-        path = self.work / STORE / inputs["tokenizer"]
-        tokenizer = _tokenizer(str(path), path.stat().st_mtime_ns)
-        size, dtype = inputs["options"]["tokens_per_shard"], inputs["dtype"]
-        name = f"{inputs['corpus']:02d}-{rank:04d}"
-        shards = {s: ShardWriter(self.work / STORE, f"{s}-{name}", size, dtype) for s in ("train", "validation")}
-        counts: dict[int, list[int]] = {}  # file -> documents in train, in validation
+        began = time.monotonic()
+        inputs = json.loads((self.work / INPUTS).read_bytes())
+        tokenizer_file = self.work / STORE / inputs["tokenizer"]
+        tokenizer = _tokenizer(str(tokenizer_file), tokenizer_file.stat().st_mtime_ns)
+        begin = inputs.get("begin", [tokenizer.bos_id])  # before each document
+        end = inputs.get("end", [])  # after it
+        shards = self._shard_writers(inputs, rank, counts_ends=not begin)
+        counts: dict[int, list[int]] = {}  # number of the file -> documents in each of SPLITS
         lowest = 1.0
         for batch in batches(data):
-            for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-                rank_of = fraction(document.id)
-                lowest, held_out = min(lowest, rank_of), rank_of < self.validation
-                shards["validation" if held_out else "train"].add(tokenizer.bos_id, ids)
-                counts.setdefault(document.metadata["file"], [0, 0])[held_out] += 1
+            encoded = tokenizer.encode_batch([document.text for document in batch])
+            for document, ids in zip(batch, encoded, strict=True):
+                share = fraction(document.id)
+                lowest = min(lowest, share)
+                split = "validation" if share < self.validation else "train"
+                parts = [np.asarray(part, np.uint32) for part in (begin, ids, end)]
+                shards[split].add(np.concatenate(parts))
+                counts_of_file = counts.setdefault(document.metadata["file"], [0] * len(SPLITS))
+                counts_of_file[SPLITS.index(split)] += 1
         splits = {split: writer.finish() for split, writer in shards.items()}
         record = {"splits": splits, "files": counts, "lowest": lowest, "skipped": self.reader.skipped}
         write_json(self.work / PARTS / f"{rank:05d}.json", record)
         tokens = sum(split["tokens"] for split in splits.values())
         rate = human(tokens / max(time.monotonic() - began, 1e-9))
         print(f"task {rank + 1} of {world_size}: {human(tokens)} tokens, {rate} tokens/s", file=sys.stderr, flush=True)
+
+    def _shard_writers(self, inputs: dict[str, Any], rank: int, *, counts_ends: bool) -> dict[str, ShardWriter]:
+        writers = {}
+        for split in SPLITS:
+            writers[split] = ShardWriter(
+                folder=self.work / STORE,
+                name=f"{split}-{inputs['corpus']:02d}-{rank:04d}",
+                size=inputs["options"]["tokens_per_shard"],
+                dtype=inputs["dtype"],
+                counts_ends=counts_ends,
+            )
+        return writers
 
 
 def fraction(digest: str) -> float:
@@ -72,7 +92,8 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         size += len(document.text)
         if size >= BATCH:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
@@ -83,25 +104,34 @@ def _tokenizer(path: str, written: int) -> Tokenizer:
 
 
 class ShardWriter:
-    """Cuts one split's stream of tokens into files of exactly ``size`` tokens, the last one excepted."""
+    """Cuts one split's stream of tokens into files of exactly ``size`` tokens, the last one excepted.
 
-    def __init__(self, folder: Path, name: str, size: int, dtype: str):
-        self.folder, self.name, self.size, self.dtype = folder, name, size, dtype
+    A shard's ``documents`` are those that begin in it; with ``counts_ends``, those that end in it.
+    """
+
+    def __init__(self, folder: Path, name: str, size: int, dtype: str, *, counts_ends: bool = False):
+        self.folder = folder
+        self.name = name
+        self.size = size
+        self.dtype = dtype
+        self.counts_ends = counts_ends
         self.buffer = np.empty(0, dtype)
-        self.filled = self.documents = 0
+        self.filled = 0
+        self.documents = 0
         self.shards: list[Shard] = []
 
-    def add(self, bos_id: int, ids: list[int] | np.ndarray) -> None:
-        tokens = np.empty(len(ids) + 1, self.dtype)
-        tokens[0], tokens[1:] = bos_id, ids
+    def add(self, document: np.ndarray) -> None:
         if not len(self.buffer):
             self.buffer = np.empty(self.size, self.dtype)  # memory is taken as it is filled
-        self.documents += 1
-        while len(tokens):
-            part = tokens[: self.size - self.filled]
-            tokens = tokens[len(part) :]
+        start = 0
+        while start < len(document):
+            part = document[start : start + self.size - self.filled]
+            counted_at = len(document) - 1 if self.counts_ends else 0
+            if start <= counted_at < start + len(part):
+                self.documents += 1
             self.buffer[self.filled : self.filled + len(part)] = part
             self.filled += len(part)
+            start += len(part)
             if self.filled == self.size:
                 self._flush()
 
@@ -118,8 +148,10 @@ class ShardWriter:
     def _flush(self) -> None:
         name = f"{self.name}-{len(self.shards):04d}.npy"
         write_file(self.folder / name, self.buffer[: self.filled])
-        self.shards.append(Shard(name, self.filled, self.documents, **file_records(self.folder, [name])[name]))
-        self.filled = self.documents = 0
+        record = file_records(self.folder, [name])[name]
+        self.shards.append(Shard(name, self.filled, self.documents, record["sha256"], record["bytes"]))
+        self.filled = 0
+        self.documents = 0
 
 
 def write_file(path: Path, content: bytes | np.ndarray) -> None:

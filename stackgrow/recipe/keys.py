@@ -19,18 +19,38 @@ OPERATORS = ("stack", "split", "zero", "random", "learn")
 MAX_WIDTH = 2**16  # planning a growth takes memory and time with every channel; GPT-3 has 12,288
 
 
-def key(kind: Kind, help: str, *default: Any, free: bool = False, or_table: type | None = None) -> Any:
+class _Required:
+    """In the place of a default where there is none."""
+
+
+REQUIRED = _Required()
+
+
+def key(kind: Kind, help: str, default: Any = REQUIRED, *, free: bool = False, or_table: type | None = None) -> Any:
     """A recipe key, required when no default is given. ``free`` keys place and watch the work (ranks, paths,
     logging) without defining the trained model: they may change between two sessions of one run. The value may be
     a table, too, where ``or_table`` describes one."""
-    metadata = {"kind": kind, "help": help, "required": not default, "free": free, "or_table": or_table}
-    return field(default=default[0] if default else None, metadata=metadata)
+    required = default is REQUIRED
+    metadata = {
+        "kind": kind,
+        "help": help,
+        "required": required,
+        "free": free,
+        "or_table": or_table,
+    }
+    return field(default=None if required else default, metadata=metadata)
 
 
 def table(cls: type, help: str, *, required: bool = False, optional: bool = False, many: bool = False) -> Any:
     """A table ``[name]`` described by ``cls``. When absent, it is filled with defaults; an ``optional`` one
     is None, and ``many`` (an array of tables ``[[name]]``) are ()."""
-    metadata = {"table": cls, "help": help, "required": required, "optional": optional, "many": many}
+    metadata = {
+        "table": cls,
+        "help": help,
+        "required": required,
+        "optional": optional,
+        "many": many,
+    }
     return field(default=() if many else None, metadata=metadata)
 
 
@@ -68,7 +88,9 @@ class Data:
     @property
     def stores(self) -> list[tuple[str, float]]:
         """(path, weight) of every store."""
-        return [(mix.path, mix.weight) for mix in self.mix] or [(self.path, 1.0)]
+        if not self.mix:
+            return [(self.path, 1.0)]
+        return [(mix.path, mix.weight) for mix in self.mix]
 
 
 @dataclass(frozen=True)
@@ -102,8 +124,10 @@ class Model:
         return self.dim // self.n_heads
 
     def layer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """One layer's parameter names -> shapes. D width, F FFN width."""
-        D, F, KV = self.dim, self.ffn_dim, self.kv_heads * self.head_dim
+        """One layer's parameter names -> shapes. D width, F FFN width, KV width of all key/value heads."""
+        D = self.dim
+        F = self.ffn_dim
+        KV = self.kv_heads * self.head_dim
         return {
             "attention.wq.weight": (D, D),
             "attention.wk.weight": (KV, D),
@@ -118,10 +142,15 @@ class Model:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Parameter names (torchtitan's) -> shapes, in model order. D width, V vocabulary."""
-        D, V, layer = self.dim, self.vocab_size, self.layer_tensors()
-        names: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (V, D)}
-        names |= {f"layers.{i}.{n}": s for i in range(self.n_layers) for n, s in layer.items()}
-        return names | {"norm.weight": (D,), "output.weight": (V, D)}
+        D = self.dim
+        V = self.vocab_size
+        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (V, D)}
+        for layer in range(self.n_layers):
+            for name, shape in self.layer_tensors().items():
+                shapes[f"layers.{layer}.{name}"] = shape
+        shapes["norm.weight"] = (D,)
+        shapes["output.weight"] = (V, D)
+        return shapes
 
     def parameters(self) -> int:
         """All parameters, embedding and head included."""
@@ -129,7 +158,9 @@ class Model:
 
     def non_embedding_parameters(self) -> int:
         """Parameters without the input embedding and the output head."""
-        return self.n_layers * sum(math.prod(s) for s in self.layer_tensors().values()) + self.dim
+        of_a_layer = sum(math.prod(shape) for shape in self.layer_tensors().values())
+        last_norm = self.dim
+        return self.n_layers * of_a_layer + last_norm
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +15,10 @@ import tomli
 
 from stackgrow.errors import RunError
 from stackgrow.recipe.keys import Recipe
-from stackgrow.recipe.write import _join, toml_name
+from stackgrow.recipe.write import toml_name
 
 MAX_BYTES = 1 << 17  # a recipe is a page of text: anything larger is a mistake or an attack
+SET_SYNTAX = "write it as section.key=value, for example --set parallel.tensor=2"
 Problem = tuple[str, str]
 
 
@@ -27,9 +29,11 @@ class RecipeError(RunError, ValueError):
 
     def __init__(self, file: str | Path, problems: Sequence[Problem]):
         self.problems = list(problems)
-        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
-        lines = [f"  {where}: {what}" if where else f"  {what}" for where, what in self.problems]
-        super().__init__("\n".join([f"{file}: {count}", *lines]))
+        count = len(self.problems)
+        lines = [f"{file}: {count} problem" if count == 1 else f"{file}: {count} problems"]
+        for where, message in self.problems:
+            lines.append(f"  {where}: {message}" if where else f"  {message}")
+        super().__init__("\n".join(lines))
 
 
 def load_recipe(file: str | Path, sets: Sequence[str] = (), *, trusted: bool = False) -> Recipe:
@@ -48,7 +52,8 @@ def load_recipe(file: str | Path, sets: Sequence[str] = (), *, trusted: bool = F
         except ValueError as error:
             problems.append((f"--set {assignment}", str(error)))
     if not trusted:
-        problems += _path_problems(raw, [assignment.partition("=")[0].strip() for assignment in sets])
+        keys_set = [assignment.partition("=")[0].strip() for assignment in sets]
+        problems += _path_problems(raw, keys_set)
     recipe = _build(Recipe, raw, "", problems)
     if problems:
         raise RecipeError(file, problems)
@@ -56,138 +61,196 @@ def load_recipe(file: str | Path, sets: Sequence[str] = (), *, trusted: bool = F
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
-    def fail(message: str) -> RecipeError:
-        return RecipeError(file, [("", message)])
+    try:
+        raw = _parse_toml(_read_bytes(file))
+    except ValueError as error:
+        raise RecipeError(file, [("", str(error))]) from error
+    return raw
 
+
+def _read_bytes(file: Path) -> bytes:
+    """The whole file. Raises ValueError with what is wrong with it."""
     try:
         with file.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except IsADirectoryError as error:
-        raise fail("is a directory; name the recipe file in it") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        raise fail(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise ValueError("is a directory; name the recipe file in it") from error
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # a NUL byte in the name
+        raise ValueError(f"cannot be read ({error})") from error
     if len(content) > MAX_BYTES:
-        raise fail(f"is larger than {MAX_BYTES} bytes; a recipe is a page of text")
+        raise ValueError(f"is larger than {MAX_BYTES} bytes; a recipe is a page of text")
+    return content
+
+
+def _parse_toml(content: bytes) -> dict[str, Any]:
+    """The raw tables. Raises ValueError with what is wrong with the text."""
     try:
         raw = tomli.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise fail(f"is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise ValueError(f"is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except RecursionError as error:
-        raise fail("is not valid TOML: nested too deeply") from error
+        raise ValueError("is not valid TOML: nested too deeply") from error
     except ValueError as error:  # TOMLDecodeError is one; so is a number with too many digits
-        raise fail(f"is not valid TOML: {error}") from error
+        raise ValueError(f"is not valid TOML: {error}") from error
     if not raw:
-        raise fail("is empty; copy recipes/quickstart.toml and edit it")
+        raise ValueError("is empty; copy recipes/quickstart.toml and edit it")
     return raw
 
 
-def _path_problems(raw: Mapping[str, Any], typed: Sequence[str]) -> Iterator[Problem]:
-    """A recipe can come from a stranger, so its own paths stay below the working directory. Keys in ``typed``
+def _path_problems(raw: Mapping[str, Any], keys_set: Sequence[str]) -> Iterator[Problem]:
+    """A recipe can come from a stranger, so its own paths stay below the working directory. Keys in ``keys_set``
     were set by the user on the command line, and may name any path."""
     for where, value in _paths(raw):
-        if not isinstance(value, str) or any(where.startswith((f"{key}.", f"{key}[")) or where == key for key in typed):
+        if not isinstance(value, str) or _is_within(where, keys_set):
             continue
         if value.startswith(("/", "~")) or ".." in Path(value).parts:
-            yield (
-                where,
+            message = (
                 f"{_show(value)} leaves the working directory; write a relative path here, "
-                f"or give this one on the command line: --set {where}=...",
+                f"or give this one on the command line: --set {where}=..."
             )
+            yield where, message
+
+
+def _is_within(where: str, keys: Sequence[str]) -> bool:
+    """Whether a key is one of ``keys`` or lies in one: data.mix[0].path in data, data.mix and data.mix[0]."""
+    return any(where == key or where.startswith((f"{key}.", f"{key}[")) for key in keys)
 
 
 def _paths(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    names = ("data", "base", "run", "eval")
-    data, base, run, evaluate = (raw[name] if isinstance(raw.get(name), dict) else {} for name in names)
-    yield from (("data.path", data.get("path")), ("base.from", base.get("from")), ("run.folder", run.get("folder")))
-    yield "eval.include", evaluate.get("include")
-    for i, row in enumerate(data["mix"] if isinstance(data.get("mix"), list) else []):
-        yield f"data.mix[{i}].path", row.get("path") if isinstance(row, dict) else None
+    """Every key that holds a path, and what the recipe gives there, whatever it is."""
+    for table, key in (("data", "path"), ("base", "from"), ("run", "folder"), ("eval", "include")):
+        yield f"{table}.{key}", _get(raw.get(table), key)
+    mix = _get(raw.get("data"), "mix")
+    if isinstance(mix, list):
+        for i, row in enumerate(mix):
+            yield f"data.mix[{i}].path", _get(row, "path")
+
+
+def _get(table: Any, key: str) -> Any:
+    return table.get(key) if isinstance(table, dict) else None
 
 
 def _apply_set(raw: dict[str, Any], assignment: str) -> None:
     """Writes ``growth[0].timing=10B`` into the raw tables; the value is TOML, or else a plain string."""
     where, equals, text = assignment.partition("=")
+    if not equals:
+        raise ValueError(SET_SYNTAX)
+    steps = _steps(where)
+    node: Any = raw
+    for step, following in itertools.pairwise(steps):
+        _require_step(node, step)
+        if isinstance(step, str) and isinstance(following, str):
+            node = node.setdefault(step, {})
+        elif isinstance(step, str):
+            node = node.get(step)  # a list, or None, in which nothing is found
+        else:
+            node = node[step]
+    _require_step(node, steps[-1])
+    node[steps[-1]] = _set_value(text)
+
+
+def _steps(where: str) -> list[str | int]:
+    """``growth[0].timing`` as ["growth", 0, "timing"]."""
     steps: list[str | int] = []
     for part in where.strip().split("."):
         match = re.fullmatch(r"([A-Za-z0-9_-]+)((?:\[[0-9]{1,6}\])*)", part)
-        if not match or not equals:
-            raise ValueError("write it as section.key=value, for example --set parallel.tensor=2")
-        steps += [match[1], *(int(i) for i in re.findall(r"[0-9]+", match[2]))]
-    try:
-        value = tomli.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        value = text.strip()
-    node: Any = raw
-    for step, following in zip(steps, [*steps[1:], None], strict=True):
-        if isinstance(step, int) and not (isinstance(node, list) and step < len(node)):
-            entries = len(node) if isinstance(node, list) else 0
+        if not match:
+            raise ValueError(SET_SYNTAX)
+        steps.append(match[1])
+        for index in re.findall(r"[0-9]+", match[2]):
+            steps.append(int(index))
+    return steps
+
+
+def _require_step(node: Any, step: str | int) -> None:
+    """Raises ValueError where ``step`` leads nowhere from ``node``."""
+    if isinstance(step, str) and not isinstance(node, dict):
+        raise ValueError(f'"{step}" cannot be set: what holds it is not a table')
+    if isinstance(step, int):
+        entries = len(node) if isinstance(node, list) else 0
+        if step >= entries:
             raise ValueError(f"there is no entry [{step}]: the recipe has {entries} there, counted from 0")
-        if isinstance(step, str) and not isinstance(node, dict):
-            raise ValueError(f'"{step}" cannot be set: what holds it is not a table')
-        if following is None:
-            node[step] = value
-        elif isinstance(step, str):
-            node = node.setdefault(step, {}) if isinstance(following, str) else node.get(step)
-        else:
-            node = node[step]
+
+
+def _set_value(text: str) -> Any:
+    try:
+        return tomli.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text.strip()
 
 
 def _build(cls: Any, raw: Any, where: str, problems: list[Problem], *, partial: bool = False) -> Any:
     """An instance of dataclass ``cls`` from a raw table; ``partial``: a dict of the keys that are given."""
     if not isinstance(raw, dict):
-        header = f"[[{where.partition('[')[0]}]]" if where.endswith("]") else f"[{where}]"
+        header = f"[{where}]"
+        if where.endswith("]"):
+            array, _, _ = where.partition("[")
+            header = f"[[{array}]]"
         problems.append((where, f"{_show(raw)} must be a table {header}"))
         return None
-    fields = {toml_name(f): f for f in dataclasses.fields(cls)}
+    fields = {toml_name(spec): spec for spec in dataclasses.fields(cls)}
     for name in raw:
         if name not in fields:
             problems.append((_join(where, name), _unknown(name, list(fields), where)))
     values: dict[str, Any] = {}
     for name, spec in fields.items():
-        inner = _join(where, name)
-        if partial and name not in raw:
-            continue
-        if "kind" in spec.metadata:
-            values[spec.name] = _value(spec, raw, inner, problems)
-        elif "overrides" in spec.metadata:
-            values[spec.name] = _build(spec.metadata["overrides"], raw.get(name, {}), inner, problems, partial=True)
-        else:
-            values[spec.name] = _table(spec, raw, inner, problems)
+        if name in raw or not partial:
+            values[spec.name] = _build_key(spec, raw, _join(where, name), problems)
     return values if partial else cls(**values)
 
 
+def _build_key(spec: dataclasses.Field[Any], raw: Mapping[str, Any], where: str, problems: list[Problem]) -> Any:
+    if "kind" in spec.metadata:
+        return _value(spec, raw, where, problems)
+    if "overrides" in spec.metadata:
+        return _build(spec.metadata["overrides"], raw.get(spec.name, {}), where, problems, partial=True)
+    return _table(spec, raw, where, problems)
+
+
 def _value(spec: dataclasses.Field[Any], raw: Mapping[str, Any], where: str, problems: list[Problem]) -> Any:
-    kind, name = spec.metadata["kind"], toml_name(spec)
+    kind = spec.metadata["kind"]
+    name = toml_name(spec)
     if name not in raw:
         if spec.metadata["required"]:
             problems.append((where, f"is missing; it must be {kind.rule} ({spec.metadata['help']})"))
         return spec.default
-    if isinstance(raw[name], dict) and (cls := spec.metadata["or_table"]):
-        return _build(cls, raw[name], where, problems)
+    given = raw[name]
+    if isinstance(given, dict) and spec.metadata["or_table"]:
+        return _build(spec.metadata["or_table"], given, where, problems)
     try:
-        return kind.parse(raw[name])
+        return kind.parse(given)
     except ValueError:
-        problems.append((where, f"{_show(raw[name])} must be {kind.rule}"))
+        problems.append((where, f"{_show(given)} must be {kind.rule}"))
         return spec.default
 
 
 def _table(spec: dataclasses.Field[Any], raw: Mapping[str, Any], where: str, problems: list[Problem]) -> Any:
     meta = spec.metadata
     if meta["many"]:
-        rows = raw.get(spec.name, [])
-        if not isinstance(rows, list):
-            problems.append(
-                (where, f"{_show(rows)} must be an array of tables: write [[{where}]] with double brackets")
-            )
-            return ()
-        return tuple(_build(meta["table"], row, f"{where}[{i}]", problems) for i, row in enumerate(rows))
-    if spec.name not in raw:
-        if meta["required"]:
-            problems.append((where, f"is missing; add a table [{where}] ({meta['help']})"))
-            return None
-        if meta["optional"]:
-            return None
+        return _tables(spec, raw.get(spec.name, []), where, problems)
+    if spec.name not in raw and meta["required"]:
+        problems.append((where, f"is missing; add a table [{where}] ({meta['help']})"))
+        return None
+    if spec.name not in raw and meta["optional"]:
+        return None
     return _build(meta["table"], raw.get(spec.name, {}), where, problems)
+
+
+def _tables(spec: dataclasses.Field[Any], rows: Any, where: str, problems: list[Problem]) -> tuple[Any, ...]:
+    if not isinstance(rows, list):
+        message = f"{_show(rows)} must be an array of tables: write [[{where}]] with double brackets"
+        problems.append((where, message))
+        return ()
+    tables = [_build(spec.metadata["table"], row, f"{where}[{i}]", problems) for i, row in enumerate(rows)]
+    return tuple(tables)
+
+
+def _join(where: str, name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        name = json.dumps(name)
+    return f"{where}.{name}" if where else name
 
 
 def _unknown(name: str, known: list[str], where: str) -> str:

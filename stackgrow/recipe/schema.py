@@ -21,8 +21,11 @@ BEGIN, END = "<!-- reference: written by `make schema` -->", "<!-- end of refere
 
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe as parsed TOML: single keys; checks.py says how they fit."""
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "stackgrow recipe"}
-    return {**head, **_object(Recipe)}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "stackgrow recipe",
+        **_object(Recipe),
+    }
 
 
 def _object(cls: type, partial: bool = False) -> dict[str, Any]:
@@ -30,34 +33,37 @@ def _object(cls: type, partial: bool = False) -> dict[str, Any]:
     fields = dataclasses.fields(cls)
     schema: dict[str, Any] = {
         "type": "object",
-        "properties": {toml_name(f): _property(f, partial) for f in fields},
+        "properties": {toml_name(spec): _property(spec, partial) for spec in fields},
         "additionalProperties": False,
     }
-    required = [f.name for f in fields if f.metadata.get("required")]
-    return {**schema, "required": required} if required and not partial else schema
+    required = [spec.name for spec in fields if spec.metadata.get("required")]
+    if required and not partial:
+        schema["required"] = required
+    return schema
 
 
 def _property(spec: dataclasses.Field[Any], partial: bool) -> dict[str, Any]:
     meta = spec.metadata
     described = {"description": meta["help"]}
     if "overrides" in meta:
-        return {**described, **_object(meta["overrides"], partial=True)}
+        return described | _object(meta["overrides"], partial=True)
     if "table" in meta:
-        inner = _object(meta["table"])
-        return {**described, **({"type": "array", "items": inner} if meta["many"] else inner)}
-    default, schema = _default(spec), meta["kind"].schema
+        table = _object(meta["table"])
+        return described | ({"type": "array", "items": table} if meta["many"] else table)
+    schema = meta["kind"].schema
     if meta["or_table"]:
         schema = {"anyOf": [schema, _object(meta["or_table"])]}
-    return {
-        **described,
-        **schema,
-        **({"default": default} if default is not None and not partial else {}),
-    }
+    default = _default(spec)
+    if default is not None and not partial:
+        schema = schema | {"default": default}
+    return described | schema
 
 
 def _default(spec: dataclasses.Field[Any]) -> Any:
     """The default as written in TOML; None where there is none or "" stands for a computed one."""
-    return None if spec.metadata["required"] or spec.default == "" else to_dict(spec.default)
+    if spec.metadata["required"] or spec.default == "":
+        return None
+    return to_dict(spec.default)
 
 
 def reference_markdown() -> str:
@@ -66,23 +72,35 @@ def reference_markdown() -> str:
 
 
 def _section(cls: type, title: str, where: str) -> Iterator[str]:
-    yield from (f"### {title}", "", "| key | meaning | value | default |", "|---|---|---|---|")
-    for spec in dataclasses.fields(cls):
-        if "kind" in spec.metadata:
-            default = "required" if spec.metadata["required"] else ""
-            if (given := _default(spec)) is not None:
-                default = f"`{json.dumps(given)}`"
-            yield f"| `{toml_name(spec)}` | {spec.metadata['help']} | {spec.metadata['kind'].rule} | {default} |"
-        elif "overrides" in spec.metadata:
-            yield f"| `[{where}.{spec.name}]` | {spec.metadata['help']} | a table | |"
+    """The table of one class' keys, and after it the sections of the tables in it."""
+    fields = dataclasses.fields(cls)
+    yield f"### {title}"
     yield ""
-    for spec in dataclasses.fields(cls):
-        if "table" in spec.metadata:
-            name = f"{where}.{spec.name}" if where else spec.name
-            header = f"`[[{name}]]`" if spec.metadata["many"] else f"`[{name}]`"
-            yield from _section(spec.metadata["table"], f"{header} {spec.metadata['help']}", name)
-        elif cls_ := spec.metadata.get("or_table"):
-            yield from _section(cls_, f"`[{where}.{spec.name}]` {(cls_.__doc__ or '').rstrip('.').lower()}", "")
+    yield "| key | meaning | value | default |"
+    yield "|---|---|---|---|"
+    for spec in fields:
+        meta = spec.metadata
+        if "kind" in meta:
+            yield f"| `{toml_name(spec)}` | {meta['help']} | {meta['kind'].rule} | {_default_cell(spec)} |"
+        elif "overrides" in meta:
+            yield f"| `[{where}.{spec.name}]` | {meta['help']} | a table | |"
+    yield ""
+    for spec in fields:
+        meta = spec.metadata
+        name = f"{where}.{spec.name}" if where else spec.name
+        if "table" in meta:
+            header = f"`[[{name}]]`" if meta["many"] else f"`[{name}]`"
+            yield from _section(meta["table"], f"{header} {meta['help']}", name)
+        elif meta.get("or_table"):
+            help = (meta["or_table"].__doc__ or "").rstrip(".").lower()
+            yield from _section(meta["or_table"], f"`[{name}]` {help}", "")
+
+
+def _default_cell(spec: dataclasses.Field[Any]) -> str:
+    default = _default(spec)
+    if default is not None:
+        return f"`{json.dumps(default)}`"
+    return "required" if spec.metadata["required"] else ""
 
 
 def schema_text() -> str:
@@ -92,10 +110,11 @@ def schema_text() -> str:
 def with_reference(readme: str) -> str:
     """``readme`` with the part between the two markers renewed."""
     before, rest = readme.split(BEGIN)
-    return before + reference_markdown() + rest.split(END)[1]
+    _, after = rest.split(END)
+    return before + reference_markdown() + after
 
 
 if __name__ == "__main__":
-    SCHEMA_FILE.write_text(schema_text())
-    README_FILE.write_text(with_reference(README_FILE.read_text()))
+    SCHEMA_FILE.write_text(schema_text(), encoding="utf-8")
+    README_FILE.write_text(with_reference(README_FILE.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"wrote {SCHEMA_FILE} and the reference in {README_FILE}")

@@ -20,10 +20,10 @@ from stackgrow.text import SUFFIXES
 
 MAX_INT = 2**63 - 1
 MAX_DIGITS = 40  # in the text of an amount: enough for any, and too few to choke on
-_WHOLE = r"[0-9]+(?:_[0-9]+)*"
-_TOKENS = rf"({_WHOLE}(?:\.[0-9]+)?) ?(K|M|B|T|Ki|Mi|Gi|Ti)?(?: ?tokens?)?"
-_STEPS = rf"({_WHOLE}) ?steps?"
-_SHARE = r"([0-9]+(?:\.[0-9]+)?) ?%"
+WHOLE_NUMBER = r"[0-9]+(?:_[0-9]+)*"
+TOKENS = rf"({WHOLE_NUMBER}(?:\.[0-9]+)?) ?(K|M|B|T|Ki|Mi|Gi|Ti)?(?: ?tokens?)?"
+STEPS = rf"({WHOLE_NUMBER}) ?steps?"
+SHARE = r"([0-9]+(?:\.[0-9]+)?) ?%"
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,27 @@ def _require(condition: bool, rule: str) -> None:
         raise ValueError(rule)
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _quoted(words: tuple[int | str, ...]) -> list[str]:
+    """The words as TOML spells them."""
+    return [json.dumps(word) for word in words]
+
+
 def integer(low: int = 1, high: int = MAX_INT, also: tuple[int | str, ...] = ()) -> Kind:
     """A whole number in [low, high], or one of ``also`` (such as -1 for "what is left", or a word)."""
-    rule = f"a whole number of at least {low}" + (f" and at most {high}" if high < MAX_INT else "")
-    rule += "".join(f", or {json.dumps(a)}" for a in also)
+    rule = f"a whole number of at least {low}"
+    if high < MAX_INT:
+        rule += f" and at most {high}"
+    for word in _quoted(also):
+        rule += f", or {word}"
 
     def parse(value: Any) -> int | str:
         if isinstance(value, str) and value in also:
             return value
-        _require(isinstance(value, int) and not isinstance(value, bool), rule)
+        _require(_is_integer(value), rule)
         _require(low <= value <= high or value in also, rule)
         return value
 
@@ -115,20 +127,21 @@ def integer(low: int = 1, high: int = MAX_INT, also: tuple[int | str, ...] = ())
 
 def number(low: float = 0.0, high: float = math.inf, *, above: bool = False, below: bool = False) -> Kind:
     """A finite number in [low, high]; ``above`` leaves ``low`` itself out, ``below`` leaves ``high`` out."""
-    rule = f"a number {'above' if above else 'of at least'} {low:g}"
-    rule += f" and {'below' if below else 'at most'} {high:g}" if high < math.inf else ""
+    rule = f"a number above {low:g}" if above else f"a number of at least {low:g}"
+    schema: dict[str, Any] = {"type": "number"}
+    schema["exclusiveMinimum" if above else "minimum"] = low
+    if high < math.inf:
+        rule += f" and below {high:g}" if below else f" and at most {high:g}"
+        schema["exclusiveMaximum" if below else "maximum"] = high
 
     def parse(value: Any) -> float:
-        _require(isinstance(value, (int, float)) and not isinstance(value, bool), rule)
+        _require(_is_integer(value) or isinstance(value, float), rule)
         # Refuses NaN, infinity, and whole numbers that no float holds.
         _require(abs(value) <= sys.float_info.max, rule)
         _require(value > low if above else value >= low, rule)
         _require(value < high if below else value <= high, rule)
         return float(value) + 0.0  # -0.0 is 0.0
 
-    schema: dict[str, Any] = {"type": "number", "exclusiveMinimum" if above else "minimum": low}
-    if high < math.inf:
-        schema["exclusiveMaximum" if below else "maximum"] = high
     return Kind(rule, parse, schema)
 
 
@@ -142,14 +155,14 @@ def boolean() -> Kind:
     return Kind(rule, parse, {"type": "boolean"})
 
 
-def choice(*values: str) -> Kind:
-    rule = "one of " + ", ".join(f'"{v}"' for v in values)
+def choice(*words: str) -> Kind:
+    rule = f"one of {', '.join(_quoted(words))}"
 
     def parse(value: Any) -> str:
-        _require(isinstance(value, str) and value in values, rule)
+        _require(isinstance(value, str) and value in words, rule)
         return value
 
-    return Kind(rule, parse, {"enum": list(values)})
+    return Kind(rule, parse, {"enum": list(words)})
 
 
 def operator(*names: str) -> Kind:
@@ -182,12 +195,13 @@ def name() -> Kind:
 
 def sha256() -> Kind:
     rule = "the 64 hexadecimal digits of a SHA-256"
+    pattern = "[0-9a-fA-F]{64}"
 
     def parse(value: Any) -> str:
-        _require(isinstance(value, str) and re.fullmatch("[0-9a-fA-F]{64}", value) is not None, rule)
+        _require(isinstance(value, str) and re.fullmatch(pattern, value) is not None, rule)
         return value.lower()
 
-    return Kind(rule, parse, {"type": "string", "pattern": "^[0-9a-fA-F]{64}$"})
+    return Kind(rule, parse, {"type": "string", "pattern": f"^{pattern}$"})
 
 
 def names() -> Kind:
@@ -196,7 +210,8 @@ def names() -> Kind:
 
     def parse(value: Any) -> tuple[str, ...]:
         _require(isinstance(value, list) and len(value) > 0, rule)
-        _require(all(isinstance(v, str) and v.isprintable() and len(v.split()) == 1 for v in value), rule)
+        for entry in value:
+            _require(isinstance(entry, str) and entry.isprintable() and len(entry.split()) == 1, rule)
         return tuple(value)
 
     return Kind(rule, parse, {"type": "array", "minItems": 1, "items": {"type": "string", "pattern": r"^\S+$"}})
@@ -210,7 +225,7 @@ def path() -> Kind:
 def text(rule: str = "a line of text without control or invisible characters") -> Kind:
     def parse(value: Any) -> str:
         _require(isinstance(value, str) and 0 < len(value) < 4096, rule)
-        _require(all(c.isprintable() for c in value), rule)
+        _require(value.isprintable(), rule)
         return value
 
     return Kind(rule, parse, {"type": "string", "minLength": 1})
@@ -221,84 +236,118 @@ def tokens() -> Kind:
     rule = 'an amount of tokens of at least 1, such as "750B", "2Mi" (= 2 x 2^20) or 2097152'
 
     def parse(value: Any) -> int:
-        if isinstance(value, str):
-            value = _token_amount(value, rule)
-        _require(isinstance(value, int) and not isinstance(value, bool), rule)
-        _require(1 <= value <= MAX_INT, rule)
-        return value
+        amount = _token_amount(value, rule) if isinstance(value, str) else value
+        _require(_is_integer(amount), rule)
+        _require(1 <= amount <= MAX_INT, rule)
+        return amount
 
-    schema = {"anyOf": [{"type": "string", "pattern": f"^{_TOKENS}$"}, {"type": "integer", "minimum": 1}]}
-    return Kind(rule, parse, schema)
+    as_text = {"type": "string", "pattern": f"^{TOKENS}$"}
+    return Kind(rule, parse, {"anyOf": [as_text, {"type": "integer", "minimum": 1}]})
 
 
-def _token_amount(text: str, rule: str) -> int:
-    match = re.fullmatch(_TOKENS, text)
-    _require(match is not None and len(text) <= MAX_DIGITS, rule)
-    assert match is not None
-    exact = Fraction(match[1].replace("_", "")) * SUFFIXES[match[2] or ""]
-    _require(exact.denominator == 1, rule)
-    return int(exact)
+def _matched(pattern: str, given: str) -> re.Match[str] | None:
+    """The whole text by the pattern of an amount; None where it is not one, or longer than any amount."""
+    return re.fullmatch(pattern, given) if len(given) <= MAX_DIGITS else None
+
+
+def _token_amount(given: str, rule: str) -> int:
+    match = _matched(TOKENS, given)
+    if match is None:
+        raise ValueError(rule)
+    digits = match[1].replace("_", "")
+    suffix = match[2] or ""
+    amount = Fraction(digits) * SUFFIXES[suffix]  # exact, where a float would lose tokens
+    _require(amount.denominator == 1, rule)
+    return int(amount)
+
+
+def _length(given: str, rule: str) -> Duration:
+    match = _matched(STEPS, given)
+    if match is not None:
+        return Duration(int(match[1]), "steps")
+    return Duration(_token_amount(given, rule), "tokens")
+
+
+def _share(given: str, rule: str) -> Share | None:
+    """A percentage; None for anything else."""
+    match = _matched(SHARE, given)
+    if match is None:
+        return None
+    percent = Decimal(match[1])
+    _require(0 < percent < 100, rule)
+    return Share(percent)
 
 
 def duration(low: int = 0, words: tuple[str, ...] = (), *, share: bool = False) -> Kind:
     """A length of training with its unit, ``"10B"`` tokens or ``"3000 steps"``, or one of ``words``; with ``share``
     also ``"5%"`` of the token budget."""
     rule = f'an amount of at least {low} with its unit, "10B" (tokens) or "3000 steps"'
-    rule += ' or "5%" (of budget.tokens)' if share else ""
-    rule += "".join(f', or "{w}"' for w in words)
+    pattern = f"{TOKENS}|{STEPS}"
+    if share:
+        rule += ' or "5%" (of budget.tokens)'
+        pattern += f"|{SHARE}"
+    for word in _quoted(words):
+        rule += f", or {word}"
 
     def parse(value: Any) -> Duration | Share | str:
         _require(isinstance(value, str), rule)
         if value in words:
             return value
-        if share and len(value) <= MAX_DIGITS and (match := re.fullmatch(_SHARE, value)):
-            _require(0 < Decimal(match[1]) < 100, rule)
-            return Share(Decimal(match[1]))
-        result = _duration(value, rule)
-        _require(low <= result.amount <= MAX_INT, rule)
-        return result
+        part = _share(value, rule) if share else None
+        if part is not None:
+            return part
+        length = _length(value, rule)
+        _require(low <= length.amount <= MAX_INT, rule)
+        return length
 
-    schema: dict[str, Any] = {"type": "string", "pattern": f"^({_TOKENS}|{_STEPS}{f'|{_SHARE}' * share})$"}
-    return Kind(rule, parse, {"anyOf": [schema, {"enum": list(words)}]} if words else schema)
-
-
-def _duration(text: str, rule: str) -> Duration:
-    match = re.fullmatch(_STEPS, text)
-    if match and len(text) <= MAX_DIGITS:
-        return Duration(int(match[1]), "steps")
-    return Duration(_token_amount(text, rule), "tokens")
+    schema: dict[str, Any] = {"type": "string", "pattern": f"^({pattern})$"}
+    if words:
+        schema = {"anyOf": [schema, {"enum": list(words)}]}
+    return Kind(rule, parse, schema)
 
 
 def phases() -> Kind:
     """Batches that grow: ``["512Ki for 5B", "1Mi for 10B"]``."""
     rule = 'a list of a batch and how long it is used, such as ["512Ki for 5B", "1Mi for 2000 steps"]'
 
-    def parse(value: Any) -> tuple[Phase, ...]:
-        _require(isinstance(value, list) and all(isinstance(v, str) and v.count(" for ") == 1 for v in value), rule)
-        pairs = [v.split(" for ") for v in value]
-        found = tuple(Phase(_token_amount(batch, rule), _duration(length, rule)) for batch, length in pairs)
-        _require(all(1 <= n <= MAX_INT for p in found for n in (p.batch, p.length.amount)), rule)
-        return found
+    def parse_phase(value: Any) -> Phase:
+        _require(isinstance(value, str) and value.count(" for ") == 1, rule)
+        batch, length = value.split(" for ")
+        phase = Phase(_token_amount(batch, rule), _length(length, rule))
+        _require(1 <= phase.batch <= MAX_INT, rule)
+        _require(1 <= phase.length.amount <= MAX_INT, rule)
+        return phase
 
-    pattern = f"^({_TOKENS}) for ({_TOKENS}|{_STEPS})$"
+    def parse(value: Any) -> tuple[Phase, ...]:
+        _require(isinstance(value, list), rule)
+        return tuple(parse_phase(entry) for entry in value)
+
+    pattern = f"^({TOKENS}) for ({TOKENS}|{STEPS})$"
     return Kind(rule, parse, {"type": "array", "items": {"type": "string", "pattern": pattern}})
 
 
 def rewarm(*words: str) -> Kind:
     """One of ``words``, or a table ``{ rewarm_steps = 100, ratio = 0.1 }``."""
     parts = {"rewarm_steps": integer(), "ratio": number(0, 1, above=True)}
-    rule = "one of " + ", ".join(f'"{w}"' for w in words) + ", or { rewarm_steps = 100, ratio = 0.1 }: "
-    rule += ", ".join(f"{name} {part.rule}" for name, part in parts.items())
+    rule = f"one of {', '.join(_quoted(words))}, or {{ rewarm_steps = 100, ratio = 0.1 }}: "
+    rule += ", ".join(f"{key} {part.rule}" for key, part in parts.items())
 
     def parse(value: Any) -> str | Rewarm:
         if isinstance(value, str):
             _require(value in words, rule)
             return value
         _require(isinstance(value, dict) and value.keys() == parts.keys(), rule)
-        return Rewarm(**{name: part.parse(value[name]) for name, part in parts.items()})
+        return Rewarm(
+            rewarm_steps=parts["rewarm_steps"].parse(value["rewarm_steps"]),
+            ratio=parts["ratio"].parse(value["ratio"]),
+        )
 
-    properties = {name: part.schema for name, part in parts.items()}
-    table = {"type": "object", "properties": properties, "required": list(parts), "additionalProperties": False}
+    table = {
+        "type": "object",
+        "properties": {key: part.schema for key, part in parts.items()},
+        "required": list(parts),
+        "additionalProperties": False,
+    }
     return Kind(rule, parse, {"anyOf": [{"enum": list(words)}, table]})
 
 
@@ -308,7 +357,8 @@ def layer_list() -> Kind:
 
     def parse(value: Any) -> tuple[int, ...]:
         _require(isinstance(value, list) and len(value) > 0, rule)
-        _require(all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 10**6 for v in value), rule)
+        for index in value:
+            _require(_is_integer(index) and 0 <= index < 10**6, rule)
         return tuple(value)
 
     schema = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
