@@ -70,13 +70,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "kernel", help="the token store to write")
     parser.add_argument("--work", type=Path, default=ROOT / "data", help="folder for the package and its texts")
+    parser.add_argument("--vocab", type=int, default=VOCAB, help=f"pieces of the tokenizer (default: {VOCAB})")
     parser.add_argument("--package", type=Path, help="a linux-source-*.deb, instead of apt-get download")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     package = arguments.package or download(arguments.work)
     tree = unpack(package, arguments.work)
     command = [sys.executable, ROOT / "tools" / "prepare_data.py", "--input", tree, "--pattern", "**/*"]
-    subprocess.run([*command, "--train-tokenizer", str(VOCAB), "--out", arguments.out], check=True)
+    subprocess.run([*command, "--train-tokenizer", str(arguments.vocab), "--out", arguments.out], check=True)
     found, known = content_hash(arguments.out), KNOWN.get(package.name)
     print(f"{package.name}\ncontent hash {found}")
     if known and found != known:
