@@ -26,7 +26,7 @@ from stackgrow.growth import own
 from stackgrow.growth.depth import interleave_map, stack_map
 from stackgrow.growth.operators import OPERATORS
 from stackgrow.growth.rules import GrowthError
-from stackgrow.plan.checks import MAX_LAYERS
+from stackgrow.plan.checks_growth import MAX_LAYERS
 from stackgrow.plan.stages import GrowStage
 from stackgrow.recipe.keys import Model
 

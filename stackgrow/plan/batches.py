@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from stackgrow.recipe.keys import Train
 
 
+class BatchPhase(NamedTuple):
+    steps: int
+    tokens_per_step: int
+
+
 @dataclass(frozen=True)
 class Batches:
-    """Phases of (steps, tokens per step), then ``full`` tokens per step for ever. Steps count from 1."""
+    """Smaller batches for the ``phases``, one after the other, then ``full`` tokens per step for ever. Steps count
+    from 1."""
 
-    phases: tuple[tuple[int, int], ...]
+    phases: tuple[BatchPhase, ...]
     full: int
 
     @staticmethod
     def of(train: Train) -> Batches:
-        return Batches(tuple((p.length.steps(p.batch), p.batch) for p in train.batch_warmup), train.global_batch_tokens)
+        phases = []
+        for warmup in train.batch_warmup:
+            phases.append(BatchPhase(warmup.length.steps(warmup.batch), warmup.batch))
+        return Batches(tuple(phases), train.global_batch_tokens)
 
     @property
     def sizes(self) -> set[int]:
-        return {self.full, *(batch for _, batch in self.phases)}
+        """Every number of tokens per step that comes up."""
+        return {self.full} | {phase.tokens_per_step for phase in self.phases}
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps until the batch is full."""
+        return sum(phase.steps for phase in self.phases)
 
     def at(self, step: int) -> int:
         """Tokens of one optimizer step."""
@@ -28,22 +44,31 @@ class Batches:
 
     def tokens(self, steps: int) -> int:
         """Tokens of the first ``steps`` steps."""
-        total = 0
-        for length, batch in self.phases:
-            total, steps = total + min(steps, length) * batch, max(steps - length, 0)
-        return total + steps * self.full
+        tokens = 0
+        steps_left = steps
+        for phase in self.phases:
+            tokens += min(steps_left, phase.steps) * phase.tokens_per_step
+            steps_left = max(steps_left - phase.steps, 0)
+        return tokens + steps_left * self.full
 
     def within(self, tokens: int) -> int:
         """The most steps that ``tokens`` are enough for; below 0 where there are less than none."""
         steps = 0
-        for length, batch in self.phases:
-            done = min(length, tokens // batch)
-            steps, tokens = steps + done, tokens - done * batch
-            if done < length:
+        tokens_left = tokens
+        for phase in self.phases:
+            in_phase = min(phase.steps, tokens_left // phase.tokens_per_step)
+            steps += in_phase
+            tokens_left -= in_phase * phase.tokens_per_step
+            if in_phase < phase.steps:
                 return steps
-        return steps + tokens // self.full
+        return steps + tokens_left // self.full
 
     def nearest(self, tokens: int) -> int:
-        """The number of steps whose tokens are nearest, halves up."""
+        """The number of steps whose tokens are nearest, halves up; below 0 where ``tokens`` are less than none."""
         steps = self.within(tokens)
-        return steps + (2 * (tokens - self.tokens(steps)) >= self.at(steps + 1)) if steps >= 0 else steps
+        if steps < 0:
+            return steps
+        missing = tokens - self.tokens(steps)
+        if 2 * missing >= self.at(steps + 1):
+            return steps + 1
+        return steps

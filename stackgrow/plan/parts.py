@@ -17,7 +17,7 @@ class Hop:
     """One growth, resolved: the models on both sides and the layer map between them."""
 
     growth: Growth
-    where: str
+    where: str  # its TOML path: "growth[0]"
     source: Model
     target: Model
     layer_map: tuple[int, ...] | None
@@ -33,17 +33,16 @@ class Hop:
 
 @dataclass(frozen=True)
 class Part:
-    """A train stage before its steps are known: its model, [train] and [parallel] with its own keys, its growth, which
-    it comes before; or which it ``learns``."""
+    """A train stage before its steps are known."""
 
     model: Model
-    train: Train
-    table: str
-    own: Collection[str]
+    train: Train  # [train] with the stage's own keys
+    table: str  # the TOML path of those: "base.train"
+    own: Collection[str]  # which keys of [train] they are
     parallel: Parallel
-    places: Mapping[str, str]  # the TOML paths of the keys of [parallel] that are its own
-    hop: Hop | None
-    learns: bool = False
+    parallel_paths: Mapping[str, str]  # the TOML paths of the keys of [parallel] that are the stage's own
+    hop: Hop | None  # the growth that it comes before; None: the last stage
+    learns: bool = False  # it trains the maps of that growth
     masking: Hop | None = None  # the growth before it, whose mask it raises
 
     @property
@@ -54,15 +53,27 @@ class Part:
     @property
     def trained(self) -> bool:
         """Not where an imported base grows at once."""
-        return self.learns or not (self.hop and self.hop.growth.timing == "start")
+        at_once = self.hop is not None and self.hop.growth.timing == "start"
+        return self.learns or not at_once
 
-    def where(self, key: str) -> str:
-        """The TOML path that this stage's value of ``key`` comes from."""
+    @property
+    def then_grows(self) -> Hop | None:
+        """The growth that follows at once: where its maps are learned, it does so after the stage that learns them."""
+        if self.hop and self.hop.operator.learned and not self.learns:
+            return None
+        return self.hop
+
+    def path(self, key: str) -> str:
+        """The TOML path that this stage's value of ``key`` of [train] comes from."""
         return f"{self.table}.{key}" if key in self.own else f"train.{key}"
 
-    def place(self, key: str) -> str:
-        """The TOML path of a key of [parallel]."""
-        return self.places.get(key, f"parallel.{key}")
+    def parallel_path(self, key: str) -> str:
+        """The TOML path of its value of ``key`` of [parallel]."""
+        return self.parallel_paths.get(key, f"parallel.{key}")
+
+    def beside(self, table: str) -> str:
+        """The TOML path of what stands beside its keys of [train]: "base.model"."""
+        return self.table.replace(".train", f".{table}")
 
 
 def parts_of(recipe: Recipe, hops: Sequence[Hop]) -> list[Part]:
@@ -70,24 +81,50 @@ def parts_of(recipe: Recipe, hops: Sequence[Hop]) -> list[Part]:
     parts = []
     before: Hop | None = None  # the growth that leads to this stage
     for hop in [*hops, None]:
-        if before:
-            model, name = before.target, before.where
-        else:
-            model, name = hops[0].source if hops else recipe.model, "base"
-        table = before.growth if before else recipe.base
-        own = table.train if table else {}
-        layout = table.parallel if table else {}
-        parallel = dataclasses.replace(recipe.parallel, **layout)
-        places = {key: f"{name}.parallel.{key}" for key in layout}
-        train = dataclasses.replace(recipe.train, **own)
-        masking = before if before and before.operator.masked else None
-        parts.append(Part(model, train, f"{name}.train", own, parallel, places, hop, masking=masking))
+        part = _part_between(recipe, before, hop)
+        parts.append(part)
         if hop and hop.operator.learned:
-            own = {"batch_warmup": (), **hop.growth.learn}  # a few steps, all of the full batch
-            train = dataclasses.replace(recipe.train, **own)
-            parts.append(Part(hop.target, train, f"{hop.where}.learn", own, parallel, places, hop, learns=True))
+            parts.append(_learning_part(recipe, part, hop))
         before = hop
     return parts
+
+
+def _part_between(recipe: Recipe, before: Hop | None, hop: Hop | None) -> Part:
+    """The train stage after growth ``before`` (None: the base's), up to growth ``hop`` (None: the end)."""
+    if before:
+        model = before.target
+    else:
+        model = hop.source if hop else recipe.model
+    name = before.where if before else "base"
+    table = before.growth if before else recipe.base
+    masking = before if before and before.operator.masked else None
+    own_train = table.train if table else {}
+    own_parallel = table.parallel if table else {}
+    return Part(
+        model=model,
+        train=dataclasses.replace(recipe.train, **own_train),
+        table=f"{name}.train",
+        own=own_train,
+        parallel=dataclasses.replace(recipe.parallel, **own_parallel),
+        parallel_paths={key: f"{name}.parallel.{key}" for key in own_parallel},
+        hop=hop,
+        masking=masking,
+    )
+
+
+def _learning_part(recipe: Recipe, before: Part, hop: Hop) -> Part:
+    """The stage that learns the maps of ``hop``, on the layout of the stage before it."""
+    own = {"batch_warmup": (), **hop.growth.learn}  # a few steps, all of the full batch
+    return Part(
+        model=hop.target,
+        train=dataclasses.replace(recipe.train, **own),
+        table=f"{hop.where}.learn",
+        own=own,
+        parallel=before.parallel,
+        parallel_paths=before.parallel_paths,
+        hop=hop,
+        learns=True,
+    )
 
 
 def factor_of(growth: Growth) -> int | None:

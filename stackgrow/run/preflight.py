@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from stackgrow.data.order import Order
 from stackgrow.data.store import Manifest, StoreError, TokenStore
 from stackgrow.evaluate import tasks
-from stackgrow.plan.checks import trust_problems, world_problems
+from stackgrow.plan.checks import world_problems
+from stackgrow.plan.checks_growth import trust_problems
 from stackgrow.plan.resolve import make_plan
 from stackgrow.plan.stages import Plan
 from stackgrow.recipe.keys import Recipe

@@ -4,10 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recipes_for_tests import RECIPE, plan_of
 
-from stackgrow.plan.batches import Batches
+from stackgrow.plan.batches import Batches, BatchPhase
 from stackgrow.recipe.values import nearest
 
-WARM = Batches(((3, 10), (2, 20)), 40)
+WARM = Batches((BatchPhase(3, 10), BatchPhase(2, 20)), 40)
 
 
 def test_tokens_by_hand() -> None:
@@ -19,7 +19,7 @@ def test_tokens_by_hand() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 50)), max_size=4), st.integers(1, 90), st.integers(0, 9999))
 def test_within_and_nearest(phases: list[tuple[int, int]], full: int, tokens: int) -> None:
-    batches = Batches(tuple(phases), full)
+    batches = Batches(tuple(BatchPhase(*phase) for phase in phases), full)
     steps, near = batches.within(tokens), batches.nearest(tokens)
     assert batches.tokens(steps) <= tokens < batches.tokens(steps + 1)
     assert near in (steps, steps + 1)
