@@ -1,4 +1,4 @@
-"""TODO"""
+"""The run that is audited: its folder, once all in it is known to be plain files, and the plan that must be in it."""
 
 from __future__ import annotations
 
@@ -29,26 +29,30 @@ from stackgrow.run_folder.folder import (
 from stackgrow.run_folder.found import plan_of_run
 
 MAX_BYTES = 1 << 26  # of a file that is read as a whole
+READ_AS_A_WHOLE = (PROVENANCE, REQUIREMENTS, LEDGER, DONE, STAGE_FILE, GROWTH, FOUND, seal.MANIFEST)
+MOST_FAULTS = 5  # that a message names
 
 
-WHOLE = (PROVENANCE, REQUIREMENTS, LEDGER, DONE, STAGE_FILE, GROWTH, FOUND, seal.MANIFEST)
+@dataclass(frozen=True)
+class Sealed:
+    """A checkpoint with its seal."""
+
+    path: Path
+    manifest: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
     """A run folder whose files are all plain, with what its recipe says must be in it."""
 
-    run: Path
+    run: RunFolder
     plan: Plan
     record: dict[str, Any]  # provenance.json
-    hashes: dict[str, str]  # of the stages
+    hashes: dict[str, str]  # of the stages, by their names
     data_from_recipe: bool = True
 
-    def path(self, stage: Stage) -> Path:
-        return self.run / stage.name
-
     def folder(self, stage: Stage) -> StageFolder:
-        return StageFolder(self.path(stage))
+        return self.run.stage(stage.name)
 
     def output(self, stage: Stage) -> Path:
         return self.folder(stage).output(stage)
@@ -57,58 +61,75 @@ class Case:
         return self.folder(stage).done()
 
     def within(self, path: Path) -> str:
-        return str(path.relative_to(self.run))
+        return str(path.relative_to(self.run.path))
 
-    def checkpoints(self, stage: Stage) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Every sealed checkpoint of a stage with its manifest, from the first."""
+    def checkpoints(self, stage: Stage) -> Iterator[Sealed]:
+        """Every sealed checkpoint of a stage, from the first."""
         folder = self.folder(stage)
         if stage.trains:
             paths = [folder.checkpoint(step) for step in folder.sealed_steps()]
         else:
             paths = [folder.checkpoints]
         for path in paths:
-            if (manifest := seal.read_seal(path)) is not None:
-                yield path, manifest
+            manifest = seal.read_seal(path)
+            if manifest is not None:
+                yield Sealed(path, manifest)
 
 
-def open_case(run: Path, data: Sequence[Path] = ()) -> Case:
+def open_case(path: Path, data: Sequence[Path] = ()) -> Case:
     """``data``: the token stores, where they are no longer at the places that the recipe names.
 
     Raises RunError for a folder that is no run's, holds anything but plain files, or is at work, and WrongRequest.
     """
-    if found := list(_unplain(run)):
-        raise DamagedError(f"nothing of {run} is read: {'; '.join(found[:5])}")
+    run = RunFolder(path)
+    faults = list(_unplain(path))
+    if faults:
+        raise DamagedError(f"nothing of {path} is read: {'; '.join(faults[:MOST_FAULTS])}")
     _refuse_running(run)
-    record = seal.read_json(run / PROVENANCE)
+    record = seal.read_json(run.provenance_file)
     if record is None:
-        raise DamagedError(f"{run} is no run folder: it has no {PROVENANCE}")
-    plan = plan_of_run(run)
-    hashes, settings = plan.stage_hashes(record["data"]["manifest_hash"]), plan.recipe.data
+        raise DamagedError(f"{path} is no run folder: it has no {PROVENANCE}")
+    plan = plan_of_run(path)
+    hashes = plan.stage_hashes(record["data"]["manifest_hash"])
     if data:
-        if len(data) != len(settings.stores):
-            raise WrongRequest(f"{run} was trained on {len(settings.stores)} token stores: give --data as often")
-        mix = tuple(replace(part, path=str(path)) for part, path in zip(settings.mix, data, strict=False))
-        settings = replace(settings, path="" if mix else str(data[0]), mix=mix)
-        plan = replace(plan, recipe=replace(plan.recipe, data=settings))
-    return Case(run, plan, record, hashes, not data)
+        plan = _with_stores(path, plan, data)
+    return Case(run, plan, record, hashes, data_from_recipe=not data)
 
 
-def _refuse_running(run: Path) -> None:
-    file = RunFolder(run).lock_file
-    if file.is_file():
-        with file.open() as stream:
-            try:
-                lock(stream, fcntl.LOCK_SH)
-            except BlockingIOError:
-                raise LockedError(f"{run} is in use by {stream.read(200).strip()}; audit it afterwards") from None
+def _with_stores(run: Path, plan: Plan, stores: Sequence[Path]) -> Plan:
+    """The plan with its token stores at other places. It is another recipe by its hash, and trains the same."""
+    settings = plan.recipe.data
+    if len(stores) != len(settings.stores):
+        raise WrongRequest(f"{run} was trained on {len(settings.stores)} token stores: give --data as often")
+    if settings.mix:
+        mix = []
+        for part, store in zip(settings.mix, stores, strict=True):
+            mix.append(replace(part, path=str(store)))
+        settings = replace(settings, path="", mix=tuple(mix))
+    else:
+        settings = replace(settings, path=str(stores[0]))
+    return replace(plan, recipe=replace(plan.recipe, data=settings))
+
+
+def _refuse_running(run: RunFolder) -> None:
+    if not run.lock_file.is_file():
+        return
+    with run.lock_file.open(encoding="utf-8") as stream:
+        try:
+            lock(stream, fcntl.LOCK_SH)
+        except BlockingIOError:
+            holder = stream.read(200).strip()
+            raise LockedError(f"{run.path} is in use by {holder}; audit it afterwards") from None
 
 
 def _unplain(run: Path) -> Iterator[str]:
     """Before anything is opened: a link could lead anywhere, and a pipe or a device never ends."""
     for folder, names, files in os.walk(run):
-        for path in (Path(folder, name) for name in [*names, *files]):
-            found = path.lstat()
-            if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        for name in [*names, *files]:
+            path = Path(folder, name)
+            facts = path.lstat()
+            is_plain = stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)
+            if not is_plain:
                 yield f"{path.relative_to(run)} is a link or a special file"
-            elif found.st_size > MAX_BYTES and path.name in WHOLE:
-                yield f"{path.relative_to(run)} has {found.st_size} bytes"
+            elif facts.st_size > MAX_BYTES and name in READ_AS_A_WHOLE:
+                yield f"{path.relative_to(run)} has {facts.st_size} bytes"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from stackgrow import seal
 from stackgrow.audit import contents
 from stackgrow.audit.case import Case, open_case
 from stackgrow.audit.report import Audit, Look
-from stackgrow.plan.stages import Stage
+from stackgrow.plan.stages import Stage, TrainStage
+from stackgrow.recipe.load import Problem
 from stackgrow.recipe.write import canonical_hash
 from stackgrow.run_folder import provenance
-from stackgrow.run_folder.folder import DONE, LEDGER, PROVENANCE, RECIPE, REQUIREMENTS, STAGE_FILE, RunFolder
+from stackgrow.run_folder.folder import DONE, LEDGER, PROVENANCE, RECIPE, REQUIREMENTS, STAGE_FILE
 from stackgrow.run_folder.ledger import counts
 from stackgrow.text import differences
 
@@ -30,109 +31,148 @@ def audit_run(
         LockedError: the run is running.
         WrongRequest: a further check cannot be made of this run.
     """
-    audit, cases = Audit(str(run)), list[Case]()
-
-    def opened() -> Look:
-        cases.append(open_case(run, data))
-        return (yield from _recipe(cases[0]))
-
-    audit.look("recipe", opened())
-    for case in cases:
-        audit.title = f"{case.plan.recipe.name}, {'finished' if (run / LEDGER).is_file() else 'not finished'}"
-        for name, check in further.items():
-            audit.look(name, check(case))
-        audit.look("provenance", _provenance(case))
-        audit.look("stages", _stages(case))
-        audit.look("checkpoints", contents.checkpoints(case))
-        audit.look("records", contents.records(case))
-        audit.look("growth", contents.growth(case))
-        audit.look("data", contents.data(case, full))
+    audit = Audit(str(run))
+    opened: list[Case] = []
+    audit.look("recipe", _open_and_check_recipe(run, data, opened))
+    if not opened:  # a finding says why
+        return audit
+    case = opened[0]
+    state = "finished" if case.run.ledger_file.is_file() else "not finished"
+    audit.title = f"{case.plan.recipe.name}, {state}"
+    for name, check in further.items():
+        audit.look(name, check(case))
+    audit.look("provenance", _provenance(case))
+    audit.look("stages", _stages(case))
+    audit.look("checkpoints", contents.checkpoints(case))
+    audit.look("records", contents.records(case))
+    audit.look("growth", contents.growth(case))
+    audit.look("data", contents.data(case, full))
     return audit
 
 
-def _recipe(case: Case) -> Look:
-    text, sessions = (RunFolder(case.run).recipe_file).read_text(), case.record["sessions"]
-    mark = canonical_hash(tomli.loads(text))
-    if mark not in [session["recipe_hash"] for session in sessions]:
-        yield RECIPE, f"is not the recipe of any session ({mark[:12]})"
-        resolved = tomli.loads(case.record["texts"][sessions[-1]["texts"]["recipe"]])
-        yield from ((RECIPE, change) for change in differences(resolved, tomli.loads(text)))
-    return f"{mark[:12]}, as in provenance.json"
+def _open_and_check_recipe(run: Path, data: Sequence[Path], opened: list[Case]) -> Look:
+    """The case goes into ``opened``, whatever is then found in its recipe."""
+    case = open_case(run, data)
+    opened.append(case)
+    recipe = tomli.loads(case.run.recipe_file.read_text(encoding="utf-8"))
+    recipe_hash = canonical_hash(recipe)
+    sessions = case.record["sessions"]
+    if recipe_hash not in [session["recipe_hash"] for session in sessions]:
+        yield RECIPE, f"is not the recipe of any session ({recipe_hash[:12]})"
+        text_hash = sessions[-1]["texts"]["recipe"]
+        last_recipe = tomli.loads(case.record["texts"][text_hash])
+        for change in differences(last_recipe, recipe):
+            yield RECIPE, change
+    return f"{recipe_hash[:12]}, as in provenance.json"
 
 
 def _provenance(case: Case) -> Look:
     """Sessions are chained to each other and to the checkpoints that they made."""
-    sessions, previous, known = case.record["sessions"], None, set()
+    sessions = case.record["sessions"]
+    identities: list[str] = []
     for number, session in enumerate(sessions):
+        previous = identities[-1] if identities else None
         if session["previous"] != previous:
             yield PROVENANCE, f"session {number} does not follow the one before it: one of them was edited"
-        known.add(previous := provenance.identity(session))
-        for name, mark in session["texts"].items():
-            if provenance.text_hash(case.record["texts"].get(mark, "")) != mark:
+        identities.append(provenance.identity(session))
+        for name, text_hash in session["texts"].items():
+            if provenance.text_hash(case.record["texts"].get(text_hash, "")) != text_hash:
                 yield PROVENANCE, f"session {number}: the text of {name} is not the one that ran"
     for stage in case.plan.own_stages:
-        for path, manifest in case.checkpoints(stage):
-            if manifest.get("session") not in known:
-                yield case.within(path), "was made by no session of provenance.json: one of the two was edited"
-    lock = (case.run / REQUIREMENTS).read_text()
-    if provenance.text_hash(lock) != sessions[-1]["texts"]["packages"]:
+        for checkpoint in case.checkpoints(stage):
+            if checkpoint.manifest.get("session") not in identities:
+                where = case.within(checkpoint.path)
+                yield where, "was made by no session of provenance.json: one of the two was edited"
+    packages = case.run.requirements_file.read_text(encoding="utf-8")
+    if provenance.text_hash(packages) != sessions[-1]["texts"]["packages"]:
         yield REQUIREMENTS, "is not that of the last session"
-    if any(case.record[name] != sessions[-1][name] for name in ("recipe_hash", "data")):
-        yield PROVENANCE, "does not begin with the recipe and the data of its last session"
+    for name in ("recipe_hash", "data"):
+        if case.record[name] != sessions[-1][name]:
+            yield PROVENANCE, "does not begin with the recipe and the data of its last session"
+            break
     if len({session["data"]["manifest_hash"] for session in sessions}) > 1:
         yield PROVENANCE, "the sessions trained on different data"
-    ended = [session.get("ended", {}).get("how", "killed, or running") for session in sessions]
-    return f"{len(sessions)} sessions; the last: {ended[-1]}"
+    end = sessions[-1].get("ended", {}).get("how", "killed, or running")
+    return f"{len(sessions)} sessions; the last: {end}"
 
 
 def _stages(case: Case) -> Look:
+    """Every stage's own files against the plan and the stage before it; then their sums in the ledger."""
     parent = canonical_hash({"seed": case.plan.recipe.seed, "data": case.record["data"]["manifest_hash"]})
-    before, missing = None, []
+    stage_before: Stage | None = None
+    unfinished: list[str] = []
     for stage in case.plan.stages:
-        wanted, where = case.hashes[stage.name], f"{stage.name}/"
-        stored, done = seal.read_json(case.path(stage) / STAGE_FILE), case.done(stage)
+        folder = case.folder(stage)
+        stored, done = seal.read_json(folder.stage_file), folder.done()
         if done is None:
-            missing.append(stage.name)
-        elif missing:
-            yield f"{where}{DONE}", f"is there, but {missing[0]} before it is not finished"
+            unfinished.append(stage.name)
+        elif unfinished:
+            yield case.within(folder.done_file), f"is there, but {unfinished[0]} before it is not finished"
         if stored is None:
             if done is not None:
-                yield f"{where}{STAGE_FILE}", "is missing"
+                yield case.within(folder.stage_file), "is missing"
             continue
-        for change in differences(stored["stage"], stage.identity()):
-            yield f"{where}{STAGE_FILE}", f"is of another recipe: {change}"
-        rederived = canonical_hash({"parent": parent, "stage": stored["stage"]})
-        if len({stored["stage_hash"], rederived, wanted}) > 1 or stored["seed"] != case.plan.recipe.seed:
-            yield f"{where}{STAGE_FILE}", f"stage hash {stored['stage_hash'][:12]}, from the recipe {wanted[:12]}"
+        yield from _stage_file(case, stage, stored, parent)
         if done is not None:
-            for change in differences(done, {"seconds": done.get("seconds"), **_done(case, stage, before)}):
-                yield f"{where}{DONE}", f"{change}, as found"
-        parent = before = wanted
+            due = {"seconds": done.get("seconds"), **_due_in_done(case, stage, stage_before)}
+            for change in differences(done, due):
+                yield case.within(folder.done_file), f"{change}, as found"
+        # What the next stage's hash is made of.
+        stage_before = stage
+        parent = case.hashes[stage.name]
         if stage.name in case.plan.found:
             parent = canonical_hash({"parent": parent, "found": case.plan.found[stage.name]})
-    due = counts(case.plan, case.run)
-    if stored := seal.read_json(case.run / LEDGER):
-        stated = {name: value for name, value in stored.items() if name != "data"}
-        yield from ((LEDGER, f"{change}, as in {DONE}") for change in differences(_by_stage(stated), _by_stage(due)))
-        if missing:
-            yield LEDGER, f"is there, though {', '.join(missing)} is not finished"
-    for folder in RunFolder(case.run).stages():
+    trained = counts(case.plan, case.run)
+    yield from _ledger(case, trained, unfinished)
+    for folder in case.run.stages():
         if folder.name not in case.hashes:
             yield folder.name, "is no stage of the recipe"
-    finished = f"{len(case.plan.stages) - len(missing)} of {len(case.plan.stages)} done"
-    return f"{finished}; {due['total']['tokens']:,} tokens trained, {case.plan.tokens:,} planned"
+    all_stages = len(case.plan.stages)
+    finished = f"{all_stages - len(unfinished)} of {all_stages} done"
+    return f"{finished}; {trained['total']['tokens']:,} tokens trained, {case.plan.tokens:,} planned"
 
 
-def _done(case: Case, stage: Stage, before: str | None) -> dict[str, Any]:
-    """What a stage's DONE must state, after a stage with the hash ``before``."""
-    return {
+def _stage_file(case: Case, stage: Stage, stored: dict[str, Any], parent: str) -> Iterator[Problem]:
+    """What a stage says that it is, in stage.json, against the recipe; ``parent``: the hash that its own is made of."""
+    where = f"{stage.name}/{STAGE_FILE}"
+    for change in differences(stored["stage"], stage.identity()):
+        yield where, f"is of another recipe: {change}"
+    stated_hash = stored["stage_hash"]
+    recipe_hash = case.hashes[stage.name]
+    own_hash = canonical_hash({"parent": parent, "stage": stored["stage"]})
+    if not stated_hash == own_hash == recipe_hash or stored["seed"] != case.plan.recipe.seed:
+        yield where, f"stage hash {stated_hash[:12]}, from the recipe {recipe_hash[:12]}"
+
+
+def _due_in_done(case: Case, stage: Stage, stage_before: Stage | None) -> dict[str, Any]:
+    """What a stage's DONE must state."""
+    output = case.output(stage)
+    due: dict[str, Any] = {
         "stage_hash": case.hashes[stage.name],
-        "parent_hash": before,
-        "checkpoint": str(case.output(stage).relative_to(case.path(stage))),
-        "manifest_sha256": seal.manifest_hash(case.output(stage)),
-        **({name: getattr(stage, name) for name in ("steps", "tokens", "flops")} if stage.trains else {}),
+        "parent_hash": case.hashes[stage_before.name] if stage_before else None,
+        "checkpoint": str(output.relative_to(case.folder(stage).path)),
+        "manifest_sha256": seal.manifest_hash(output),
     }
+    if isinstance(stage, TrainStage):
+        due["steps"] = stage.steps
+        due["tokens"] = stage.tokens
+        due["flops"] = stage.flops
+    return due
+
+
+def _ledger(case: Case, trained: dict[str, Any], unfinished: list[str]) -> Iterator[Problem]:
+    """The ledger against the sums of what the stages' DONE state."""
+    stored = seal.read_json(case.run.ledger_file)
+    if not stored:
+        return
+    stated = {name: value for name, value in stored.items() if name != "data"}
+    for change in differences(_by_stage(stated), _by_stage(trained)):
+        yield LEDGER, f"{change}, as in {DONE}"
+    if unfinished:
+        yield LEDGER, f"is there, though {', '.join(unfinished)} is not finished"
 
 
 def _by_stage(ledger: dict[str, Any]) -> dict[str, Any]:
-    return {**ledger, "stages": {row["stage"]: row for row in ledger["stages"]}}
+    """The ledger with its rows by their stages, for messages that name these."""
+    rows = {row["stage"]: row for row in ledger["stages"]}
+    return {**ledger, "stages": rows}

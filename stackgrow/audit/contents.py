@@ -5,202 +5,291 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackgrow import seal
 from stackgrow.audit.report import Look
 from stackgrow.data.order import Order
-from stackgrow.data.store import StoreError, read_manifest
+from stackgrow.data.store import Manifest, StoreError, read_manifest
 from stackgrow.growth.rules import Alias
-from stackgrow.plan.stages import ImportStage, Stage, TrainStage
+from stackgrow.plan.stages import GrowStage, ImportStage, Stage, TrainStage
 from stackgrow.recipe.load import Problem
 from stackgrow.recipe.write import canonical_hash
-from stackgrow.run_folder.folder import GROWTH, LEDGER, METRICS, PROVENANCE, VALIDATION, RunFolder
+from stackgrow.run_folder.folder import GROWTH, LEDGER, METRICS, PROVENANCE, VALIDATION
 from stackgrow.run_folder.lines import iter_records
 from stackgrow.run_folder.provenance import data_facts
 
 if TYPE_CHECKING:
-    from stackgrow.audit.case import Case
+    from stackgrow.audit.case import Case, Sealed
 
 SAMPLED = 4  # files of the token store that are read, unless all are
-BLOCK = 1 << 22
+READ_AT_ONCE = 1 << 22  # bytes
+SAME_RATE = 1e-6  # relative: torchtitan multiplies the learning rate's factors in another order
 
 
 def checkpoints(case: Case) -> Look:
     """Every file against its seal, and every tensor against its fingerprint."""
     from stackgrow.checkpoint.grow import marks_of
 
-    count, files, tensors = 0, 0, 0
+    count = files = tensors = 0
     for stage in case.plan.stages:
-        for path, manifest in case.checkpoints(stage):
+        for checkpoint in case.checkpoints(stage):
+            where, manifest = case.within(checkpoint.path), checkpoint.manifest
             if not stage.imports and manifest["stage_hash"] != case.hashes[stage.name]:
-                yield case.within(path), "is of another recipe, or of another stage"
-            faults = seal.damage(path, manifest) or _inside(case, stage, path, manifest)
-            yield from ((case.within(path), fault) for fault in faults)
-            count, files, tensors = count + 1, files + len(manifest["files"]), tensors + len(marks_of(manifest))
-        folder = case.folder(stage).checkpoints
-        if stage.trains and case.done(stage) and folder.is_dir():
-            torn = {p.name for p in folder.iterdir()} - {seal.step_name(n) for n in seal.sealed_steps(folder)}
-            yield from ((case.within(folder / name), "has no seal") for name in sorted(torn))
+                yield where, "is of another recipe, or of another stage"
+            faults = seal.damage(checkpoint.path, manifest) or _inside(case, stage, checkpoint)
+            for fault in faults:
+                yield where, fault
+            count += 1
+            files += len(manifest["files"])
+            tensors += len(marks_of(manifest))
+        if case.done(stage):
+            yield from _unsealed(case, stage)
     return f"{count} sealed; {files} files by SHA-256, {tensors} tensors by fingerprint"
 
 
-def _inside(case: Case, stage: Stage, path: Path, manifest: dict[str, Any]) -> Iterator[str]:
+def _unsealed(case: Case, stage: Stage) -> Iterator[Problem]:
+    """A train stage that is finished has nothing but sealed checkpoints; one that was killed may have a torn one."""
+    folder = case.folder(stage)
+    if not stage.trains or not folder.checkpoints.is_dir():
+        return
+    sealed = {seal.step_name(step) for step in folder.sealed_steps()}
+    for path in sorted(folder.checkpoints.iterdir()):
+        if path.name not in sealed:
+            yield case.within(path), "has no seal"
+
+
+def _inside(case: Case, stage: Stage, checkpoint: Sealed) -> Iterator[str]:
     """What an undamaged checkpoint holds, against its seal and the plan: step, position, shapes and weights."""
     from stackgrow.checkpoint.dcp import is_model_key, read_item, read_metadata, read_tensor, tensor_shapes
     from stackgrow.checkpoint.grow import marks_of
     from stackgrow.seal.tensors import fingerprint
 
-    metadata, due = read_metadata(path), _place(case, stage, path)
-    if (stated := {name: manifest[name] for name in due}) != due:
+    path, manifest = checkpoint.path, checkpoint.manifest
+    metadata = read_metadata(path)
+    due = _due_place(case, stage, path)
+    stated = {name: manifest[name] for name in due}
+    if stated != due:
         yield f"its seal states {stated}, and must state {due}"
     if stage.trains:
-        items = {"step": "train_state.step", "position": "dataloader.position"}
-        if (held := {name: read_item(path, metadata, item) for name, item in items.items()}) != due:
+        held = {
+            "step": read_item(path, metadata, "train_state.step"),
+            "position": read_item(path, metadata, "dataloader.position"),
+        }
+        if held != due:
             yield f"holds {held}, and must hold {due}"
-    wanted = stage.checkpoint_tensors()
-    held = {name: shape for name, (shape, _) in tensor_shapes(metadata).items() if is_model_key(name)}
-    if held != wanted or manifest["tensors"].keys() != wanted.keys():
+    shapes = {name: shape for name, (shape, _) in tensor_shapes(metadata).items() if is_model_key(name)}
+    due_shapes = stage.checkpoint_tensors()
+    if shapes != due_shapes or manifest["tensors"].keys() != due_shapes.keys():
         yield "its tensors are not those of the stage's model"
         return
-    for name, mark in marks_of(manifest).items():
-        if fingerprint(read_tensor(path, metadata, name)) != mark:
+    for name, sealed_fingerprint in marks_of(manifest).items():
+        if fingerprint(read_tensor(path, metadata, name)) != sealed_fingerprint:
             yield f"{name} is not what was sealed"
     if stage.imports and canonical_hash(manifest["tensors"]) != case.plan.found.get(stage.name):
         yield "holds other weights than those that were taken over"
 
 
-def _place(case: Case, stage: Stage, path: Path) -> dict[str, Any]:
-    """The step of a checkpoint, and the sequences of the data that were consumed by then."""
+def _due_place(case: Case, stage: Stage, path: Path) -> dict[str, Any]:
+    """The step that a checkpoint must state, and the sequences of the data that were consumed by then."""
     if isinstance(stage, TrainStage):
         place = stage.place(int(path.name.removeprefix("step-")))
         return {"step": place["step"], "position": place["position"]}
     if isinstance(stage, ImportStage):
         return {"step": 0, "position": stage.position}
     source, network = case.plan.inputs(stage)
-    before = seal.read_seal(case.output(network or source)) if source else None
-    return {"step": 0, "position": before and before["position"]}
+    trained_before = network or source
+    before = seal.read_seal(case.output(trained_before)) if trained_before else None
+    return {"step": 0, "position": before["position"] if before else None}
 
 
 def records(case: Case) -> Look:
     """Every line as it was when the checkpoint after it was sealed, no step missing or twice, tokens as planned."""
-    counts = {METRICS: 0, VALIDATION: 0}
-    steady = len({session["recipe_hash"] for session in case.record["sessions"]}) == 1  # in its intervals, too
-    for stage in case.plan.train_stages:
-        for name in counts:
-            file, steps = case.path(stage) / name, list[int]()
-            for row in iter_records(file):
-                if steps and row["step"] <= steps[-1]:
-                    yield case.within(file), f"step {row['step']} follows step {steps[-1]}"
-                steps.append(row["step"])
-                wrong = [key for key, value in stage.place(row["step"]).items() if row.get(key) != value]
-                if name == METRICS and not math.isclose(row["lr"], stage.learning_rate(row["step"]), rel_tol=1e-6):
-                    wrong.append("lr")
-                if wrong:
-                    yield case.within(file), f"step {row['step']}: {', '.join(wrong)} is not what the plan has"
-            counts[name] += len(steps)
-            if steady and case.done(stage) and (missing := sorted(_logged(case, stage, name) - set(steps))):
-                yield case.within(file), f"steps {missing[:5]} are missing"
-    yield from _as_sealed(case)
-    return f"{counts[METRICS]} of metrics, {counts[VALIDATION]} of validation, each as it was sealed"
+    metrics = validations = 0
+    for train_stage in case.plan.train_stages:
+        metrics += yield from _lines(case, train_stage, METRICS)
+        validations += yield from _lines(case, train_stage, VALIDATION)
+    for stage in case.plan.own_stages:
+        names = [METRICS, VALIDATION] if stage.trains else [GROWTH]
+        for name in names:
+            yield from _as_sealed(case, stage, case.folder(stage).record_file(name))
+    return f"{metrics} of metrics, {validations} of validation, each as it was sealed"
 
 
-def _logged(case: Case, stage: TrainStage, name: str) -> set[int]:
+def _lines(case: Case, stage: TrainStage, name: str) -> Generator[Problem, None, int]:
+    """One file of a stage's records against the plan; returns how many there are."""
+    file = case.folder(stage).record_file(name)
+    where = case.within(file)
+    steps: list[int] = []
+    for record in iter_records(file):
+        step = record["step"]
+        if steps and step <= steps[-1]:
+            yield where, f"step {step} follows step {steps[-1]}"
+        steps.append(step)
+        wrong = [key for key, value in stage.place(step).items() if record.get(key) != value]
+        if name == METRICS and not math.isclose(record["lr"], stage.learning_rate(step), rel_tol=SAME_RATE):
+            wrong.append("lr")
+        if wrong:
+            yield where, f"step {step}: {', '.join(wrong)} is not what the plan has"
+    # Of a recipe whose intervals have changed between two sessions it is not known which steps were written down.
+    recipes = {session["recipe_hash"] for session in case.record["sessions"]}
+    if len(recipes) == 1 and case.done(stage):
+        missing = sorted(_due_steps(case, stage, name) - set(steps))
+        if missing:
+            yield where, f"steps {missing[:5]} are missing"
+    return len(steps)
+
+
+def _due_steps(case: Case, stage: TrainStage, name: str) -> set[int]:
     """The steps that the recipe writes down, whatever happens at others."""
     recipe = case.plan.recipe
-    if name == METRICS:
-        ending = [step for step in range(1, stage.steps) if stage.until and stage.until.looks_at(step)]
-        return {1, stage.steps, *ending, *range(0, stage.steps, stage.every(recipe.log.interval))} - {0}
-    if not recipe.validation.sequences:
-        return set()
-    return {0, stage.steps, *range(0, stage.steps, stage.every(recipe.validation.interval))}
+    if name == VALIDATION:
+        if not recipe.validation.sequences:
+            return set()
+        every = range(0, stage.steps, stage.every(recipe.validation.interval))
+        return {0, *every, stage.steps}
+    interval = stage.every(recipe.log.interval)
+    due = {1, *range(interval, stage.steps, interval), stage.steps}
+    if stage.until:
+        due |= {step for step in range(1, stage.steps) if stage.until.looks_at(step)}
+    return due
 
 
-def _as_sealed(case: Case) -> Iterator[Problem]:
-    for stage in case.plan.own_stages:
-        names = (METRICS, VALIDATION) if stage.trains else (GROWTH,)
-        for name in names:
-            file = case.path(stage) / name
-            for path, manifest in case.checkpoints(stage):
-                stated = manifest.get("records", {}).get(name, {"bytes": 0, "sha256": "not stated"})
-                if _prefix_hash(file, stated["bytes"]) != stated["sha256"]:
-                    yield case.within(file), f"is not what it was when {path.name} was sealed: edited, or cut"
-                    break
-                if path == case.output(stage) and file.stat().st_size != stated["bytes"]:
-                    yield case.within(file), f"was added to after {path.name} was sealed"
+def _as_sealed(case: Case, stage: Stage, file: Path) -> Iterator[Problem]:
+    """A file of records against its size and hash in the seal of every checkpoint."""
+    for checkpoint in case.checkpoints(stage):
+        name = checkpoint.path.name
+        stated = checkpoint.manifest.get("records", {}).get(file.name, {"bytes": 0, "sha256": "not stated"})
+        if _prefix_hash(file, stated["bytes"]) != stated["sha256"]:
+            yield case.within(file), f"is not what it was when {name} was sealed: edited, or cut"
+            return
+        if checkpoint.path == case.output(stage) and file.stat().st_size != stated["bytes"]:
+            yield case.within(file), f"was added to after {name} was sealed"
 
 
 def _prefix_hash(file: Path, size: int) -> str:
+    """The SHA-256 of a file's first ``size`` bytes, or of all where it has fewer."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while size > 0 and (block := stream.read(min(size, BLOCK))):
+        left = size
+        while left > 0:
+            block = stream.read(min(left, READ_AT_ONCE))
+            if not block:
+                break
             digest.update(block)
-            size -= len(block)
+            left -= len(block)
     return digest.hexdigest()
 
 
 def growth(case: Case) -> Look:
     """Every grown tensor made again from its source, and compared with what was sealed and written down."""
+    count = 0
+    for stage in case.plan.growths:
+        if case.done(stage):
+            count += yield from _one_growth(case, stage)
+    return f"{count} tensors made again from their sources"
+
+
+def _one_growth(case: Case, stage: GrowStage) -> Generator[Problem, None, int]:
+    """Returns the number of tensors that were made again."""
+    from stackgrow.checkpoint.grow import marks_of
+
+    source_stage, network_stage = case.plan.inputs(stage)
+    source = case.output(source_stage) if source_stage else None
+    network = case.output(network_stage) if network_stage else None
+    output, growth_file = case.output(stage), case.folder(stage).growth_file
+    before = seal.read_seal(source) if source else None
+    after = seal.read_seal(output)
+    record = seal.read_json(growth_file)
+    if source is None or before is None or after is None or record is None:
+        yield stage.name, "its source or its result is not there any more"
+        return 0
+    made = _made_again(stage, source, before, network)
+    for path, stated in ((output, marks_of(after)), (growth_file, marks_of(record))):
+        wrong = sorted(name for name in made.keys() | stated.keys() if made.get(name) != stated.get(name))
+        if wrong:
+            yield case.within(path), f"{len(wrong)} of {len(made)} tensors are not what grows, first {wrong[0]}"
+    if record["source"]["stage_hash"] != before["stage_hash"]:
+        yield case.within(growth_file), "names another source"
+    if not _noted(case, stage, source, output):
+        yield PROVENANCE, f"has other hashes for {stage.name}"
+    return len(made)
+
+
+def _made_again(stage: GrowStage, source: Path, before: Mapping[str, Any], network: Path | None) -> dict[str, str]:
+    """The fingerprints of all tensors that grow from the sealed checkpoint ``source``. What an operator leaves as it
+    is has its source's."""
     from stackgrow.checkpoint.convert import computed
     from stackgrow.checkpoint.grow import marks_of, rules_of
     from stackgrow.seal.tensors import fingerprint
 
-    count = 0
-    for stage in case.plan.growths:
-        if not case.done(stage):
-            continue
-        source, network = (case.output(s) if s else None for s in case.plan.inputs(stage))
-        record = seal.read_json(case.path(stage) / GROWTH)
-        before, after = (seal.read_seal(path) if path else None for path in (source, case.output(stage)))
-        if source is None or before is None or after is None or record is None:
-            yield stage.name, "its source or its result is not there any more"
-            continue
-        rules = rules_of(stage, network)
-        made = {n: marks_of(before)[rule.source] for n, rule in rules.targets.items() if isinstance(rule, Alias)}
-        made |= {name: fingerprint(tensor) for name, tensor in computed(source, rules)}
-        for where, stated in ((case.output(stage), marks_of(after)), (case.path(stage) / GROWTH, marks_of(record))):
-            if wrong := sorted(n for n in made.keys() | stated.keys() if made.get(n) != stated.get(n)):
-                yield case.within(where), f"{len(wrong)} of {len(made)} tensors are not what grows, first {wrong[0]}"
-        if record["source"]["stage_hash"] != before["stage_hash"]:
-            yield case.within(case.path(stage) / GROWTH), "names another source"
-        marks = {"input": seal.manifest_hash(source), "output": seal.manifest_hash(case.output(stage))}
-        noted = [s["stages"][stage.name] for s in case.record["sessions"] if stage.name in s.get("stages", {})]
-        if not noted or any(n[key] != mark for n in noted for key, mark in marks.items()):
-            yield PROVENANCE, f"has other hashes for {stage.name}"
-        count += len(made)
-    return f"{count} tensors made again from their sources"
+    rules = rules_of(stage, network)
+    source_fingerprints = marks_of(before)
+    made = {}
+    for name, rule in rules.targets.items():
+        if isinstance(rule, Alias):
+            made[name] = source_fingerprints[rule.source]
+    for name, tensor in computed(source, rules):
+        made[name] = fingerprint(tensor)
+    return made
+
+
+def _noted(case: Case, stage: GrowStage, source: Path, output: Path) -> bool:
+    """Whether the sessions that have grown it name what went in and what came out."""
+    hashes = {"input": seal.manifest_hash(source), "output": seal.manifest_hash(output)}
+    notes = []
+    for session in case.record["sessions"]:
+        stages = session.get("stages", {})
+        if stage.name in stages:
+            notes.append(stages[stage.name])
+    return bool(notes) and all(note[key] == hashes[key] for note in notes for key in hashes)
 
 
 def data(case: Case, full: bool) -> Look:
     """The token stores against the hashes that the run has of them; their files whole, or a few of them."""
-    recipe, stated = case.plan.recipe, case.record["data"]
+    recipe = case.plan.recipe
     stores = [Path(path) for path, _ in recipe.data.stores]
-    if case.data_from_recipe and (far := [str(p) for p in stores if p.is_absolute() or ".." in p.parts]):
-        return f"not checked: {', '.join(far)} leaves the working directory; name every store with --data"
+    weights = [weight for _, weight in recipe.data.stores]
+    # A stranger's recipe must not make an audit read just anything on this machine.
+    outside = [str(path) for path in stores if path.is_absolute() or ".." in path.parts]
+    if case.data_from_recipe and outside:
+        return f"not checked: {', '.join(outside)} leaves the working directory; name every store with --data"
     try:
         manifests = [read_manifest(store) for store in stores]
-        order = Order(manifests, [weight for _, weight in recipe.data.stores], recipe.data.seq_len, recipe.seed)
+        order = Order(manifests, weights, recipe.data.seq_len, recipe.seed)
     except StoreError as error:
         if not case.data_from_recipe:
             yield "data", str(error)
         return f"not checked: {error}"
-    found = data_facts(case.plan, order)
+    names = ", ".join(map(str, stores))
+    facts = data_facts(case.plan, order)
     for name in ("manifest_hash", "validation_hash", "tokenizer_sha256"):
-        if stated[name] != found[name]:
-            yield ", ".join(map(str, stores)), f"its {name} is not the run's"
-    if ledger := seal.read_json(RunFolder(case.run).ledger_file):
-        gave, due = (list(seen.values()) for seen in (ledger["data"], order.seen(case.plan.sequences)))
-        if gave != due:
-            yield LEDGER, f"states {gave} of the stores, the order of the data gives {due}"
+        if case.record["data"][name] != facts[name]:
+            yield names, f"its {name} is not the run's"
+    ledger = seal.read_json(case.run.ledger_file)
+    if ledger:
+        stated = list(ledger["data"].values())
+        due = list(order.seen(case.plan.sequences).values())
+        if stated != due:
+            yield LEDGER, f"states {stated} of the stores, the order of the data gives {due}"
+    files = _files_of_stores(manifests)
+    chosen = sorted(files)
+    if not full:
+        chosen = random.sample(chosen, min(SAMPLED, len(files)))
+    for file in chosen:
+        if not file.is_file() or seal.sha256(file) != files[file]:
+            yield str(file), "is damaged or missing"
+    return f"{names}: {len(chosen)} of {len(files)} files read"
+
+
+def _files_of_stores(manifests: list[Manifest]) -> dict[Path, str]:
+    """Every shard and tokenizer, with its SHA-256."""
     files: dict[Path, str] = {}
     for manifest in manifests:
-        shards = [shard for split in manifest.splits.values() for shard in split.shards]
-        files |= {manifest.folder / shard.file: shard.sha256 for shard in shards}
+        for split in manifest.splits.values():
+            for shard in split.shards:
+                files[manifest.folder / shard.file] = shard.sha256
         files[manifest.folder / manifest.tokenizer] = manifest.tokenizer_sha256
-    chosen = sorted(files) if full else random.sample(sorted(files), min(SAMPLED, len(files)))
-    for file in chosen:
-        if not file.is_file() or seal.file_records(file.parent, [file.name])[file.name]["sha256"] != files[file]:
-            yield str(file), "is damaged or missing"
-    return f"{', '.join(map(str, stores))}: {len(chosen)} of {len(files)} files read"
+    return files

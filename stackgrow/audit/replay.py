@@ -7,10 +7,11 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from stackgrow import seal
 from stackgrow.audit.case import Case
@@ -23,60 +24,75 @@ from stackgrow.recipe.keys import Recipe
 from stackgrow.recipe.values import MAX_INT, Duration
 from stackgrow.run.engine import stage_job
 from stackgrow.run_folder import provenance
-from stackgrow.run_folder.folder import METRICS, VALIDATION, StageFolder
+from stackgrow.run_folder.folder import METRICS, VALIDATION, RunFolder, StageFolder
 from stackgrow.run_folder.lines import iter_records
+
+if TYPE_CHECKING:
+    from stackgrow.titan.job import StageJob
 
 # Relative, where the run was made on other ranks, another mesh, machine or software: sums in another order.
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "float8": 1e-2}
 # ||difference|| / ||tensor|| of every tensor of the model.
 WEIGHT_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "float8": 5e-2}
-CIRCUMSTANCES = ("world_size", "mesh", "hardware", "packages", "environment")
 COMPARED = ("loss", "grad_norm", "lr")
 
 
-def replay(case: Case, request: str) -> Look:
-    """``request``: "STAGE:STEP+N". Step 0 is the stage's input; any other must be a kept checkpoint. Called by every
+@dataclass(frozen=True)
+class Request:
+    """Steps ``first`` + 1 to ``last`` of a stage."""
+
+    stage: TrainStage
+    first: int
+    last: int
+
+    def holds(self, step: int) -> bool:
+        return self.first < step <= self.last
+
+
+def replay(case: Case, words: str) -> Look:
+    """``words``: "STAGE:STEP+N". Step 0 is the stage's input; any other must be a kept checkpoint. Called by every
     rank; the comparison is rank 0's."""
     import torch.distributed as dist
 
     from stackgrow.titan.session import start, stop
     from stackgrow.titan.trainer import run_stage
 
-    stage, first, last = _requested(case, request)
-    if problems := list(world_problems(case.plan, int(os.environ.get("WORLD_SIZE", "1")))):
-        raise WrongRequest(f"{request} needs other ranks: {'; '.join(map(': '.join, problems))}")
+    request = _parsed(case, words)
+    problems = list(world_problems(case.plan, int(os.environ.get("WORLD_SIZE", "1"))))
+    if problems:
+        told = "; ".join(": ".join(problem) for problem in problems)
+        raise WrongRequest(f"{words} needs other ranks: {told}")
+    others = _other_circumstances(case, request)  # before torchtitan changes the environment
     recipe = _undisturbed(case.plan.recipe)
-    train = replace(stage.train, horizon=Duration(stage.horizon_steps, "steps"))
-    short = replace(stage, steps=last, train=train, until=None)
-    source = next((case.output(s) for s in case.plan.inputs(stage) if s), None)
-    others = _other_circumstances(case, stage, first, last)  # before torchtitan changes the environment
     start(recipe, Path(tempfile.gettempdir()))
     # Rank 0's folder is everyone's: they share its file system. Progress goes where it does not mix with the result.
     with tempfile.TemporaryDirectory(prefix="replay-") as scratch, redirect_stdout(sys.stderr):
-        rank, folder = dist.get_rank(), Path(from_rank0(lambda: scratch)) / stage.name
-        log_to(Path(scratch) / f"rank-{rank}.log")
-        job = stage_job(recipe, short, case.hashes[stage.name], folder, source)
-        job.resume = case.folder(stage).checkpoint(first) if first else None
-        job.folder.mkdir(exist_ok=True)
+        rank = dist.get_rank()
+        run = RunFolder(Path(from_rank0(lambda: scratch)))
+        log_to(RunFolder(Path(scratch)).log_file(rank))
+        job = _job(case, request, recipe, run)
         run_stage(job)
         stop()
-        return (yield from _compared(case, stage, first, last, job.folder, others)) if rank == 0 else ""
+        if rank != 0:
+            return ""
+        return (yield from _compared(case, request, run.stage(request.stage.name), others))
 
 
-def _requested(case: Case, request: str) -> tuple[TrainStage, int, int]:
-    match, stages = re.fullmatch(r"([\w-]+):(\d{1,18})\+(\d{1,18})", request), case.plan.train_stages
-    chosen = [stage for stage in stages if match and stage.name == match[1]]
-    if not match or not chosen:
-        raise WrongRequest(f"{request!r} is not STAGE:STEP+N with one of {', '.join(s.name for s in stages)}")
-    stage, first, last = chosen[0], int(match[2]), int(match[2]) + int(match[3])
+def _parsed(case: Case, words: str) -> Request:
+    match = re.fullmatch(r"([\w-]+):(\d{1,18})\+(\d{1,18})", words)
+    stages = {stage.name: stage for stage in case.plan.train_stages}
+    if match is None or match[1] not in stages:
+        raise WrongRequest(f"{words!r} is not STAGE:STEP+N with one of {', '.join(stages)}")
+    stage, first, count = stages[match[1]], int(match[2]), int(match[3])
+    request = Request(stage, first, first + count)
     kept = [0, *case.folder(stage).sealed_steps()]
-    if first not in kept or not first < last <= stage.steps:
-        raise WrongRequest(f"{request!r}: {stage.name} has {stage.steps} steps, and can be gone on with at {kept}")
-    recorded = iter_records(case.path(stage) / METRICS)
-    if last not in kept and not any(first < row["step"] <= last for row in recorded):
-        what = f"{stage.name} wrote down none of these steps, and kept no checkpoint of step {last}"
-        raise WrongRequest(f"{request!r}: there is nothing to compare with: {what}")
-    return stage, first, last
+    if first not in kept or not first < request.last <= stage.steps:
+        raise WrongRequest(f"{words!r}: {stage.name} has {stage.steps} steps, and can be gone on with at {kept}")
+    recorded = [record["step"] for record in iter_records(case.folder(stage).metrics_file)]
+    if request.last not in kept and not any(request.holds(step) for step in recorded):
+        what = f"{stage.name} wrote down none of these steps, and kept no checkpoint of step {request.last}"
+        raise WrongRequest(f"{words!r}: there is nothing to compare with: {what}")
+    return request
 
 
 def _undisturbed(recipe: Recipe) -> Recipe:
@@ -88,59 +104,109 @@ def _undisturbed(recipe: Recipe) -> Recipe:
     )
 
 
-def _compared(case: Case, stage: TrainStage, first: int, last: int, folder: Path, others: list[str]) -> Look:
-    loss_limit, weight_limit = (0.0, 0.0)
+def _job(case: Case, request: Request, recipe: Recipe, scratch: RunFolder) -> StageJob:
+    """The stage up to the last step that is asked for, with the learning rates of the whole stage."""
+    stage = request.stage
+    train = replace(stage.train, horizon=Duration(stage.horizon_steps, "steps"))
+    shorter = replace(stage, steps=request.last, train=train, until=None)
+    source, _ = case.plan.inputs(stage)
+    folder = scratch.stage(stage.name)
+    job = stage_job(recipe, shorter, case.hashes[stage.name], folder, case.output(source) if source else None)
+    if request.first:
+        job.resume = case.folder(stage).checkpoint(request.first)
+    folder.path.mkdir(exist_ok=True)
+    return job
+
+
+def _compared(case: Case, request: Request, again: StageFolder, others: list[str]) -> Look:
+    """The run against ``again``, the stage's folder of the replay; ``others``: circumstances that differ."""
+    stage, last = request.stage, request.last
+    loss_limit = weight_limit = 0.0
     if others:
-        loss_limit, weight_limit = LOSS_TOLERANCE[stage.train.precision], WEIGHT_TOLERANCE[stage.train.precision]
-    losses: list[float] = []
+        loss_limit = LOSS_TOLERANCE[stage.train.precision]
+        weight_limit = WEIGHT_TOLERANCE[stage.train.precision]
+    numbers: list[float] = []
     for name, keys in {METRICS: COMPARED, VALIDATION: ("loss",)}.items():
-        again = {row["step"]: row for row in iter_records(folder / name)}
-        for row in iter_records(case.path(stage) / name):
-            if first < row["step"] <= last and row["step"] in again:
-                found = {key: _difference(row[key], again[row["step"]][key]) for key in keys}
-                losses += found.values()
-                if wrong := {k: f"{row[k]} -> {again[row['step']][k]}" for k, d in found.items() if d > loss_limit}:
-                    yield f"{stage.name}/{name}", f"step {row['step']} differs when trained again: {wrong}"
-    weights = []
+        file = case.folder(stage).record_file(name)
+        for step, differences in _record_differences(file, again.record_file(name), keys, request):
+            numbers += [difference.size for difference in differences]
+            wrong = {d.name: f"{d.before} -> {d.after}" for d in differences if d.size > loss_limit}
+            if wrong:
+                yield case.within(file), f"step {step} differs when trained again: {wrong}"
+    tensors: list[float] = []
     kept = case.folder(stage).checkpoint(last)
     if seal.read_seal(kept) is not None:
-        for tensor, difference in _tensor_differences(
-            kept, StageFolder(folder).checkpoint(last), model_only=bool(others)
-        ):
-            weights.append(difference)
-            if difference > weight_limit:
-                yield case.within(kept), f"{tensor} differs by {difference:.1e} when trained again"
-    worst = max([*losses, *weights], default=0.0)
-    what = f"{len(losses)} numbers, {len(weights)} tensors of {kept.name}" if weights else f"{len(losses)} numbers"
-    limits = f"; allowed are {loss_limit:g} and for weights {weight_limit:g}, since {', '.join(others)} differ"
-    return (
-        f"{stage.name} {first} to {last}: {what}; "
-        + (f"largest difference {worst:.1e}" if worst else "equal bit for bit")
-        + (limits if others else "")
-    )
+        for name, size in _tensor_differences(kept, again.checkpoint(last), model_only=bool(others)):
+            tensors.append(size)
+            if size > weight_limit:
+                yield case.within(kept), f"{name} differs by {size:.1e} when trained again"
+    what = f"{stage.name} {request.first} to {last}: {len(numbers)} numbers"
+    if tensors:
+        what += f", {len(tensors)} tensors of {kept.name}"
+    worst = max([*numbers, *tensors], default=0.0)
+    what += f"; largest difference {worst:.1e}" if worst else "; equal bit for bit"
+    if others:
+        what += f"; allowed are {loss_limit:g} and for weights {weight_limit:g}, since {', '.join(others)} differ"
+    return what
 
 
-def _other_circumstances(case: Case, stage: TrainStage, first: int, last: int) -> list[str]:
+def _other_circumstances(case: Case, request: Request) -> list[str]:
     """In what the sessions that made these steps differ from this one; nothing: equality bit for bit is due."""
+    name = request.stage.name
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     now = {
         "world_size": world_size,
-        "mesh": provenance.mesh(case.plan, world_size)[stage.name],
+        "mesh": provenance.mesh(case.plan, world_size)[name],
         "hardware": provenance.hardware(),
         "packages": provenance.versions(),
         "environment": provenance.environment(os.environ),
     }
-    starts = [s.get("stages", {}).get(stage.name, {}).get("start_step", MAX_INT) for s in case.record["sessions"]]
-    makers = {max(i for i, start in enumerate(starts) if start < step) for step in range(first + 1, last + 1)}
-    sessions = [case.record["sessions"][i] for i in sorted(makers)]
-    sessions = [{**session, "mesh": session["mesh"].get(stage.name)} for session in sessions]
-    return [name for name in CIRCUMSTANCES if any(session[name] != now[name] for session in sessions)]
+    different = set()
+    for session in _makers(case, request):
+        then = {**session, "mesh": session["mesh"].get(name)}
+        different |= {circumstance for circumstance in now if then[circumstance] != now[circumstance]}
+    return [circumstance for circumstance in now if circumstance in different]
 
 
-def _difference(old: float, new: float) -> float:
-    if old == new:
-        return 0.0
-    return abs(new / old - 1) if old and math.isfinite(new / old) else math.inf
+def _makers(case: Case, request: Request) -> list[dict[str, Any]]:
+    """The sessions that made the steps: each step is of the last session that began before it."""
+    sessions = case.record["sessions"]
+    starts = []
+    for session in sessions:
+        noted = session.get("stages", {}).get(request.stage.name, {})
+        starts.append(noted.get("start_step", MAX_INT))
+    makers = set()
+    for step in range(request.first + 1, request.last + 1):
+        makers.add(max(index for index, start in enumerate(starts) if start < step))
+    return [sessions[index] for index in sorted(makers)]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one number in a record: relative, 0 only where both are equal."""
+
+    name: str
+    before: float
+    after: float
+
+    @property
+    def size(self) -> float:
+        if self.before == self.after:
+            return 0.0
+        if self.before and math.isfinite(self.after / self.before):
+            return abs(self.after / self.before - 1)
+        return math.inf
+
+
+def _record_differences(
+    before: Path, after: Path, keys: Sequence[str], request: Request
+) -> Iterator[tuple[int, list[Difference]]]:
+    """Per step that is asked for and stands in both files."""
+    records_after = {record["step"]: record for record in iter_records(after)}
+    for record in iter_records(before):
+        step = record["step"]
+        if request.holds(step) and step in records_after:
+            yield step, [Difference(key, record[key], records_after[step][key]) for key in keys]
 
 
 def _tensor_differences(old: Path, new: Path, *, model_only: bool) -> Iterator[tuple[str, float]]:
@@ -153,7 +219,8 @@ def _tensor_differences(old: Path, new: Path, *, model_only: bool) -> Iterator[t
     for name in tensor_shapes(before):
         if model_only and not is_model_key(name):
             continue
-        a, b = read_tensor(old, before, name), read_tensor(new, after, name)
+        a = read_tensor(old, before, name)
+        b = read_tensor(new, after, name)
         if torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)):
             yield name, 0.0
         else:

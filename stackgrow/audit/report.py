@@ -42,7 +42,8 @@ class Audit:
         self.checks[check] = "incomplete"
         try:
             while True:
-                self.findings.append(Finding(check, *map(printable, next(steps))))
+                where, message = next(steps)
+                self.findings.append(Finding(check, printable(where), printable(message)))
         except StopIteration as end:
             self.checks[check] = printable(end.value)
         except (LockedError, WrongRequest):
@@ -55,7 +56,15 @@ class Audit:
         return {"ok": not self.findings, **dataclasses.asdict(self)}
 
     def render(self) -> str:
-        found = [f"  {f.check}  {f.where}{': ' if f.where else ''}{f.message}" for f in self.findings]
-        verdict = f"{len(found)} finding{'s' if len(found) > 1 else ''}" if found else "nothing found"
-        checked = [f"  {name:<13}{what}" for name, what in self.checks.items()]
-        return "\n".join([f"{self.run}   {self.title}".rstrip(), *checked, verdict, *found])
+        lines = [f"{self.run}   {self.title}".rstrip()]
+        for name, what in self.checks.items():
+            lines.append(f"  {name:<13}{what}")
+        count = len(self.findings)
+        if count == 0:
+            lines.append("nothing found")
+        else:
+            lines.append("1 finding" if count == 1 else f"{count} findings")
+        for finding in self.findings:
+            where = f"{finding.where}: " if finding.where else ""
+            lines.append(f"  {finding.check}  {where}{finding.message}")
+        return "\n".join(lines)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 from stackgrow import seal
 from stackgrow.audit.case import Case
 from stackgrow.audit.report import Look
+from stackgrow.plan.stages import Stage, TrainStage
+from stackgrow.recipe.load import Problem
 from stackgrow.run_folder.folder import METRICS, VALIDATION
 from stackgrow.run_folder.lines import iter_records
 from stackgrow.text import differences
@@ -14,36 +18,53 @@ from stackgrow.text import differences
 
 def same_run(case: Case, other: Case) -> Look:
     """Both as they state themselves: whether they state the truth is for an audit of each."""
-    for change in differences(_identity(case), _identity(other)):
+    for change in differences(_training(case), _training(other)):
         yield "recipe", change
     if case.record["data"]["manifest_hash"] != other.record["data"]["manifest_hash"]:
         yield "data", "they were trained on different tokens"
-    compared = 0
-    for trained in case.plan.train_stages:
+    losses = 0
+    for train_stage in case.plan.train_stages:
         for name in (METRICS, VALIDATION):
-            ours, others = ({r["step"]: r["loss"] for r in iter_records(c.path(trained) / name)} for c in (case, other))
-            common = sorted(ours.keys() & others.keys())
-            unequal = [step for step in common if ours[step] != others[step]]
-            compared += len(common)
-            if unequal:
-                step, worst = unequal[0], max(abs(others[s] / ours[s] - 1) for s in unequal)
-                what = f"{len(unequal)} of {len(common)} losses differ, by up to {worst:.1e}"
-                yield f"{trained.name}/{name}", f"{what}; first at step {step}: {ours[step]} -> {others[step]}"
+            losses += yield from _same_losses(case, other, train_stage, name)
     ended = 0
     for stage in case.plan.stages:
-        ends = [seal.read_seal(c.output(stage)) for c in (case, other)]
-        if (ends[0] is None) != (ends[1] is None):
-            yield stage.name, "is finished in one of them only"
-        elif ends[0] and ends[1]:
-            ended += 1
-            if ends[0]["tensors"] != ends[1]["tensors"]:
-                yield stage.name, "ends with other weights"
-    return f"{other.run}: {compared} losses, and the weights at the end of {ended} stages"
+        ended += yield from _same_weights(case, other, stage)
+    return f"{other.run.path}: {losses} losses, and the weights at the end of {ended} stages"
 
 
-def _identity(case: Case) -> dict[str, Any]:
-    """All values that define what a run computes, its data aside."""
-    values: dict[str, Any] = {"seed": case.plan.recipe.seed}
-    for stage in case.plan.stages:
-        values[stage.name] = stage.identity()
-    return values
+def _training(case: Case) -> dict[str, Any]:
+    """What the run trains, free keys left out."""
+    stages = {stage.name: stage.identity() for stage in case.plan.stages}
+    return {"seed": case.plan.recipe.seed, **stages}
+
+
+def _same_losses(case: Case, other: Case, stage: TrainStage, name: str) -> Generator[Problem, None, int]:
+    """Returns how many steps both have written down."""
+    losses = _losses(case.folder(stage).record_file(name))
+    other_losses = _losses(other.folder(stage).record_file(name))
+    common = sorted(losses.keys() & other_losses.keys())
+    unequal = [step for step in common if losses[step] != other_losses[step]]
+    if unequal:
+        first = unequal[0]
+        worst = max(abs(other_losses[step] / losses[step] - 1) for step in unequal)
+        what = f"{len(unequal)} of {len(common)} losses differ, by up to {worst:.1e}"
+        yield f"{stage.name}/{name}", f"{what}; first at step {first}: {losses[first]} -> {other_losses[first]}"
+    return len(common)
+
+
+def _losses(file: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in iter_records(file)}
+
+
+def _same_weights(case: Case, other: Case, stage: Stage) -> Generator[Problem, None, int]:
+    """Returns 1 where both have come to the end of the stage."""
+    manifest = seal.read_seal(case.output(stage))
+    other_manifest = seal.read_seal(other.output(stage))
+    if manifest is None and other_manifest is None:
+        return 0
+    if manifest is None or other_manifest is None:
+        yield stage.name, "is finished in one of them only"
+        return 0
+    if manifest["tensors"] != other_manifest["tensors"]:
+        yield stage.name, "ends with other weights"
+    return 1

@@ -9,6 +9,8 @@ from typing import Any, TextIO
 
 from stackgrow.text import clock, human
 
+RENEW_LINE = "\r\x1b[K"  # back to its beginning, and erased
+
 
 class Progress:
     """Progress of one stage; silent unless ``enabled`` (rank 0)."""
@@ -27,13 +29,18 @@ class Progress:
     def update(self, record: Mapping[str, Any]) -> None:
         """Shows a record of metrics.jsonl."""
         step = record["step"]
-        first, began = self._started or (0, time.monotonic())
-        rate = (time.monotonic() - began) / max(step - first, 1)
-        self._show(
-            f"{self.stage}  step {step}/{self.steps} ({100 * step // self.steps}%)  "
-            f"tokens {human(record['tokens'])}  loss {record['loss']:.4f}{self.validation}  lr {record['lr']:.2e}  "
-            f"{human(record['tps'])} tok/s  ETA {clock(rate * (self.steps - step))}"
-        )
+        first_step, began = self._started or (0, time.monotonic())
+        seconds_per_step = (time.monotonic() - began) / max(step - first_step, 1)
+        parts = [
+            self.stage,
+            f"step {step}/{self.steps} ({100 * step // self.steps}%)",
+            f"tokens {human(record['tokens'])}",
+            f"loss {record['loss']:.4f}{self.validation}",
+            f"lr {record['lr']:.2e}",
+            f"{human(record['tps'])} tok/s",
+            f"ETA {clock(seconds_per_step * (self.steps - step))}",
+        ]
+        self._show("  ".join(parts))
 
     def validated(self, step: int, loss: float) -> None:
         """Keeps the newest validation loss in the line; where lines do not renew themselves, says it at once."""
@@ -47,10 +54,9 @@ class Progress:
             print(file=self.stream, flush=True)
 
     def _show(self, line: str) -> None:
-        if self.enabled:
-            print(
-                f"\r\x1b[K{line}" if self.terminal else line,
-                end="" if self.terminal else "\n",
-                file=self.stream,
-                flush=True,
-            )
+        if not self.enabled:
+            return
+        if self.terminal:
+            print(f"{RENEW_LINE}{line}", end="", file=self.stream, flush=True)
+        else:
+            print(line, file=self.stream, flush=True)

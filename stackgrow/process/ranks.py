@@ -29,7 +29,9 @@ def from_rank0(look: Callable[[], T]) -> T:
     """Collective: what ``look`` gives on rank 0, on every rank."""
     from torch import distributed as dist
 
-    seen: list[Any] = [look() if dist.get_rank() == 0 else None]
+    seen: list[Any] = [None]
+    if dist.get_rank() == 0:
+        seen = [look()]
     dist.broadcast_object_list(seen)
     return seen[0]
 
@@ -41,8 +43,11 @@ def wait_for(*paths: Path) -> None:
     Raises:
         DiskError: they never are, as where the run folder is on a disk of each machine's own.
     """
-    rank, deadline = os.environ.get("RANK", "0"), time.monotonic() + VISIBLE_SECONDS
-    for path in paths if rank != "0" else ():
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        return
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    for path in paths:
         while not path.exists() and not signals.asked():
             if time.monotonic() > deadline:
                 raise DiskError(

@@ -42,18 +42,23 @@ def _noted(number: int, *_: object) -> None:
 
 
 def _listen(reading: int) -> None:
-    first = None
-    while received := os.read(reading, 1):
-        if received[0] not in SIGNALS:
+    """The listener's thread: every signal that the process gets comes here as one byte, its number."""
+    first_request: float | None = None
+    while True:
+        received = os.read(reading, 1)
+        if not received:
+            return
+        number = received[0]
+        if number not in SIGNALS:
             continue
-        if first is None:
-            first = time.monotonic()
-            _noted(received[0])
+        if first_request is None:
+            first_request = time.monotonic()
+            _noted(number)
             timer = threading.Timer(START_SECONDS, _end_start)
             timer.daemon = True
             timer.start()
-        elif time.monotonic() - first > SAME_REQUEST_SECONDS:
-            os._exit(128 + received[0])
+        elif time.monotonic() - first_request > SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
 
 
 def started() -> None:

@@ -2,61 +2,80 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from stackgrow import seal
 from stackgrow.errors import ChangedError, DamagedError
-from stackgrow.plan.stages import Plan
+from stackgrow.plan.stages import Plan, Stage
 from stackgrow.run_folder import provenance
-from stackgrow.run_folder.folder import DONE, STAGE_FILE, RunFolder
+from stackgrow.run_folder.folder import RunFolder, StageFolder
+from stackgrow.seal import read_json
 from stackgrow.text import differences
 
 ENGINE = ("torch", "torchtitan")  # whose minor versions change numerics and formats
+MOST_CHANGES = 6  # that a message names
 
 
-def refuse_changed(plan: Plan, folder: Path, hashes: dict[str, str]) -> None:
-    """An edited recipe must not go on in the folder of the old one.
+def refuse_changed(plan: Plan, run: RunFolder, hashes: dict[str, str]) -> None:
+    """An edited recipe must not go on in the folder of the old one. ``hashes``: of the plan's stages, by their names.
 
     Raises:
         ChangedError: naming the stage and the values that differ.
+        DamagedError: a stage's own files contradict each other.
     """
-    known = {stage.name: stage for stage in plan.stages}
-    for stage_folder in RunFolder(folder).stages():
-        path = stage_folder.path
-        stored, done = seal.read_json(stage_folder.stage_file), stage_folder.done()
-        if done is not None and (stored is None or stored.get("stage_hash") != done.get("stage_hash")):
-            raise DamagedError(f"{path / DONE} and {path / STAGE_FILE} disagree; restore them or move {path} away")
-        if stored is None or stored.get("stage_hash") == hashes.get(path.name):
-            continue
-        changes = ["the recipe has no such stage"]
-        if path.name in known:
-            new = {"seed": plan.recipe.seed, **known[path.name].identity()}
-            changes = list(differences({"seed": stored.get("seed"), **stored.get("stage", {})}, new))
-        what = "; ".join(changes[:6]) or "the data or a stage before it"
-        raise ChangedError(
-            f"{path} was made by another recipe: {what}. Undo the change, or use another folder "
-            f"(--set run.folder={plan.recipe.folder}-2), or move {path.name} and the stages after it away"
+    stages = {stage.name: stage for stage in plan.stages}
+    for folder in run.stages():
+        _refuse_changed_stage(plan, folder, stages.get(folder.name), hashes.get(folder.name))
+
+
+def _refuse_changed_stage(plan: Plan, folder: StageFolder, stage: Stage | None, stage_hash: str | None) -> None:
+    """``stage``: of the plan, with the folder's name; None where the plan has none."""
+    stored = read_json(folder.stage_file)
+    done = folder.done()
+    if done is not None and (stored is None or stored.get("stage_hash") != done.get("stage_hash")):
+        raise DamagedError(
+            f"{folder.done_file} and {folder.stage_file} disagree; restore them or move {folder.path} away"
         )
+    if stored is None or stored.get("stage_hash") == stage_hash:
+        return
+    if stage is None:
+        changes = ["the recipe has no such stage"]
+    else:
+        before = {"seed": stored.get("seed"), **stored.get("stage", {})}
+        now = {"seed": plan.recipe.seed, **stage.identity()}
+        changes = list(differences(before, now))
+    what = "; ".join(changes[:MOST_CHANGES]) or "the data or a stage before it"
+    raise ChangedError(
+        f"{folder.path} was made by another recipe: {what}. Undo the change, or use another folder "
+        f"(--set run.folder={plan.recipe.folder}-2), or move {folder.name} and the stages after it away"
+    )
 
 
-def changed_versions(folder: Path, accept: bool) -> list[str]:
+def changed_versions(run: RunFolder, accept: bool) -> list[str]:
     """``torch 2.13.0 -> 2.13.1`` for every package that is not as in the run's last session.
 
     Raises:
         ChangedError: another minor version of the engine, unless that is accepted.
     """
-    sessions = RunFolder(folder).provenance().get("sessions") or [{}]
-    old, new = sessions[-1].get("packages", {}), provenance.versions()
-    pairs = {name: (old.get(name, "none"), new.get(name, "none")) for name in {**old, **new}} if old else {}
-    changes = {name: f"{name} {before} -> {after}" for name, (before, after) in pairs.items() if before != after}
-    minor = [changes[name] for name in ENGINE if name in changes and len({*map(_minor, pairs[name])}) > 1]
-    if minor and not accept:
+    sessions = run.provenance().get("sessions", [])
+    before = sessions[-1].get("packages", {}) if sessions else {}
+    if not before:
+        return []
+    now = provenance.versions()
+    changes: list[str] = []
+    refused: list[str] = []
+    for name in {**before, **now}:
+        old, new = before.get(name, "none"), now.get(name, "none")
+        if old != new:
+            changes.append(f"{name} {old} -> {new}")
+            if name in ENGINE and _minor(old) != _minor(new):
+                refused.append(changes[-1])
+    if refused and not accept:
         raise ChangedError(
-            f"{folder} was run with other versions: {'; '.join(minor)}. The rest would not be what it would have been, "
-            "bit for bit, and may not load; install the old ones, or accept it with --set run.accept_versions=true"
+            f"{run.path} was run with other versions: {'; '.join(refused)}. The rest would not be what it would have "
+            "been, bit for bit, and may not load; install the old ones, or accept it with "
+            "--set run.accept_versions=true"
         )
-    return list(changes.values())
+    return changes
 
 
-def _minor(version: str) -> tuple[str, ...]:
-    return tuple(version.split("+")[0].split(".")[:2])
+def _minor(version: str) -> list[str]:
+    """``2.13.0+cpu`` -> 2, 13"""
+    return version.split("+")[0].split(".")[:2]

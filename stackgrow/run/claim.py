@@ -34,24 +34,26 @@ def claim(held: ExitStack, plan: Plan, order: Order, file: str, sets: Sequence[s
         RecipeError: an imported base that does not fit the recipe.
         RunError: the folder is another recipe's, damaged, or in use.
     """
-    folder = Path(plan.recipe.folder).absolute()
-    plan = with_found(plan, folder, order.data_hash, file)
-    if problems := _import_problems(plan, folder):
+    run = RunFolder(Path(plan.recipe.folder).absolute())
+    plan = with_found(plan, run, order.data_hash, file)
+    problems = _import_problems(plan, run)
+    if problems:
         raise RecipeError(file, problems)
-    held.enter_context(run_lock(folder))
-    refuse_changed(plan, folder, plan.stage_hashes(order.data_hash))
-    changes = changed_versions(folder, accept=plan.recipe.run.accept_versions)
-    session = held.enter_context(provenance.session(folder, plan, file, sets, order))
-    _write_recipe(plan, folder, sets)
-    log_to(RunFolder(folder).log_file(0))
+    held.enter_context(run_lock(run))
+    refuse_changed(plan, run, plan.stage_hashes(order.data_hash))
+    changes = changed_versions(run, accept=plan.recipe.run.accept_versions)
+    session = held.enter_context(provenance.session(run, plan, file, sets, order))
+    _write_recipe(plan, run, sets)
+    log_to(run.log_file(0))
     if changes:
         logger.warning("Other versions than in the session before: %s", "; ".join(changes))
     return plan, session
 
 
-def _import_problems(plan: Plan, folder: Path) -> list[Problem]:
+def _import_problems(plan: Plan, run: RunFolder) -> list[Problem]:
     """What of a base model from elsewhere does not fit, unless the run has it already."""
-    if not isinstance(stage := plan.stages[0], ImportStage) or RunFolder(folder).stage(stage.name).is_done():
+    stage = plan.stages[0]
+    if not isinstance(stage, ImportStage) or run.stage(stage.name).is_done():
         return []
     from stackgrow.checkpoint.take_over import import_problems
 
@@ -59,27 +61,27 @@ def _import_problems(plan: Plan, folder: Path) -> list[Problem]:
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(run: RunFolder) -> Iterator[None]:
     """One process group per run folder; the kernel frees the lock when its holder dies.
 
     Raises:
         LockedError: naming the holder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with RunFolder(folder).lock_file.open("a+") as file:
+    run.path.mkdir(parents=True, exist_ok=True)
+    with run.lock_file.open("a+", encoding="utf-8") as file:
         try:
             lock(file)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise LockedError(f"{folder} is in use by {holder}; wait for it or stop it first") from None
+            raise LockedError(f"{run.path} is in use by {holder}; wait for it or stop it first") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
         yield
 
 
-def _write_recipe(plan: Plan, folder: Path, sets: Sequence[str]) -> None:
+def _write_recipe(plan: Plan, run: RunFolder, sets: Sequence[str]) -> None:
     header = f"# {plan.recipe.name}, resolved: every key with its value, command-line overrides applied.\n"
     overrides = "".join(f"# --set {assignment}\n" for assignment in sets)
-    seal.write_text(RunFolder(folder).recipe_file, header + overrides + "\n" + to_toml(plan.recipe))
+    seal.write_text(run.recipe_file, header + overrides + "\n" + to_toml(plan.recipe))

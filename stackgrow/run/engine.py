@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from stackgrow import seal
 from stackgrow.data.order import Order
 from stackgrow.errors import ChangedError, DamagedError, RunError, disk_error
 from stackgrow.plan.resolve import make_plan
-from stackgrow.plan.stages import ImportStage, Plan, Stage, TrainStage
+from stackgrow.plan.stages import GrowStage, ImportStage, Plan, Stage, TrainStage
 from stackgrow.process import signals
 from stackgrow.process.logs import log_to
 from stackgrow.process.ranks import from_rank0, wait_for
@@ -35,7 +36,7 @@ from stackgrow.run.changed import ENGINE
 from stackgrow.run.claim import claim
 from stackgrow.run.preflight import check
 from stackgrow.run_folder import provenance
-from stackgrow.run_folder.folder import DONE, STAGE_FILE, RunFolder, StageFolder
+from stackgrow.run_folder.folder import RunFolder, StageFolder
 from stackgrow.run_folder.found import with_found, write_found
 from stackgrow.run_folder.ledger import ledger
 
@@ -60,168 +61,252 @@ def run(file: str, sets: Sequence[str] = ()) -> None:
         raise disk_error(error) from error
 
 
+@dataclass
+class _Session:
+    """A session of a run, on one rank."""
+
+    run: RunFolder
+    plan: Plan  # which settles as stages find things out
+    order: Order
+    rank: int
+    identity: str = ""  # in the run's provenance; rank 0 knows it
+
+    @property
+    def world_size(self) -> int:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Of the stages, by their names."""
+        return self.plan.stage_hashes(self.order.data_hash)
+
+    def folder(self, stage: Stage) -> StageFolder:
+        return self.run.stage(stage.name)
+
+
 def _run(file: str, sets: Sequence[str], rank: int) -> None:
     plan, order = check(file, sets)
+    run = RunFolder(Path(plan.recipe.folder).absolute())
+    session = _Session(run, plan, order, rank)
     with ExitStack() as held:
-        session, refusal = "", None
-        if rank == 0:  # which alone looks at the run folder: see shared.py
+        refusal = None
+        if rank == 0:  # which alone looks at the run folder: see process/ranks.py
             try:
-                plan, session = claim(held, plan, order, file, sets)
+                session.plan, session.identity = claim(held, plan, order, file, sets)
             except (RunError, OSError) as error:
                 refusal = disk_error(error) if isinstance(error, OSError) else error
-                if os.environ.get("WORLD_SIZE", "1") == "1":
+                if session.world_size == 1:
                     raise refusal from error
-        _run_stages(plan, order, rank, session, refusal)
+        _run_stages(session, refusal)
 
 
-def _run_stages(plan: Plan, order: Order, rank: int, session: str, refusal: RunError | None) -> None:
-    from stackgrow.titan.session import agree, at, start, stop, stop_if_asked, together
+def _run_stages(session: _Session, refusal: RunError | None) -> None:
+    """``refusal``: why rank 0 cannot begin, which ends all ranks."""
+    from stackgrow.titan.session import agree, at, start, stop, together
 
-    folder = Path(plan.recipe.folder).absolute()
-    start(plan.recipe, RunFolder(folder).logs)
+    start(session.plan.recipe, session.run.logs)
     signals.started()
     try:
         with together():
             agree(refusal)
-            if rank:
-                log_to(RunFolder(folder).log_file(rank))
-            plan = _same_everywhere(plan, order.data_hash)
-            for index in range(len(plan.stages)):
-                stage = plan.stages[index]
-                path = folder / stage.name
+            if session.rank != 0:
+                log_to(session.run.log_file(session.rank))
+            session.plan = _same_everywhere(session)
+            for index in range(len(session.plan.stages)):
+                stage = session.plan.stages[index]  # of the plan as it is by now
                 at(stage.name)
-                if from_rank0(partial(_is_done, path)):
-                    if rank == 0:
-                        print(f"{stage.name}  done before", flush=True)
-                else:
-                    stop_if_asked()
-                    plan = _run_stage(plan, stage, path, order.data_hash, rank, session)
+                _run_stage_unless_done(session, stage)
     finally:
         stop()
-    if rank == 0:
-        seal.write_json(RunFolder(folder).ledger_file, ledger(plan, folder, order))
-        print(render_summary(plan, folder, order), flush=True)
-        print(finish_report(folder), flush=True)
+    if session.rank == 0:
+        _finish(session)
 
 
-def _same_everywhere(plan: Plan, data_hash: str) -> Plan:
-    """``plan`` with what its stages have found, which rank 0 has read; refuses a rank that would train another one."""
-    versions = {name: version for name, version in provenance.versions().items() if name in ENGINE}
-    known = from_rank0(lambda: (plan.found, plan.stage_hashes(data_hash), versions))
-    plan = make_plan(plan.recipe, found=known[0])
-    if (plan.stage_hashes(data_hash), versions) != known[1:]:
+def _finish(session: _Session) -> None:
+    run, plan = session.run, session.plan
+    seal.write_json(run.ledger_file, ledger(plan, run, session.order))
+    print(render_summary(plan, run.path, session.order), flush=True)
+    print(finish_report(run.path), flush=True)
+
+
+def _same_everywhere(session: _Session) -> Plan:
+    """The plan with what its stages have found, which rank 0 has read; refuses a rank that would train another one."""
+    all_versions = provenance.versions()
+    versions = {name: all_versions[name] for name in ENGINE if name in all_versions}
+    found, hashes, versions_of_rank0 = from_rank0(lambda: (session.plan.found, session.hashes, versions))
+    plan = make_plan(session.plan.recipe, found=found)
+    if plan.stage_hashes(session.order.data_hash) != hashes or versions != versions_of_rank0:
         what = "the recipe, the token stores or the versions of torch and torchtitan"
         raise ChangedError(f"on {platform.node()} {what} are not those of rank 0; give every node the same")
     return plan
 
 
-def _is_done(path: Path) -> bool:
-    return seal.read_json(path / DONE) is not None
+def _run_stage_unless_done(session: _Session, stage: Stage) -> None:
+    from stackgrow.titan.session import stop_if_asked
+
+    if not from_rank0(lambda: session.folder(stage).done() is not None):
+        stop_if_asked()
+        _run_stage(session, stage)
+    elif session.rank == 0:
+        print(f"{stage.name}  done before", flush=True)
 
 
-def _open_stage(plan: Plan, stage: Stage, path: Path, hashes: dict[str, str]) -> None:
-    path.mkdir(exist_ok=True)
-    stored = {"stage_hash": hashes[stage.name], "seed": plan.recipe.seed, "stage": stage.identity()}
-    seal.write_json(path / STAGE_FILE, stored)
+def _open_stage(plan: Plan, stage: Stage, folder: StageFolder, stage_hash: str) -> None:
+    """Makes the stage's folder, and states in it what the stage is."""
+    folder.path.mkdir(exist_ok=True)
+    stored = {"stage_hash": stage_hash, "seed": plan.recipe.seed, "stage": stage.identity()}
+    seal.write_json(folder.stage_file, stored)
 
 
-def _run_stage(plan: Plan, stage: Stage, path: Path, data_hash: str, rank: int, session: str) -> Plan:
-    """Runs one stage, and returns the plan with what it has found out."""
-    from torch.distributed import barrier
+def _run_stage(session: _Session, stage: Stage) -> None:
+    """Runs one stage to its DONE, and settles the plan with what it has found out."""
+    started = time.monotonic()
+    folder, hashes = session.folder(stage), session.hashes
+    if session.rank == 0:
+        _open_stage(session.plan, stage, folder, hashes[stage.name])
+    inputs = _inputs(session, stage)
+    if isinstance(stage, TrainStage):
+        output = _train(session, stage, inputs)
+    elif isinstance(stage, ImportStage):
+        output = _import(session, stage)
+    else:
+        output = _grow(session, stage, inputs)
+    if session.rank == 0:
+        session.plan = with_found(session.plan, session.run, session.order.data_hash)
+        stage = session.plan.stages[stage.index]  # with the number of steps that it has had in the end
+        seconds = time.monotonic() - started
+        seal.write_json(folder.done_file, _done_record(session.plan, stage, folder, output, hashes, seconds))
+    session.plan = make_plan(session.plan.recipe, found=from_rank0(lambda: session.plan.found))
 
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The sealed checkpoints that a stage begins with."""
+
+    source: Path | None  # whose weights; None: random ones
+    network: Path | None  # the maps that a "learn" growth folds in
+
+
+def _inputs(session: _Session, stage: Stage) -> _Inputs:
+    """As rank 0 sees them; every rank then waits until it sees them, and its stage's folder, too."""
     from stackgrow.checkpoint.dcp import METADATA
-    from stackgrow.checkpoint.grow import grow
-    from stackgrow.checkpoint.take_over import take_over
+
+    source_stage, network_stage = session.plan.inputs(stage)
+
+    def final_checkpoint(before: Stage | None) -> Path | None:
+        return None if before is None else session.folder(before).final_checkpoint()
+
+    inputs = from_rank0(lambda: _Inputs(final_checkpoint(source_stage), final_checkpoint(network_stage)))
+    wait_for(session.folder(stage).stage_file)
+    for checkpoint in (inputs.source, inputs.network):
+        if checkpoint is not None:
+            wait_for(checkpoint / METADATA, checkpoint / seal.MANIFEST)
+    return inputs
+
+
+def _train(session: _Session, stage: TrainStage, inputs: _Inputs) -> Path:
+    """Returns the stage's last checkpoint."""
     from stackgrow.evaluate.evaluation import Evaluation
     from stackgrow.titan.trainer import run_stage
 
-    started, hashes = time.monotonic(), plan.stage_hashes(data_hash)
-    ranks = {"rank": rank, "world_size": int(os.environ.get("WORLD_SIZE", "1"))}
-    if rank == 0:
-        _open_stage(plan, stage, path, hashes)
-    inputs = from_rank0(
-        lambda: [StageFolder(path.parent / s.name).final_checkpoint() if s else None for s in plan.inputs(stage)]
-    )
-    wait_for(path / STAGE_FILE, *(folder / name for folder in inputs if folder for name in (METADATA, seal.MANIFEST)))
-    source, network = inputs
-    output = StageFolder(path).output(stage)
-    if isinstance(stage, TrainStage):
-        finds_end = stage.until is not None and stage.name not in plan.found
-        job = stage_job(plan.recipe, stage, hashes[stage.name], path, source, session, finds_end)
-        if plan.recipe.eval and not stage.learns_maps:
-            job.after_step = Evaluation(plan.recipe, hashes[stage.name], path.parent).after_step
-        job.on_resume = partial(_note_resumed, path)
-        job.on_end_found = partial(_note_end, path, hashes[stage.name])
-        run_stage(job)
-        output = StageFolder(path).output(job.stage)
-    elif isinstance(stage, ImportStage):
-        weights = take_over(stage, output, **ranks)
-        if rank == 0:
-            write_found(path, hashes[stage.name], weights)
-            provenance.add(path.parent, stage.name, folder=stage.folder, weights_hash=weights)
-            print(f"{stage.name}  {stage.change}", flush=True)
-    else:
-        assert source is not None
-        line = f"{stage.name}  grown before"
-        if from_rank0(lambda: seal.read_seal(output) is None):
-            how: dict[str, Any] = {"network": network, "session": session, "barrier": barrier, **ranks}
-            line = grow(stage, hashes[stage.name], source, output, **how)
-        if rank == 0:
-            print(line, flush=True)
-            made = {"input": source, "network": network, "output": output}
-            provenance.add(path.parent, stage.name, **{k: seal.manifest_hash(v) for k, v in made.items() if v})
-    if rank == 0:
-        plan = with_found(plan, path.parent, data_hash)
-        done = _done_record(plan, plan.stages[stage.index], path, output, hashes, time.monotonic() - started)
-        seal.write_json(path / DONE, done)
-    return make_plan(plan.recipe, found=from_rank0(lambda: plan.found))
+    recipe, folder, stage_hash = session.plan.recipe, session.folder(stage), session.hashes[stage.name]
+    job = stage_job(recipe, stage, stage_hash, folder, inputs.source)
+    job.session = session.identity
+    job.finds_end = stage.until is not None and stage.name not in session.plan.found
+    if recipe.eval and not stage.learns_maps:
+        job.after_step = Evaluation(recipe, stage_hash, session.run.path).after_step
+    job.on_resume = partial(_note_resumed, folder)
+    job.on_end_found = partial(_note_end, folder, stage_hash)
+    run_stage(job)
+    return folder.output(job.stage)
 
 
-def _note_resumed(path: Path, step: int) -> None:
-    provenance.add(path.parent, path.name, start_step=step)
+def _note_resumed(folder: StageFolder, step: int) -> None:
+    provenance.add(folder.run, folder.name, start_step=step)
 
 
-def _note_end(path: Path, stage_hash: str, step: int, fall: float) -> None:
-    write_found(path, stage_hash, step, loss_fell_per_billion_tokens=fall)
+def _note_end(folder: StageFolder, stage_hash: str, step: int, fall: float) -> None:
+    write_found(folder, stage_hash, step, loss_fell_per_billion_tokens=fall)
 
 
-def stage_job(
-    recipe: Recipe,
-    stage: TrainStage,
-    stage_hash: str,
-    path: Path,
-    source: Path | None,
-    session: str = "",
-    finds_end: bool = False,
-) -> StageJob:
+def _import(session: _Session, stage: ImportStage) -> Path:
+    """Returns the checkpoint with the weights that were taken over."""
+    from stackgrow.checkpoint.take_over import take_over
+
+    folder = session.folder(stage)
+    output = folder.output(stage)
+    weights_hash = take_over(stage, output, rank=session.rank, world_size=session.world_size)
+    if session.rank == 0:
+        write_found(folder, session.hashes[stage.name], weights_hash)
+        provenance.add(session.run, stage.name, folder=stage.folder, weights_hash=weights_hash)
+        print(f"{stage.name}  {stage.change}", flush=True)
+    return output
+
+
+def _grow(session: _Session, stage: GrowStage, inputs: _Inputs) -> Path:
+    """Returns the grown checkpoint."""
+    from torch.distributed import barrier
+
+    from stackgrow.checkpoint.grow import grow
+
+    assert inputs.source is not None
+    output = session.folder(stage).output(stage)
+    line = f"{stage.name}  grown before"
+    if from_rank0(lambda: seal.read_seal(output) is None):
+        line = grow(
+            stage,
+            session.hashes[stage.name],
+            inputs.source,
+            output,
+            network=inputs.network,
+            session=session.identity,
+            barrier=barrier,
+            rank=session.rank,
+            world_size=session.world_size,
+        )
+    if session.rank == 0:
+        print(line, flush=True)
+        manifests = {"input": inputs.source, "network": inputs.network, "output": output}
+        hashes = {name: seal.manifest_hash(path) for name, path in manifests.items() if path is not None}
+        provenance.add(session.run, stage.name, **hashes)
+    return output
+
+
+def stage_job(recipe: Recipe, stage: TrainStage, stage_hash: str, folder: StageFolder, source: Path | None) -> StageJob:
     """The job of a train stage that starts from checkpoint ``source``, or learns maps of it."""
     from stackgrow.data.loader import WindowDataset
     from stackgrow.titan.job import StageJob
 
     data = WindowDataset.open(recipe.data, recipe.seed)
-    start: dict[str, Any] = {"source": source} if stage.learns_maps else {"parent": source}
-    return StageJob(recipe, stage, stage_hash, path, data, session=session, finds_end=finds_end, **start)
+    job = StageJob(recipe, stage, stage_hash, folder.path, data)
+    if stage.learns_maps:
+        job.source = source
+    else:
+        job.parent = source
+    return job
 
 
 def _done_record(
-    plan: Plan, stage: Stage, path: Path, output: Path, hashes: dict[str, str], seconds: float
+    plan: Plan, stage: Stage, folder: StageFolder, output: Path, hashes: dict[str, str], seconds: float
 ) -> dict[str, Any]:
-    index = plan.stages.index(stage)
+    """What DONE states of a stage that has handed on the checkpoint ``output``."""
     manifest = seal.read_seal(output)
     if manifest is None:
         raise DamagedError(f"{output}: the stage ended without a sealed checkpoint; run the command again")
-    counts = {}
-    if isinstance(stage, TrainStage):  # what was trained, whatever the plan says
-        steps = manifest["step"]
-        counts = {"steps": steps, "tokens": stage.batches.tokens(steps), "flops": stage.flops_after(steps)}
-    return {
+    parent = plan.stages[stage.index - 1] if stage.index else None
+    record: dict[str, Any] = {
         "stage_hash": hashes[stage.name],
-        "parent_hash": hashes[plan.stages[index - 1].name] if index else None,
-        "checkpoint": str(output.relative_to(path)),
+        "parent_hash": hashes[parent.name] if parent else None,
+        "checkpoint": str(output.relative_to(folder.path)),
         "manifest_sha256": seal.manifest_hash(output),
         "seconds": round(seconds, 3),
-        **counts,
     }
+    if isinstance(stage, TrainStage):  # what was trained, whatever the plan says
+        steps = manifest["step"]
+        record["steps"] = steps
+        record["tokens"] = stage.batches.tokens(steps)
+        record["flops"] = stage.flops_after(steps)
+    return record
 
 
 def die_with_parent() -> None:

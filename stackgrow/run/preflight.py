@@ -21,46 +21,67 @@ def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
     recipe = load_recipe(file, sets)
     plan = make_plan(recipe, file)
     problems = [*trust_problems(recipe), *world_problems(plan, int(os.environ.get("WORLD_SIZE", "1")))]
-    where = [f"data.mix[{i}].path" for i in range(len(recipe.data.mix))] or ["data.path"]
-    manifests = [_store(recipe, path, at, problems) for (path, _), at in zip(recipe.data.stores, where, strict=True)]
+    stores = [path for path, _ in recipe.data.stores]
+    weights = [weight for _, weight in recipe.data.stores]
+    manifests = []
+    for index, path in enumerate(stores):
+        where = f"data.mix[{index}].path" if recipe.data.mix else "data.path"
+        manifest = _open_store(path, where, problems)
+        if manifest is not None:
+            _check_store(recipe, manifest, path, where, problems)
+            manifests.append(manifest)
     if problems:
-        raise RecipeError(file, list(dict.fromkeys(problems)))
+        raise RecipeError(file, list(dict.fromkeys(problems)))  # what is wrong with two stores alike is said once
     try:
-        order = Order([m for m in manifests if m], [w for _, w in recipe.data.stores], recipe.data.seq_len, recipe.seed)
+        order = Order(manifests, weights, recipe.data.seq_len, recipe.seed)
     except StoreError as error:
         raise RecipeError(file, [("data.mix" if recipe.data.mix else "data.path", str(error))]) from error
     from stackgrow.titan import device  # torch is loaded only for a recipe that is otherwise good
 
-    if problems := [*device.problems(plan), *(tasks.problems(recipe.eval) if recipe.eval else [])]:
+    problems = list(device.problems(plan))
+    if recipe.eval:
+        problems += tasks.problems(recipe.eval)
+    if problems:
         raise RecipeError(file, problems)
     return plan, order
 
 
-def _store(recipe: Recipe, path: str, where: str, problems: list[Problem]) -> Manifest | None:
-    """The manifest of one of the recipe's stores; adds to ``problems`` what is wrong with it."""
+def _open_store(path: str, where: str, problems: list[Problem]) -> Manifest | None:
+    """The manifest of a store whose shards are all there, in their size; else None, and a problem more."""
     try:
-        manifest = TokenStore.open(path).manifest  # all its shards are there, in their size
-        held_out = manifest.splits["validation"].tokens
-        if recipe.validation.sequences and held_out > recipe.data.seq_len:
-            TokenStore.open(path, "validation")
+        return TokenStore.open(path).manifest
     except StoreError as error:
         problems.append((where, str(error)))
         return None
+
+
+def _check_store(recipe: Recipe, manifest: Manifest, path: str, where: str, problems: list[Problem]) -> None:
+    """Adds to ``problems`` what of one of the recipe's stores does not fit the recipe."""
+    seq_len = recipe.data.seq_len
+    validation_tokens = manifest.splits["validation"].tokens
+    if recipe.validation.sequences and validation_tokens > seq_len:
+        try:
+            TokenStore.open(path, "validation")
+        except StoreError as error:
+            problems.append((where, str(error)))
+            return
     if recipe.data.tokenizer not in ("", manifest.tokenizer_sha256):
-        problems.append(
-            (where, f"{path} was made with the tokenizer {manifest.tokenizer_sha256}, not with data.tokenizer = "
-             f"{recipe.data.tokenizer}; prepare the data with that one, or change data.tokenizer")
-        )  # fmt: skip
+        problem = (
+            f"{path} was made with the tokenizer {manifest.tokenizer_sha256}, not with data.tokenizer = "
+            f"{recipe.data.tokenizer}; prepare the data with that one, or change data.tokenizer"
+        )
+        problems.append((where, problem))
     if manifest.vocab_size != recipe.model.vocab_size:
-        problems.append(
-            ("model.vocab_size", f"{recipe.model.vocab_size} is not the vocabulary of the store {path}, "
-             f"{manifest.vocab_size}; use that, or prepare the data with another tokenizer")
-        )  # fmt: skip
-    if manifest.splits["train"].tokens <= recipe.data.seq_len:
-        problems.append(("data.seq_len", f"{recipe.data.seq_len} is longer than all of the store {path}"))
-    if recipe.validation.sequences and held_out <= recipe.data.seq_len:
-        problems.append(
-            ("validation.sequences", f"{recipe.validation.sequences} cannot be taken from the store {path}, which "
-             f"holds out {held_out} tokens; set 0, or prepare it with a larger --validation")
-        )  # fmt: skip
-    return manifest
+        problem = (
+            f"{recipe.model.vocab_size} is not the vocabulary of the store {path}, {manifest.vocab_size}; use that, "
+            "or prepare the data with another tokenizer"
+        )
+        problems.append(("model.vocab_size", problem))
+    if manifest.splits["train"].tokens <= seq_len:
+        problems.append(("data.seq_len", f"{seq_len} is longer than all of the store {path}"))
+    if recipe.validation.sequences and validation_tokens <= seq_len:
+        problem = (
+            f"{recipe.validation.sequences} cannot be taken from the store {path}, which holds out "
+            f"{validation_tokens} tokens; set 0, or prepare it with a larger --validation"
+        )
+        problems.append(("validation.sequences", problem))

@@ -33,14 +33,19 @@ class Chosen:
     @property
     def step(self) -> int:
         """Of the stage; 0 for a grown checkpoint."""
-        return int((seal.read_seal(self.path) or {}).get("step", 0)) if self.stage.trains else 0
+        if not self.stage.trains:
+            return 0
+        manifest = seal.read_seal(self.path) or {}
+        return int(manifest.get("step", 0))
 
     @property
     def train_stage(self) -> TrainStage:
         """The stage itself, or the first train stage after it: of a grown model the one that trains it, of an imported
         one perhaps that of another model."""
-        after = self.plan.stages[self.plan.stages.index(self.stage) :]
-        return next(stage for stage in after if isinstance(stage, TrainStage))
+        for stage in self.plan.stages[self.stage.index :]:
+            if isinstance(stage, TrainStage):
+                return stage
+        raise AssertionError("a plan ends with a train stage")
 
 
 def choose(path: Path, stage: str | None = None, step: int | None = None, sets: Sequence[str] = ()) -> Chosen | None:
@@ -59,12 +64,18 @@ def choose(path: Path, stage: str | None = None, step: int | None = None, sets: 
         if stage or step is not None:
             raise DamagedError(f"{path} is a checkpoint already; leave out --stage and --step, or name the run {run}")
         return Chosen(run, plan, _stage(plan, path.absolute().parts), path)
-    chosen = _stage(plan, [stage] if stage else _finished(plan, run))
+    names = [stage] if stage else _last_finished(plan, run)
+    chosen = _stage(plan, names)
     return Chosen(run, plan, chosen, _checkpoint(RunFolder(run).stage(chosen.name), chosen, step))
 
 
-def _finished(plan: Plan, run: Path) -> list[str]:
-    return [s.name for s in _models(plan) if RunFolder(run).stage(s.name).is_done()][-1:]
+def _last_finished(plan: Plan, run: Path) -> list[str]:
+    """The name of the last stage with a model that is finished, if any is."""
+    finished = []
+    for stage in _models(plan):
+        if RunFolder(run).stage(stage.name).is_done():
+            finished.append(stage.name)
+    return finished[-1:]
 
 
 def _models(plan: Plan) -> list[Stage]:
@@ -77,8 +88,9 @@ def _stage(plan: Plan, names: Sequence[str]) -> Stage:
     for stage in _models(plan):
         if stage.name in names:
             return stage
-    what = f"{names[-1]} is not among" if names else "none is finished of"
-    raise DamagedError(f"{what} the run's models; name one: {', '.join(s.name for s in _models(plan))}")
+    problem = f"{names[-1]} is not among" if names else "none is finished of"
+    known = ", ".join(stage.name for stage in _models(plan))
+    raise DamagedError(f"{problem} the run's models; name one: {known}")
 
 
 def _checkpoint(folder: StageFolder, stage: Stage, step: int | None) -> Path:
@@ -86,16 +98,19 @@ def _checkpoint(folder: StageFolder, stage: Stage, step: int | None) -> Path:
     if not stage.trains and step is None:
         return folder.checkpoints
     steps = folder.sealed_steps()
-    if not steps or step not in (None, *steps):
+    if step is None and steps:
+        step = steps[-1]
+    if step is None or step not in steps:
         raise DamagedError(f"{folder.checkpoints} has not the checkpoint asked for; it has those of steps {steps}")
-    return folder.checkpoint(steps[-1] if step is None else step)
+    return folder.checkpoint(step)
 
 
 def tokenizer_of(recipe: Recipe, run: Path) -> Path | None:
     """The store's tokenizer; None where there is no store. ChangedError for a store that is not the run's, StoreError
     for a damaged one."""
-    if not all((Path(store) / MANIFEST).is_file() for store, _ in recipe.data.stores):
-        return None
+    for store, _ in recipe.data.stores:
+        if not (Path(store) / MANIFEST).is_file():
+            return None
     order = read_order(recipe.data, recipe.seed)
     manifest = order.manifests[0]
     if RunFolder(run).data_hash() != order.data_hash:

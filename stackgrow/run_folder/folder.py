@@ -56,6 +56,11 @@ class StageFolder:
         return int(match[1]) if match else None
 
     @property
+    def run(self) -> RunFolder:
+        """The run that the stage belongs to."""
+        return RunFolder(self.path.parent)
+
+    @property
     def stage_file(self) -> Path:
         return self.path / STAGE_FILE
 
@@ -74,6 +79,10 @@ class StageFolder:
     @property
     def validation_file(self) -> Path:
         return self.path / VALIDATION
+
+    def record_file(self, name: str) -> Path:
+        """METRICS, VALIDATION or GROWTH: what the seal of a checkpoint states the hash of."""
+        return self.path / name
 
     @property
     def tensorboard(self) -> Path:

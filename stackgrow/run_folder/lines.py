@@ -21,8 +21,11 @@ def iter_records(path: Path) -> Iterator[dict[str, Any]]:
     """The same, one at a time."""
     if not path.is_file():
         return
-    with path.open() as stream:
-        for line in iter(lambda: stream.readline(LONGEST), ""):
+    with path.open(encoding="utf-8") as stream:
+        while True:
+            line = stream.readline(LONGEST)
+            if not line:
+                return
             try:
                 yield json.loads(line)
             except ValueError:
@@ -33,18 +36,22 @@ class RecordWriter:
     """Appends records; opening it drops what a stopped session logged after the step that is resumed from."""
 
     def __init__(self, path: Path, resume_step: int):
-        kept = "".join(json.dumps(r) + "\n" for r in read_records(path) if r["step"] <= resume_step)
+        kept = ""
+        for record in iter_records(path):
+            if record["step"] <= resume_step:
+                kept += _line(record)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(kept)
+        temporary.write_text(kept, encoding="utf-8")
         temporary.replace(path)
-        self._stream = path.open("a", buffering=1)
-        self._bytes, self._digest = len(kept), hashlib.sha256(kept.encode())
+        self._stream = path.open("a", buffering=1, encoding="utf-8")
+        self._bytes = len(kept)  # json.dumps writes ASCII
+        self._digest = hashlib.sha256(kept.encode())
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; it reaches the file at once."""
-        line = json.dumps(record) + "\n"
+        line = _line(record)
         self._stream.write(line)
-        self._bytes += len(line)  # json.dumps writes ASCII
+        self._bytes += len(line)
         self._digest.update(line.encode())
 
     def sealed(self) -> dict[str, Any]:
@@ -55,3 +62,7 @@ class RecordWriter:
 
     def close(self) -> None:
         self._stream.close()
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record) + "\n"

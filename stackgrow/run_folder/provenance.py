@@ -25,11 +25,12 @@ from stackgrow.data.order import BLOCK, Order
 from stackgrow.plan.memory import layout
 from stackgrow.plan.stages import Plan
 from stackgrow.recipe.write import canonical_hash, recipe_hash, to_toml
-from stackgrow.run_folder.folder import PROVENANCE, REQUIREMENTS
+from stackgrow.run_folder.folder import RunFolder
 from stackgrow.run_folder.requirements import requirements
 
 PACKAGES = ("stackgrow", "torch", "torchtitan", "torchdata", "numpy", "sentencepiece", "triton", "flash-attn")
 REPOSITORY = Path(__file__).parents[2]
+GIT_SECONDS = 10
 ADDED = ("stages", "ended")  # to an entry, after its start
 # What changes numerics, speed or placement; nothing else of the environment is written down.
 ENVIRONMENT = re.compile(
@@ -40,24 +41,33 @@ SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH")
 
 
 @contextmanager
-def session(run: Path, plan: Plan, file: str, sets: Sequence[str], order: Order) -> Iterator[str]:
+def session(run: RunFolder, plan: Plan, file: str, sets: Sequence[str], order: Order) -> Iterator[str]:
     """Enters this session into the run's provenance, yields its identity, and adds at the end how it ended."""
-    record = seal.read_json(run / PROVENANCE) or {}
-    before, texts = record.get("sessions", []), record.get("texts", {})
-    lock = requirements()
-    written = {"recipe_file": Path(file).read_text(errors="replace"), "recipe": to_toml(plan.recipe), "packages": lock}
+    record = run.provenance()
+    earlier_sessions = record.get("sessions", [])
+    packages = requirements()
     build = torch_build()
-    written["torch_build"] = build.pop("config", "")
-    named = {name: text_hash(text) for name, text in written.items()}
+    texts = {
+        "recipe_file": Path(file).read_text(encoding="utf-8", errors="replace"),
+        "recipe": to_toml(plan.recipe),
+        "packages": packages,
+        "torch_build": build.pop("config", ""),
+    }
+    # Long texts stand in the file once, by their hashes: most do not change from one session to the next.
+    text_hashes = {name: text_hash(text) for name, text in texts.items()}
+    all_texts = dict(record.get("texts", {}))
+    for name, text in texts.items():
+        all_texts[text_hashes[name]] = text
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     entry = {
-        "previous": identity(before[-1]) if before else None,
+        "previous": identity(earlier_sessions[-1]) if earlier_sessions else None,
         "started": now(),
         "command": sys.argv,
         "overrides": list(sets),
         "recipe_hash": recipe_hash(plan.recipe),
-        "texts": named,
+        "texts": text_hashes,
         "data": data_facts(plan, order),
-        "world_size": (world_size := int(os.environ.get("WORLD_SIZE", "1"))),
+        "world_size": world_size,
         "mesh": mesh(plan, world_size),
         "host": platform.node(),
         "hardware": hardware(),
@@ -67,10 +77,14 @@ def session(run: Path, plan: Plan, file: str, sets: Sequence[str], order: Order)
         "torch": build,
         "code": code_version(),
     }
-    texts = {**texts, **{named[name]: text for name, text in written.items()}}
-    seal.write_text(run / REQUIREMENTS, lock)
-    facts = {"recipe_hash": entry["recipe_hash"], "data": entry["data"]}
-    seal.write_json(run / PROVENANCE, {**facts, "sessions": [*before, entry], "texts": texts})
+    seal.write_text(run.requirements_file, packages)
+    new_record = {
+        "recipe_hash": entry["recipe_hash"],
+        "data": entry["data"],
+        "sessions": [*earlier_sessions, entry],
+        "texts": all_texts,
+    }
+    seal.write_json(run.provenance_file, new_record)
     try:
         yield identity(entry)
     except BaseException as error:
@@ -89,19 +103,25 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def add(run: Path, stage: str, **facts: Any) -> None:
+def add(run: RunFolder, stage: str, **facts: Any) -> None:
     """Adds facts about a stage to the entry of the session that runs, if it runs in a run folder."""
-    _update(run, lambda entry: entry.setdefault("stages", {}).setdefault(stage, {}).update(facts))
+
+    def with_facts(entry: dict[str, Any]) -> None:
+        stages = entry.setdefault("stages", {})
+        stages.setdefault(stage, {}).update(facts)
+
+    _update(run, with_facts)
 
 
-def _end(run: Path, how: str) -> None:
+def _end(run: RunFolder, how: str) -> None:
     _update(run, lambda entry: entry.update(ended={"at": now(), "how": how[:2000]}))
 
 
-def _update(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    if (record := seal.read_json(run / PROVENANCE)) is not None:
+def _update(run: RunFolder, change: Callable[[dict[str, Any]], None]) -> None:
+    record = seal.read_json(run.provenance_file)
+    if record is not None:
         change(record["sessions"][-1])
-        seal.write_json(run / PROVENANCE, record)
+        seal.write_json(run.provenance_file, record)
 
 
 def now() -> str:
@@ -110,28 +130,37 @@ def now() -> str:
 
 def data_facts(plan: Plan, order: Order) -> dict[str, Any]:
     """Where the data are, and the hashes of all tokens trained and validated on and of the tokenizer."""
-    held_out = [manifest.hash("validation") for manifest in order.manifests]
+    validation_hashes = [manifest.hash("validation") for manifest in order.manifests]
     facts: dict[str, Any] = {
         "path": plan.recipe.data.path,
         "manifest_hash": order.data_hash,
-        "validation_hash": canonical_hash(held_out) if plan.recipe.data.mix else held_out[0],
+        "validation_hash": canonical_hash(validation_hashes) if plan.recipe.data.mix else validation_hashes[0],
         "tokenizer_sha256": order.manifests[0].tokenizer_sha256,
     }
     if plan.recipe.data.mix:
-        stores = zip(order.manifests, order.shares, order.hashes, strict=True)
-        facts["mix"] = [{"path": str(m.folder), "share": s / BLOCK, "manifest_hash": h} for m, s, h in stores]
+        facts["mix"] = []
+        for manifest, share, manifest_hash in zip(order.manifests, order.shares, order.hashes, strict=True):
+            store = {"path": str(manifest.folder), "share": share / BLOCK, "manifest_hash": manifest_hash}
+            facts["mix"].append(store)
     return facts
 
 
 def mesh(plan: Plan, world_size: int) -> dict[str, dict[str, int]]:
     """The degrees of parallelism of every train stage on this many ranks."""
-    found = {stage.name: layout(stage.parallel, world_size) for stage in plan.train_stages}
-    return {name: {"replicate": at.replicate, "shard": at.shard, "tensor": at.tensor} for name, at in found.items()}
+    meshes = {}
+    for stage in plan.train_stages:
+        degrees = layout(stage.parallel, world_size)
+        meshes[stage.name] = {"replicate": degrees.replicate, "shard": degrees.shard, "tensor": degrees.tensor}
+    return meshes
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
     """The variables that matter; never one that could hold a secret."""
-    return {k: v for k, v in sorted(variables.items()) if ENVIRONMENT.fullmatch(k) and not SECRET.search(k)}
+    kept = {}
+    for name, value in sorted(variables.items()):
+        if ENVIRONMENT.fullmatch(name) and not SECRET.search(name):
+            kept[name] = value
+    return kept
 
 
 def versions() -> dict[str, str]:
@@ -148,35 +177,49 @@ def torch_build() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     if torch is None:
         return {}
-    facts = {"version": torch.__version__, "commit": torch.version.git_version, "config": torch.__config__.show()}
-    return {**facts, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return {
+        "version": torch.__version__,
+        "commit": torch.version.git_version,
+        "config": torch.__config__.show(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
 
 
 def code_version() -> dict[str, str]:
     """The git commit of this code and a hash of what differs from it; empty outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=10)
-        return done.stdout if done.returncode == 0 else ""
-
     if not (REPOSITORY / "pyproject.toml").is_file():  # installed, perhaps inside another project's checkout
         return {}
     try:
-        commit, changes = git("rev-parse", "HEAD").strip(), git("diff", "HEAD", "--", "stackgrow", "tools")
+        commit = _git("rev-parse", "HEAD").strip()
+        changes = _git("diff", "HEAD", "--", "stackgrow", "tools")
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    dirty = {"dirty_sha256": hashlib.sha256(changes.encode()).hexdigest()} if changes else {}
-    return {"commit": commit, **dirty} if commit else {}
+    if not commit:
+        return {}
+    code = {"commit": commit}
+    if changes:
+        code["dirty_sha256"] = text_hash(changes)
+    return code
+
+
+def _git(*arguments: str) -> str:
+    """What git prints of this repository; "" where it fails."""
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=GIT_SECONDS)
+    return done.stdout if done.returncode == 0 else ""
 
 
 def hardware() -> dict[str, Any]:
     """Processor and memory of rank 0's machine, and accelerators where torch is loaded and sees any."""
     facts: dict[str, Any] = {"machine": platform.machine(), "cpus": os.cpu_count()}
     with suppress(OSError):
-        models = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        models = re.findall(r"^model name\s*:\s*(.+)$", cpus, re.MULTILINE)
         facts["cpu"] = models[0] if models else platform.processor()
         facts["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        count = torch.cuda.device_count()
+        facts["gpus"] = [torch.cuda.get_device_name(index) for index in range(count)]
     return facts

@@ -18,23 +18,25 @@ def requirements() -> str:
         name = re.sub(r"[-_.]+", "-", package.metadata["Name"] or "").lower()
         if name:
             lines.setdefault(name, _requirement(name, package))  # the first on the path is the one in use
-    builds = {match[1] for line in lines.values() if (match := re.match(r"torch==[^+]+\+(\w+)", line))}
-    return "\n".join(
-        [
-            f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-            "# pip install --no-deps -r requirements.lock; then pip install --no-deps -e . in the checkout",
-            *(f"--extra-index-url {TORCH_INDEX}/{build}" for build in sorted(builds)),
-            *(lines[name] for name in sorted(lines)),
-            "",
-        ]
-    )
+    header = [
+        f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        "# pip install --no-deps -r requirements.lock; then pip install --no-deps -e . in the checkout",
+    ]
+    build = re.match(r"torch==[^+]+\+(\w+)", lines.get("torch", ""))  # "cpu", "cu128"
+    if build:
+        header.append(f"--extra-index-url {TORCH_INDEX}/{build[1]}")
+    pinned = [lines[name] for name in sorted(lines)]
+    return "\n".join([*header, *pinned, ""])
 
 
 def _requirement(name: str, package: metadata.Distribution) -> str:
     origin = json.loads(package.read_text("direct_url.json") or "{}")  # PEP 610
     url = origin.get("url", "")
-    if version_control := origin.get("vcs_info"):
+    version_control = origin.get("vcs_info")
+    if version_control:
         return f"{name} @ {version_control['vcs']}+{url}@{version_control['commit_id']}"
     if "dir_info" in origin:
         return f"# {name}=={package.version} from a local folder"
-    return f"{name} @ {url}" if url.startswith("https:") else f"{name}=={package.version}"
+    if url.startswith("https:"):
+        return f"{name} @ {url}"
+    return f"{name}=={package.version}"

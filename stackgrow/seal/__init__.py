@@ -18,6 +18,7 @@ from stackgrow.seal.files import (
     read_seal,
     seal,
     sealed_steps,
+    sha256,
     step_name,
     sync_folder,
     write_json,

@@ -20,6 +20,7 @@ from typing import Any
 from stackgrow.errors import DamagedError
 
 MANIFEST = "MANIFEST.json"
+READ_AT_ONCE = 1 << 22  # bytes
 _STEP = re.compile(r"step-([0-9]+)")
 
 
@@ -31,7 +32,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes ``text`` so that after a crash the file is either absent (or old) or complete."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as stream:
+    with temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -46,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         DamagedError: the file is there but is not a JSON object.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
@@ -70,19 +71,26 @@ def sync_folder(folder: Path) -> None:
 
 def contents(folder: Path) -> list[str]:
     """The names of all files that a seal covers, sorted."""
-    return sorted(p.name for p in folder.iterdir() if p.name not in (MANIFEST, MANIFEST + ".tmp"))
+    names = {path.name for path in folder.iterdir()}
+    return sorted(names - {MANIFEST, MANIFEST + ".tmp"})
 
 
 def file_records(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Size in bytes and SHA-256 of each named file."""
     records = {}
     for name in names:
-        digest = hashlib.sha256()
-        with (folder / name).open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-        records[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest.hexdigest()}
+        path = folder / name
+        records[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     return records
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(READ_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def seal(folder: Path, files: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -96,8 +104,10 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
     manifest = read_json(folder / MANIFEST)
     if manifest is None:
         return None
-    files, tensors = manifest.get("files"), manifest.get("tensors", {})
-    if not (isinstance(files, dict) and all(isinstance(record, dict) for record in files.values())):
+    files = manifest.get("files")
+    tensors = manifest.get("tensors", {})
+    has_records = isinstance(files, dict) and all(isinstance(record, dict) for record in files.values())
+    if not has_records:
         raise DamagedError(f"{folder / MANIFEST} is damaged: it has no records of files; move {folder} away")
     if not isinstance(tensors, dict):
         raise DamagedError(f"{folder / MANIFEST} is damaged: it has no fingerprints of tensors; move {folder} away")
@@ -106,7 +116,7 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
 
 def manifest_hash(folder: Path) -> str:
     """SHA-256 of a sealed folder's manifest, and so of all that it states."""
-    return str(file_records(folder, [MANIFEST])[MANIFEST]["sha256"])
+    return sha256(folder / MANIFEST)
 
 
 def damage(
@@ -114,26 +124,42 @@ def damage(
 ) -> list[str]:
     """What is wrong with a sealed folder; each of ``parts`` ranks checks the files of its ``part``: the size of all,
     and the SHA-256 of all or of as many as ``hashes``, drawn at random."""
-    expected = dict(manifest["files"])
-    faults = [f"{n} is not in the manifest" for n in (contents(folder) if part == 0 else ()) if n not in expected]
-    mine = sorted(expected)[part::parts]
-    hashed = mine if hashes is None else random.sample(mine, min(hashes, len(mine)))
-    for name in mine:
-        if not os.path.lexists(folder / name):
-            faults.append(f"{name} is missing")
-        elif (folder / name).is_symlink() or not (folder / name).is_file():
-            faults.append(f"{name} is no plain file")  # a pipe would never end
-        elif (folder / name).stat().st_size != expected[name].get("bytes"):
-            faults.append(f"{name} has the wrong size")
-        elif name in hashed and file_records(folder, [name])[name] != expected[name]:
-            faults.append(f"{name} is damaged (SHA-256 differs)")
+    expected = manifest["files"]
+    faults = []
+    if part == 0:
+        for name in contents(folder):
+            if name not in expected:
+                faults.append(f"{name} is not in the manifest")
+    names = sorted(expected)[part::parts]
+    hashed = set(names)
+    if hashes is not None:
+        hashed = set(random.sample(names, min(hashes, len(names))))
+    for name in names:
+        fault = _fault_of_file(folder / name, expected[name], hashed=name in hashed)
+        if fault is not None:
+            faults.append(f"{name} {fault}")
     return faults
+
+
+def _fault_of_file(path: Path, expected: Mapping[str, Any], hashed: bool) -> str | None:
+    """What is wrong with a file whose record is ``expected``; its content is looked at only where it is ``hashed``."""
+    if not os.path.lexists(path):
+        return "is missing"
+    if path.is_symlink() or not path.is_file():
+        return "is no plain file"  # a pipe would never end
+    if path.stat().st_size != expected.get("bytes"):
+        return "has the wrong size"
+    if hashed and file_records(path.parent, [path.name])[path.name] != expected:
+        return "is damaged (SHA-256 differs)"
+    return None
 
 
 def lack_of_space(folder: Path, needed: int) -> str | None:
     """``needs 2.1 GB, 0.3 GB are free in <folder>``, or None where ``needed`` bytes are free."""
     free = shutil.disk_usage(folder).free
-    return None if free >= needed else f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free in {folder}"
+    if free >= needed:
+        return None
+    return f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free in {folder}"
 
 
 def step_name(step: int) -> str:
@@ -145,8 +171,12 @@ def sealed_steps(folder: Path) -> list[int]:
     """The steps of all sealed ``step-N`` folders in ``folder``, ascending."""
     if not folder.is_dir():
         return []
-    found = [(m, p) for p in folder.iterdir() if (m := _STEP.fullmatch(p.name))]
-    return sorted(int(m[1]) for m, p in found if (p / MANIFEST).is_file())
+    steps = []
+    for path in folder.iterdir():
+        match = _STEP.fullmatch(path.name)
+        if match is not None and (path / MANIFEST).is_file():
+            steps.append(int(match[1]))
+    return sorted(steps)
 
 
 def quarantine_unsealed(folder: Path) -> list[Path]:
@@ -161,7 +191,8 @@ def quarantine_unsealed(folder: Path) -> list[Path]:
     for path in sorted(folder.iterdir()):
         if path.is_symlink():
             raise DamagedError(f"{path} is a symbolic link; checkpoints must be real folders: remove it")
-        if not (_STEP.fullmatch(path.name) and (path / MANIFEST).is_file()):
+        is_sealed_step = _STEP.fullmatch(path.name) and (path / MANIFEST).is_file()
+        if not is_sealed_step:
             moved.append(move_to_quarantine(path))
     return moved
 
@@ -171,8 +202,10 @@ def move_to_quarantine(path: Path) -> Path:
     quarantine = path.parent.parent / "quarantine"
     quarantine.mkdir(exist_ok=True)
     number = 0
-    while (target := quarantine / f"{path.name}.{number}").exists():
+    target = quarantine / f"{path.name}.{number}"
+    while target.exists():
         number += 1
+        target = quarantine / f"{path.name}.{number}"
     path.rename(target)
     return target
 
@@ -180,11 +213,15 @@ def move_to_quarantine(path: Path) -> Path:
 def purge(folder: Path, keep: int, always: Iterable[int] = ()) -> None:
     """Deletes all but the ``keep`` newest sealed steps that are whole by size and those in ``always``; the seal goes
     first, so that a half-deleted checkpoint is never mistaken for a whole one."""
-    steps = [step for step in sealed_steps(folder) if _whole_by_size(folder / step_name(step))]
-    for step in steps[:-keep]:
+    whole = []
+    for step in sealed_steps(folder):
+        if _whole_by_size(folder / step_name(step)):
+            whole.append(step)
+    for step in whole[:-keep]:
         if step not in always:
-            (folder / step_name(step) / MANIFEST).unlink()
-            shutil.rmtree(folder / step_name(step))
+            checkpoint = folder / step_name(step)
+            (checkpoint / MANIFEST).unlink()
+            shutil.rmtree(checkpoint)
 
 
 def _whole_by_size(folder: Path) -> bool:

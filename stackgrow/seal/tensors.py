@@ -3,6 +3,9 @@
 The sum, modulo 2^64, of each element's bits times an odd number drawn from its place in the whole tensor: no single
 changed element, swapped tensor or shifted row goes unnoticed. It guards against faults; an attacker is caught by the
 SHA-256 of the files.
+
+The odd number of place p is mix(p) with signed 64-bit arithmetic that wraps around:
+    m = p * _MIX;  mix(p) = ((m xor (m >> 29)) * _MIX) | 1
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ from torch import Tensor
 CHUNK = 1 << 22  # elements hashed at a time: a GPU wants few large kernels, of a few times 32 MB,
 CPU_CHUNK = 1 << 14  # and a CPU what fits its nearest caches
 _MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # golden-ratio multiplier of splitmix64, as a signed 64-bit number
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their size in bytes
 
 
 def fingerprint(tensor: Tensor) -> str:
     """The fingerprint of a whole tensor."""
-    tensor = tensor.reshape(tensor.shape or (1,))  # a step counter has no dimension
-    return hexadecimal(int(weighted_sum(tensor, tuple(tensor.shape), (0,) * tensor.dim()).item()))
+    if tensor.dim() == 0:  # a step counter
+        tensor = tensor.reshape(1)
+    total = weighted_sum(tensor, shape=tuple(tensor.shape), offset=(0,) * tensor.dim())
+    return hexadecimal(int(total.item()))
 
 
 def hexadecimal(total: int) -> str:
@@ -35,44 +40,59 @@ def weighted_sum(piece: Tensor, shape: tuple[int, ...], offset: tuple[int, ...])
 
     Only the first dimension and, in matrices, the second are ever sharded.
     """
-    flat = piece.reshape(piece.shape[0], -1).contiguous().view(_BITS[piece.element_size()])
-    rows, width = flat.shape
-    row_stride, column = math.prod(shape[1:]), offset[1] if len(offset) > 1 else 0
-    if not flat.is_cuda:
-        return torch.tensor(_cpu_sum(flat.numpy(), offset[0] * row_stride + column, row_stride))
-    columns = torch.arange(column, column + width, device=flat.device, dtype=torch.int64)
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    step = max(1, CHUNK // max(width, 1))
-    for start in range(0, rows, step):
-        bits = flat[start : start + step].to(torch.int64)
-        first = offset[0] + start
-        row = torch.arange(first, first + bits.shape[0], device=flat.device, dtype=torch.int64)
-        mixed = ((row * row_stride)[:, None] + columns[None, :]) * _MIX
-        total += (bits * ((mixed ^ (mixed >> 29)) * _MIX | 1)).sum()
+    rows_of_bits = piece.reshape(piece.shape[0], -1).contiguous().view(_INTEGERS[piece.element_size()])
+    first_row = offset[0]
+    first_column = offset[1] if len(offset) > 1 else 0
+    row_length = math.prod(shape[1:])  # of the whole tensor
+    if rows_of_bits.is_cuda:
+        return _sum_on_gpu(rows_of_bits, first_row, first_column, row_length)
+    total = _sum_on_cpu(rows_of_bits.numpy(), first_row * row_length + first_column, row_length)
+    return torch.tensor(total)
+
+
+def _sum_on_gpu(rows_of_bits: Tensor, first_row: int, first_column: int, row_length: int) -> Tensor:
+    rows, width = rows_of_bits.shape
+    device = rows_of_bits.device
+    columns = torch.arange(first_column, first_column + width, device=device, dtype=torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    rows_at_once = max(1, CHUNK // max(width, 1))
+    for start in range(0, rows, rows_at_once):
+        bits = rows_of_bits[start : start + rows_at_once].to(torch.int64)
+        first = first_row + start
+        row = torch.arange(first, first + bits.shape[0], device=device, dtype=torch.int64)
+        places = (row * row_length)[:, None] + columns[None, :]
+        mixed = places * _MIX
+        odd = (mixed ^ (mixed >> 29)) * _MIX | 1
+        total += (bits * odd).sum()
     return total
 
 
-def _cpu_sum(bits: np.ndarray, first: int, row_stride: int) -> int:
-    """The same on one core, without memory of the size of ``bits``, whose element [i, j] has the place
-    first + i row_stride + j. Many small steps are slow in torch, whose threads meet after each of them."""
-    if bits.shape[1] == row_stride:
-        bits = bits.reshape(1, -1)  # whole rows: their places run on
-    mixed = np.arange(min(CPU_CHUNK, bits.shape[1]), dtype=np.int64) * _MIX
-    factor, other = np.empty_like(mixed), np.empty_like(mixed)
+def _sum_on_cpu(rows_of_bits: np.ndarray, first: int, row_length: int) -> int:
+    """The same on one core, without memory of the size of the bits, whose element [i, j] has the place
+    first + i row_length + j. Many small steps are slow in torch, whose threads meet after each of them."""
+    if rows_of_bits.shape[1] == row_length:
+        rows_of_bits = rows_of_bits.reshape(1, -1)  # whole rows: their places run on
+    # (start + k) * _MIX = start * _MIX + k * _MIX: the second term is the same for every chunk.
+    mixed_steps = np.arange(min(CPU_CHUNK, rows_of_bits.shape[1]), dtype=np.int64) * _MIX
+    odd_buffer = np.empty_like(mixed_steps)
+    spare_buffer = np.empty_like(mixed_steps)
     total = 0
-    for i, row in enumerate(bits):
+    for i, row in enumerate(rows_of_bits):
         for start in range(0, row.size, CPU_CHUNK):
-            part = row[start : start + CPU_CHUNK]
-            if not part[0] and not part.any():  # as all of what G_zero makes
+            bits = row[start : start + CPU_CHUNK]
+            if not bits[0] and not bits.any():  # as all of what G_zero makes
                 continue
-            a, b = factor[: part.size], other[: part.size]
-            np.add(mixed[: part.size], _signed((first + i * row_stride + start) * _MIX), out=a)
-            np.right_shift(a, 29, out=b)
-            np.bitwise_xor(a, b, out=a)
-            np.multiply(a, _MIX, out=a)
-            np.bitwise_or(a, 1, out=a)
-            np.copyto(b, part)
-            total += int(np.multiply(a, b, out=b).sum())  # in two steps, which numpy vectorizes
+            place = first + i * row_length + start
+            odd = odd_buffer[: bits.size]
+            spare = spare_buffer[: bits.size]
+            np.add(mixed_steps[: bits.size], _signed(place * _MIX), out=odd)
+            np.right_shift(odd, 29, out=spare)
+            np.bitwise_xor(odd, spare, out=odd)
+            np.multiply(odd, _MIX, out=odd)
+            np.bitwise_or(odd, 1, out=odd)
+            np.copyto(spare, bits)  # in two steps, which numpy vectorizes
+            np.multiply(odd, spare, out=spare)
+            total += int(spare.sum())
     return _signed(total)
 
 

@@ -24,6 +24,7 @@ from stackgrow.audit.same import same_run
 from stackgrow.checkpoint.dcp import read_metadata
 from stackgrow.errors import LockedError
 from stackgrow.run.claim import run_lock
+from stackgrow.run_folder.folder import RunFolder
 
 BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
 
@@ -207,7 +208,7 @@ def test_a_run_that_was_killed_has_no_finding(run: Path) -> None:
 
 
 def test_a_run_that_is_running_is_left_alone(run: Path) -> None:
-    with run_lock(run), pytest.raises(LockedError, match="audit it afterwards"):
+    with run_lock(RunFolder(run)), pytest.raises(LockedError, match="audit it afterwards"):
         audit_run(run)
 
 

@@ -14,6 +14,7 @@ from launch import FAULTY, REPOSITORY, Workplace, assert_audited, environment, l
 from warm import Warm
 
 from stackgrow.run.claim import run_lock
+from stackgrow.run_folder.folder import RunFolder
 
 CLUSTER = REPOSITORY / "tools" / "cluster"
 TARGET = "stage-2-train-4L"
@@ -74,7 +75,7 @@ def test_nodes_that_would_train_different_models_are_refused(workplace: Workplac
 def test_nodes_end_together_where_one_is_refused(workplace: Workplace, tmp_path: Path) -> None:
     """Rank 0 alone sees that the run folder is in use; the other node would wait for it until a timeout."""
     run, port, logs = tmp_path / "run", free_port(), [tmp_path / f"node-{i}.log" for i in range(2)]
-    with run_lock(run):
+    with run_lock(RunFolder(run)):
         nodes = [node(workplace, port, log, f"run.folder={run}", restarts=0) for log in logs]
         try:
             assert 0 not in [n.wait(120) for n in nodes]

@@ -11,7 +11,7 @@ from stackgrow.plan import guidelines
 from stackgrow.plan.resolve import make_plan
 from stackgrow.plan.stages import ImportStage
 from stackgrow.recipe.write import to_toml
-from stackgrow.run_folder.folder import FOUND
+from stackgrow.run_folder.folder import FOUND, RunFolder, StageFolder
 from stackgrow.run_folder.found import plan_of_run, with_found, write_found
 
 SLOPE = "growth[0].timing={loss_slope=5, min='10K', max='20%'}"
@@ -71,8 +71,8 @@ def test_what_a_stage_found_settles_the_later_ones(tmp_path: Path) -> None:
     before = plan.stage_hashes("data")
     base, grow, middle, grow_2, last = plan.stages
     (run / base.name).mkdir(parents=True)
-    write_found(run / base.name, before[base.name], 13)
-    settled = with_found(plan, run, "data")
+    write_found(StageFolder(run / base.name), before[base.name], 13)
+    settled = with_found(plan, RunFolder(run), "data")
     assert [s.steps for s in settled.train_stages] == [13, 27, 57]
     assert settled.train_stages[0].horizon_steps == 20, "the schedule is that of the latest growth"
     after = settled.stage_hashes("data")
@@ -87,9 +87,9 @@ def test_what_a_stage_found_settles_the_later_ones(tmp_path: Path) -> None:
 def test_what_another_recipe_found_does_not_count(tmp_path: Path) -> None:
     plan, run = plan_of(tmp_path, RECIPE, [SLOPE]), tmp_path / "run"
     (run / "stage-0-train-2L").mkdir(parents=True)
-    write_found(run / "stage-0-train-2L", "another stage's hash", 13)
+    write_found(StageFolder(run / "stage-0-train-2L"), "another stage's hash", 13)
     assert (run / "stage-0-train-2L" / FOUND).exists()
-    assert with_found(plan, run, "data") is plan
+    assert with_found(plan, RunFolder(run), "data") is plan
 
 
 def test_slope_of_a_straight_line(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def start(program: str) -> subprocess.Popen:
-    text = "import os, signal, time\nfrom stackgrow import signals\n" + textwrap.dedent(program)
+    text = "import os, signal, time\nfrom stackgrow.process import signals\n" + textwrap.dedent(program)
     process = subprocess.Popen([sys.executable, "-u", "-c", text], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

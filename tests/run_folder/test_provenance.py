@@ -14,6 +14,7 @@ from recipes_for_tests import RECIPE, plan_of, written
 from stackgrow.data.order import Order
 from stackgrow.data.store import Manifest, Split
 from stackgrow.run_folder import provenance
+from stackgrow.run_folder.folder import RunFolder
 from stackgrow.run_folder.requirements import requirements
 
 
@@ -29,13 +30,13 @@ def read(run: Path) -> dict:
 
 def test_sessions_are_appended_and_tell_how_they_ended(tmp_path: Path, order: Order) -> None:
     plan, file = plan_of(tmp_path), str(written(tmp_path, RECIPE))
-    with provenance.session(tmp_path, plan, file, ["log.interval=5 steps"], order) as first:
-        provenance.add(tmp_path, "stage-0-train-2L", start_step=0)
+    with provenance.session(RunFolder(tmp_path), plan, file, ["log.interval=5 steps"], order) as first:
+        provenance.add(RunFolder(tmp_path), "stage-0-train-2L", start_step=0)
         running = read(tmp_path)["sessions"][0]
 
     def stop() -> None:
-        with provenance.session(tmp_path, plan, file, [], order):
-            provenance.add(tmp_path, "stage-0-train-2L", start_step=12)
+        with provenance.session(RunFolder(tmp_path), plan, file, [], order):
+            provenance.add(RunFolder(tmp_path), "stage-0-train-2L", start_step=12)
             raise ValueError("stopped in the middle")
 
     with pytest.raises(ValueError, match="in the middle"):
@@ -56,7 +57,7 @@ def test_sessions_are_appended_and_tell_how_they_ended(tmp_path: Path, order: Or
 
 def test_every_fact_known_at_the_start_is_part_of_the_identity(tmp_path: Path, order: Order) -> None:
     plan, file = plan_of(tmp_path), str(written(tmp_path, RECIPE))
-    with provenance.session(tmp_path, plan, file, [], order) as identity:
+    with provenance.session(RunFolder(tmp_path), plan, file, [], order) as identity:
         pass
     (entry,) = read(tmp_path)["sessions"]
     for name in entry.keys() - {"stages", "ended"}:
