@@ -38,9 +38,14 @@ def depth_rules(layer_map: Sequence[int], source: Model, target: Model) -> Rules
     Any map is allowed, also one that omits source layers: their tensors are recorded as dropped. Raises
     GrowthError where the map does not fit the layer counts, or the models differ in more than depth.
     """
-    _check_models(layer_map, source, target)
+    _check_layer_map(layer_map, source, target)
+    _check_same_geometry(source, target)
     targets = {name: Alias(_source_name(name, layer_map)) for name in target.tensors()}
-    dropped = [name for name in source.tensors() if _layer(name) not in (None, *layer_map)]
+    dropped = set()
+    for name in source.tensors():
+        layer = _layer_of(name)
+        if layer is not None and layer not in layer_map:
+            dropped.add(name)
     return Rules(targets, source.tensors(), target.tensors(), frozenset(dropped))
 
 
@@ -49,7 +54,7 @@ def _check_counts(n_source: int, n_target: int) -> None:
         raise GrowthError(f"depth growth needs 1 <= source layers <= target layers, not {n_source} -> {n_target}")
 
 
-def _check_models(layer_map: Sequence[int], source: Model, target: Model) -> None:
+def _check_layer_map(layer_map: Sequence[int], source: Model, target: Model) -> None:
     if len(layer_map) != target.n_layers:
         raise GrowthError(
             f"the layer map has {len(layer_map)} entries and the target model {target.n_layers} layers: "
@@ -58,17 +63,26 @@ def _check_models(layer_map: Sequence[int], source: Model, target: Model) -> Non
     wrong = sorted({i for i in layer_map if not 0 <= i < source.n_layers})
     if wrong:
         raise GrowthError(f"the layer map names layers {wrong}; the source model has 0 to {source.n_layers - 1}")
-    pairs = [(key, getattr(source, key), getattr(target, key)) for key in GEOMETRY]
-    differ = [f"{key} {have!r} -> {want!r}" for key, have, want in pairs if have != want]
-    if differ:
-        raise GrowthError(f"depth growth changes n_layers alone, but the models differ in {', '.join(differ)}")
 
 
-def _layer(name: str) -> int | None:
-    head, _, rest = name.partition(".")
-    return int(rest.partition(".")[0]) if head == "layers" else None
+def _check_same_geometry(source: Model, target: Model) -> None:
+    changes = []
+    for key in GEOMETRY:
+        before, after = getattr(source, key), getattr(target, key)
+        if before != after:
+            changes.append(f"{key} {before!r} -> {after!r}")
+    if changes:
+        raise GrowthError(f"depth growth changes n_layers alone, but the models differ in {', '.join(changes)}")
+
+
+def _layer_of(name: str) -> int | None:
+    """``layers.3.ffn_norm.weight`` -> 3; None for a tensor outside of the layers."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "layers" else None
 
 
 def _source_name(name: str, layer_map: Sequence[int]) -> str:
-    layer = _layer(name)
-    return name if layer is None else name.replace(f"layers.{layer}.", f"layers.{layer_map[layer]}.", 1)
+    layer = _layer_of(name)
+    if layer is None:
+        return name
+    return name.replace(f"layers.{layer}.", f"layers.{layer_map[layer]}.", 1)

@@ -17,7 +17,8 @@ def generator(*key: object) -> torch.Generator:
     """A CPU generator seeded by the key: (seed, tensor name), or with a word between for draws that must differ."""
     import torch
 
-    digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
+    text = ":".join(str(part) for part in key)
+    digest = hashlib.sha256(text.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
@@ -32,6 +33,11 @@ def draw(name: str, shape: tuple[int, ...], model: Model, rng: torch.Generator) 
     whole = torch.empty(shape)
     if model.init == "paper":
         return whole.normal_(0.0, paper_std(name, shape, model.n_layers), generator=rng)
+    if model.init == "torch":
+        if name == "tok_embeddings.weight":
+            return whole.normal_(0.0, 1.0, generator=rng)
+        bound = torch_bound(shape)
+        return whole.uniform_(-bound, bound, generator=rng)
     std, cut = torchtitan_std(name, model.dim)
     if math.isinf(cut):
         return whole.normal_(0.0, std, generator=rng)
@@ -42,7 +48,14 @@ def paper_std(name: str, shape: tuple[int, ...], n_layers: int) -> float:
     """sqrt(2 / (5 d_in)) for the embedding and every linear, 1 / (sqrt(d_in) L) for the MLP output w2
     (official code, tongxuluo/prts; the embedding's d_in is the width D)."""
     d_in = shape[1]
-    return 1 / (math.sqrt(d_in) * n_layers) if name.endswith("feed_forward.w2.weight") else math.sqrt(2 / (5 * d_in))
+    if name.endswith("feed_forward.w2.weight"):
+        return 1 / (math.sqrt(d_in) * n_layers)
+    return math.sqrt(2 / (5 * d_in))
+
+
+def torch_bound(shape: tuple[int, ...]) -> float:
+    """1 / sqrt(d_in): torch's own nn.Linear draws uniformly from [-bound, bound], and its nn.Embedding from N(0, 1)."""
+    return 1 / math.sqrt(shape[1])
 
 
 def torchtitan_std(name: str, dim: int) -> tuple[float, float]:
@@ -52,5 +65,6 @@ def torchtitan_std(name: str, dim: int) -> tuple[float, float]:
     if name == "output.weight":
         return dim**-0.5, 3 * dim**-0.5
     if name.endswith(("wo.weight", "w2.weight", "w3.weight")):
-        return 0.02 / math.sqrt(2 * (int(name.split(".")[1]) + 1)), 2.0
+        layer = int(name.split(".")[1])
+        return 0.02 / math.sqrt(2 * (layer + 1)), 2.0
     return 0.02, 2.0

@@ -1,7 +1,7 @@
 """G_learn (LiGO): the target's weights as learned linear maps of the source's. Here: the maps, and folding them in.
 
 Paper: arXiv 2405.15319, appendix A.6. B matrices widen, [target channels, source channels]; D matrices mix layers,
-[L, l]. Eq. 40 prints the head without the transpose that its shapes need.
+[L, l]. Eq. 40 prints the head without the transpose that its shapes need. Which matrices there are: learned_shapes.py.
 """
 
 from __future__ import annotations
@@ -26,33 +26,48 @@ ROWS = 4096  # of the embedding and the head, computed in float64 at a time
 class HyperNetwork:
     """What LiGO learns: ``widths`` {"emb", "q", "k", "v", "mlp": B}, ``depths`` {name in LAYER_KINDS: D}.
 
-    A direction that does not grow has no matrices: see ``learned_shapes.shapes``."""
+    A direction that is not learned has no matrices: see ``learned_shapes.shapes``."""
 
     widths: Mapping[str, Tensor]
     depths: Mapping[str, Tensor]
 
 
-def initial_network(source: Model, target: Model, seed: int) -> HyperNetwork:
+def initial_network(source: Model, target: Model, seed: int, maps: str = "paper") -> HyperNetwork:
     """B: the identity on the old channels, as ``kept_channels`` places them, and rows from N(0, 1/sqrt(rows of B));
     D: stacked identities, so that layer i is layer i mod l (official code, tongxuluo/prts)."""
-    kept, widths, wanted = kept_channels(source, target), {}, shapes(source, target)
+    kept = kept_channels(source, target)
+    wanted = shapes(source, target, maps)
+    widths = {}
     for name, shape in wanted["widths"].items():
-        widths[name] = torch.empty(shape).normal_(0, 1 / math.sqrt(shape[0]), generator=generator(seed, "learn", name))
-        widths[name][kept[CHANNELS[name]]] = torch.eye(shape[1])
-    D = torch.eye(source.n_layers)[torch.arange(target.n_layers) % source.n_layers]
-    return HyperNetwork(widths, {name: D.clone() for name in wanted["depths"]})
+        rng = generator(seed, "learn", name)
+        B = torch.empty(shape).normal_(0, 1 / math.sqrt(shape[0]), generator=rng)
+        B[kept[CHANNELS[name]]] = torch.eye(shape[1])
+        widths[name] = B
+    layers = torch.arange(target.n_layers) % source.n_layers
+    depths = {name: torch.eye(source.n_layers)[layers] for name in wanted["depths"]}
+    return HyperNetwork(widths, depths)
 
 
 def widen(name: str, weight: Tensor, widths: Mapping[str, Tensor]) -> Tensor:
     """Eqs. 37-40, W' = B_out W B_in^T, for one tensor; differentiable. ``widths`` come from ``with_output``:
-    none, where only the depth grows, leave W as it is."""
+    none, where only the depth is learned, leave W as it is."""
     if not widths:
         return weight
-    sides = {"stream": "emb", "ffn": "mlp", "vocab": ""}
-    rows, *columns = [sides.get(axis, name.split(".")[-2][-1]) for axis in AXES[kind(name)]]  # wq: "q", .. wo: "o"
-    for column in columns:
-        weight = weight @ widths[column].T
-    return widths[rows] @ weight if rows else weight
+    axes = AXES[kind(name)]
+    for axis in axes[1:]:
+        weight = weight @ widths[_matrix_of(axis, name)].T
+    if axes[0] == "vocab":
+        return weight
+    return widths[_matrix_of(axes[0], name)] @ weight
+
+
+def _matrix_of(axis: str, name: str) -> str:
+    """The B of an axis of a tensor: of query and key channels by the tensor's own letter, wq: "q", .. wo: "o"."""
+    if axis == "stream":
+        return "emb"
+    if axis == "ffn":
+        return "mlp"
+    return name.split(".")[-2][-1]
 
 
 def with_output(widths: Mapping[str, Tensor], source: Model, target: Model) -> dict[str, Tensor]:
@@ -61,54 +76,67 @@ def with_output(widths: Mapping[str, Tensor], source: Model, target: Model) -> d
     head per group (MHA), "o" is B_V itself, as in eq. 38. Under GQA the paper defines nothing: this is ours."""
     if not widths:
         return {}
-    pairs = torch.eye(repeats(source)).to(widths["v"])[torch.arange(repeats(target)) % repeats(source)]
+    source_heads = torch.eye(repeats(source)).to(widths["v"])
+    pairs = source_heads[torch.arange(repeats(target)) % repeats(source)]
     blocks = widths["v"].view(target.kv_heads, target.head_dim, source.kv_heads, source.head_dim)
     o = torch.einsum("ts,GEge->GtEgse", pairs, blocks)
     return {**widths, "o": o.reshape(target.n_heads * target.head_dim, source.n_heads * source.head_dim)}
 
 
-def learned_rules(source: Model, target: Model, network: HyperNetwork) -> Rules:
+def learned_rules(source: Model, target: Model, network: HyperNetwork, maps: str = "paper") -> Rules:
     """Fold a trained network in: W_i' = B_out (sum_j D[i, j] W_j) B_in^T (eqs. 37-42), in float64, then rounded.
 
     A layer's rule reads every source layer whose D is not zero: all of one weight type, once D is trained. Raises
     GrowthError where the geometry or a matrix's shape does not fit.
     """
     check_learned(source, target)
-    _check_shapes(network, shapes(source, target))
-    widths = with_output({name: B.detach().double() for name, B in network.widths.items()}, source, target)
+    _check_shapes(network, shapes(source, target, maps))
+    exact = {name: B.detach().double() for name, B in network.widths.items()}
+    widths = with_output(exact, source, target)
     targets: dict[str, Rule] = {}
+    used: set[str] = set()
     for name in target.tensors():
-        mixed = {name: 1.0}
         if kind(name) in network.depths:
-            layer, tensor = name.split(".", 2)[1:]
-            row = network.depths[kind(name)][int(layer)].tolist()
-            mixed = {f"layers.{j}.{tensor}": c for j, c in enumerate(row) if c} or {f"layers.0.{tensor}": 0.0}
-        targets[name] = _folded(name, mixed, widths) if widths or kind(name) in network.depths else Alias(name)
-    used = {fqn for rule in targets.values() for fqn in rule.sources}
+            targets[name] = _folded(name, _mixture(name, network.depths[kind(name)]), widths)
+        elif widths:
+            targets[name] = _folded(name, {name: 1.0}, widths)
+        else:
+            targets[name] = Alias(name)
+        used.update(targets[name].sources)
     return Rules(targets, source.tensors(), target.tensors(), frozenset(set(source.tensors()) - used))
 
 
-def _folded(name: str, mixed: Mapping[str, float], widths: Mapping[str, Tensor]) -> Compute:
-    def fn(first: Tensor, *others: Tensor) -> Tensor:
-        coefficient, *more = mixed.values()
-        total = coefficient * first.double()
-        for c, weight in zip(more, others, strict=True):
-            total += c * weight.double()
-        return widen(name, total, widths).to(first.dtype)
+def _mixture(name: str, D: Tensor) -> dict[str, float]:
+    """Source tensor -> its coefficient in the target tensor ``name``, those of zero left out unless all are."""
+    layer, tensor = name.split(".", 2)[1:]
+    mixture = {}
+    for j, coefficient in enumerate(D[int(layer)].tolist()):
+        if coefficient:
+            mixture[f"layers.{j}.{tensor}"] = coefficient
+    return mixture or {f"layers.0.{tensor}": 0.0}
+
+
+def _folded(name: str, mixture: Mapping[str, float], widths: Mapping[str, Tensor]) -> Compute:
+    def fn(*weights: Tensor) -> Tensor:
+        total = torch.zeros_like(weights[0], dtype=torch.float64)
+        for coefficient, weight in zip(mixture.values(), weights, strict=True):
+            total += coefficient * weight.double()
+        return widen(name, total, widths).to(weights[0].dtype)
 
     def by_rows(weight: Tensor) -> Tensor:  # the vocabulary is the one long axis, and not widened
         return torch.cat([fn(rows) for rows in weight.split(ROWS)])
 
-    return Compute(tuple(mixed), by_rows if AXES[kind(name)][0] == "vocab" else fn, "learned map")
+    is_long = AXES[kind(name)][0] == "vocab"
+    return Compute(tuple(mixture), by_rows if is_long else fn, "learned map")
 
 
 def _check_shapes(network: HyperNetwork, needed: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
-    have = {part: {name: tuple(M.shape) for name, M in getattr(network, part).items()} for part in needed}
-    problems = [
-        f"{part}[{name!r}] is {have[part].get(name, 'missing')}, not {shape}"
-        for part, wanted in needed.items()
-        for name, shape in wanted.items()
-        if have[part].get(name) != shape
-    ]
+    problems = []
+    for part, wanted in needed.items():
+        matrices = getattr(network, part)
+        for name, shape in wanted.items():
+            have = tuple(matrices[name].shape) if name in matrices else "missing"
+            if have != shape:
+                problems.append(f"{part}[{name!r}] is {have}, not {shape}")
     if problems:
         raise GrowthError(f"the network does not fit these models: {'; '.join(problems)}")

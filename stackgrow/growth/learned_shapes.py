@@ -1,4 +1,11 @@
-"""G_learn (LiGO) before anything is learned: where it is defined, its matrices' shapes, what it costs. No torch."""
+"""G_learn (LiGO) before anything is learned: where it is defined, its matrices' shapes, what it costs. No torch.
+
+l, L layers of source and target; [r, c] a weight of the source and [R, C] that of the target.
+
+``maps`` says which matrices are trained. "paper": a direction that does not grow has none, as in the paper, whose
+depthwise G_learn (eqs. 41-42) has no B and whose widthwise one (eqs. 37-40) no D. "official": all of them in either
+direction, those of one that does not grow from the identity, as the official code has it (tongxuluo/prts).
+"""
 
 from __future__ import annotations
 
@@ -28,46 +35,72 @@ def wider(source: Model, target: Model) -> bool:
     return any(getattr(source, key) != getattr(target, key) for key in ("dim", "n_heads", "kv_heads", "ffn_dim"))
 
 
-def shapes(source: Model, target: Model) -> dict[str, dict[str, tuple[int, int]]]:
-    """{"widths": {name: shape of B}, "depths": {weight type: shape of D}}. A direction that does not grow has no
-    matrices, as in the paper, whose depthwise G_learn (eqs. 41-42) has no B and whose widthwise one no D."""
-    sizes = [
-        {"stream": m.dim, "query": m.dim, "key": m.kv_heads * m.head_dim, "ffn": m.ffn_dim} for m in (target, source)
-    ]
-    widths = {name: (sizes[0][axis], sizes[1][axis]) for name, axis in CHANNELS.items()}
-    depths = dict.fromkeys(LAYER_KINDS, (target.n_layers, source.n_layers))
-    return {
-        "widths": widths if wider(source, target) else {},
-        "depths": depths if target.n_layers != source.n_layers else {},
-    }
+def learns_widths(source: Model, target: Model, maps: str) -> bool:
+    return maps == "official" or wider(source, target)
+
+
+def learns_depths(source: Model, target: Model, maps: str) -> bool:
+    return maps == "official" or target.n_layers != source.n_layers
+
+
+def shapes(source: Model, target: Model, maps: str = "paper") -> dict[str, dict[str, tuple[int, int]]]:
+    """{"widths": {name: shape of B}, "depths": {weight type: shape of D}}, of those that ``maps`` has."""
+    small, large = _channel_counts(source), _channel_counts(target)
+    wanted: dict[str, dict[str, tuple[int, int]]] = {"widths": {}, "depths": {}}
+    if learns_widths(source, target, maps):
+        for name, axis in CHANNELS.items():
+            wanted["widths"][name] = (large[axis], small[axis])
+    if learns_depths(source, target, maps):
+        for name in LAYER_KINDS:
+            wanted["depths"][name] = (target.n_layers, source.n_layers)
+    return wanted
+
+
+def _channel_counts(model: Model) -> dict[str, int]:
+    return {"stream": model.dim, "query": model.dim, "key": model.kv_heads * model.head_dim, "ffn": model.ffn_dim}
 
 
 def matrix_names(parts: Mapping[str, Mapping[str, object]]) -> dict[str, tuple[str, str]]:
     """{name in a checkpoint: (part, name in it)}, such as depths.attention_wq: ("depths", "attention.wq")."""
-    return {f"{part}.{name.replace('.', '_')}": (part, name) for part, names in parts.items() for name in names}
+    stored = {}
+    for part, names in parts.items():
+        for name in names:
+            stored[f"{part}.{name.replace('.', '_')}"] = (part, name)
+    return stored
 
 
-def parameters(source: Model, target: Model) -> int:
+def parameters(source: Model, target: Model, maps: str = "paper") -> int:
     """How many numbers are learned."""
-    return sum(math.prod(shape) for part in shapes(source, target).values() for shape in part.values())
+    total = 0
+    for matrices in shapes(source, target, maps).values():
+        total += sum(math.prod(shape) for shape in matrices.values())
+    return total
 
 
-def mapping_flops(source: Model, target: Model) -> int:
+def mapping_flops(source: Model, target: Model, maps: str = "paper") -> int:
     """Matrix products of one forward and backward pass through the maps, at 2 per multiplication and addition.
 
-    For W [r, c] of the source and W' [R, C] of the target, W B_in^T costs 2 r c C, and as much again for the gradient
-    of B_in, W being frozen; B_out (W B_in^T) costs 2 R r C, and twice as much again for its two gradients. Mixing a
-    weight type's l layers into L costs 2 L l R C, as much again for the gradient of D, and once more, where
-    widths are learned, for that of what is mixed. What makes wo's B_o of B_V is left out: it is no matrix product.
+    W B_in^T costs 2 r c C, and as much again for the gradient of B_in, W being frozen; B_out (W B_in^T) costs 2 R r C,
+    and twice as much again for its two gradients. Mixing a weight type's l layers into L costs 2 L l R C, as much again
+    for the gradient of D, and once more, where widths are learned, for that of what is mixed. What makes wo's B_o of
+    B_V is left out: it is no matrix product.
     """
-    total, wanted, wide = 0, target.tensors(), wider(source, target)
-    for name, (r, *columns) in source.tensors().items():
-        (R, *wanted_columns), in_layer = wanted[name], kind(name) in LAYER_KINDS
-        c, C = math.prod(columns), math.prod(wanted_columns)
-        if wide and columns:
-            total += 2 * (2 * r * c * C) + (3 * (2 * R * r * C) if in_layer else 0)  # the vocabulary does not grow
-        elif wide:
+    widens = learns_widths(source, target, maps)
+    deepens = learns_depths(source, target, maps)
+    after = target.tensors()
+    total = 0
+    for name, shape in source.tensors().items():
+        r, R = shape[0], after[name][0]
+        is_norm = len(shape) == 1
+        c, C = (1, 1) if is_norm else (shape[1], after[name][1])
+        in_layer = kind(name) in LAYER_KINDS
+        if widens and is_norm:
             total += 2 * (2 * R * r)
-        if in_layer and target.n_layers != source.n_layers:
-            total += (3 if wide else 2) * (2 * target.n_layers * R * C)
+        elif widens:
+            total += 2 * (2 * r * c * C)
+            if in_layer:  # the vocabulary does not grow
+                total += 3 * (2 * R * r * C)
+        if deepens and in_layer:
+            passes = 3 if widens else 2
+            total += passes * (2 * target.n_layers * R * C)
     return total

@@ -3,6 +3,10 @@
 Paper, eqs. 21, 27 and 34-36: widthwise a mask on the new outputs of the embedding and of every linear; depthwise
 one on what the attention and the SwiGLU of a new layer add to the residual stream. Masked outputs are the outputs of
 scaled weights, so that a masked model can be written down as an ordinary one at any time.
+
+The official code (tongxuluo/prts) differs: depthwise it masks the whole block, y c + x (1 - c); widthwise it raises
+three masks one after the other, of the SwiGLU, the stream and the queries, keys and values. Its ``grow_step``, how long
+each takes, is 5000 optimizer steps by default; the paper does not state it.
 """
 
 from __future__ import annotations
@@ -25,10 +29,13 @@ def kept_outputs(source: Model, target: Model, layer_map: tuple[int, ...] | None
     sub-block of a new layer."""
     import torch
 
-    new = new_outputs(replace(source, n_layers=target.n_layers), target)
-    kept = {name.removesuffix(".weight"): (~mask).float() for name, mask in new.items()}
-    for layer in new_layers(layer_map, source.n_layers) if layer_map else []:
-        kept |= {f"layers.{layer}.{block}": torch.zeros(1) for block in SUB_BLOCKS}
+    kept = {}
+    for name, is_new in new_outputs(replace(source, n_layers=target.n_layers), target).items():
+        kept[name.removesuffix(".weight")] = (~is_new).float()
+    layers = new_layers(layer_map, source.n_layers) if layer_map else []
+    for layer in layers:
+        for block in SUB_BLOCKS:
+            kept[f"layers.{layer}.{block}"] = torch.zeros(1)
     return kept
 
 
@@ -39,11 +46,13 @@ def folding(
     kept = kept_outputs(source, target, layer_map)
 
     def fold(name: str, tensor: Tensor) -> Tensor:
-        keep = kept.get(name.removesuffix(".weight"))
-        if keep is not None:
-            scale = keep + c * (1 - keep)
+        module = name.removesuffix(".weight")
+        if module in kept:
+            scale = kept[module] + c * (1 - kept[module])
             tensor = tensor * (scale if name == "tok_embeddings.weight" else scale[:, None])
-        block = name.rpartition(".")[0].rpartition(".")[0]
-        return tensor * c if name.endswith(BLOCK_OUTPUTS) and block in kept else tensor
+        block = module.rpartition(".")[0]
+        if name.endswith(BLOCK_OUTPUTS) and block in kept:
+            tensor = tensor * c
+        return tensor
 
     return fold

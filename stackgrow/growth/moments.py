@@ -24,20 +24,24 @@ from dataclasses import replace
 
 from stackgrow.growth.rules import Alias, Compute, Moment, Rule, Rules, Shape, Zeros
 
+OPTIMIZER_STATE = "optimizer.state."  # AdamW's moments and step counters
 POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "step": 1}  # a step counter goes where the moments go
 
 
 def with_moments(rules_of: Callable[[Moment | None], Rules], asymmetric: bool) -> Rules:
     """The rules of a growth's weights, ``rules_of(None)``, and of their state in AdamW, as a checkpoint names it."""
     weights = rules_of(None)
-    targets, dropped = dict(weights.targets), set(weights.dropped)
-    source_shapes, target_shapes = dict(weights.source_shapes), dict(weights.target_shapes)
+    targets = dict(weights.targets)
+    dropped = set(weights.dropped)
+    source_shapes = dict(weights.source_shapes)
+    target_shapes = dict(weights.target_shapes)
     for state, power in POWERS.items():
         rules = rules_of(Moment(power, asymmetric))
-        targets |= {key(name, state): _of_state(rule, state) for name, rule in rules.targets.items()}
-        dropped |= {key(name, state) for name in rules.dropped}
-        source_shapes |= _state_shapes(weights.source_shapes, state)
-        target_shapes |= _state_shapes(weights.target_shapes, state)
+        for name, rule in rules.targets.items():
+            targets[key(name, state)] = _of_state(rule, state)
+        dropped.update(key(name, state) for name in rules.dropped)
+        source_shapes.update(_state_shapes(weights.source_shapes, state))
+        target_shapes.update(_state_shapes(weights.target_shapes, state))
     return Rules(targets, source_shapes, target_shapes, frozenset(dropped))
 
 
@@ -54,7 +58,6 @@ def _of_state(rule: Rule, state: str) -> Rule:
     source = key(rule.sources[0], state)
     if isinstance(rule, Zeros):
         return Zeros(source)
-    return replace(rule, sources=(source,)) if isinstance(rule, Compute) and state != "step" else Alias(source)
-
-
-OPTIMIZER_STATE = "optimizer.state."  # AdamW's moments and step counters
+    if isinstance(rule, Compute) and state != "step":
+        return replace(rule, sources=(source,))
+    return Alias(source)

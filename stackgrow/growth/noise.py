@@ -1,4 +1,7 @@
-"""The paper's noise: every weight of a grown model blended with a random one, which breaks function preservation."""
+"""The paper's noise: every weight of a grown model blended with a random one, which breaks function preservation.
+
+Appendix I.2 (eqs. 53-54) blends all linears, section 5.2 speaks of the new neurons: as in I.2 here.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,17 @@ def noisy_rules(rules: Rules, n_layers: int, ratio: float, seed: int, moment: Mo
     """
     if not 0 < ratio <= 1:
         raise GrowthError(f"the noise ratio {ratio} must be above 0 and at most 1; 0.2 is the paper's")
-    shapes = rules.target_shapes
-
-    def noisy(name: str, rule: Rule) -> Rule:
-        if moment:
-            return rule if isinstance(rule, Zeros) else _shrunk(rule, (1 - ratio) ** moment.power)
-        return _blended(name, rule, shapes[name], noise_std(name, shapes[name], n_layers), ratio, seed)
-
-    linears = {name: noisy(name, rule) for name, rule in rules.targets.items() if len(shapes[name]) == 2}
-    return replace(rules, targets={**rules.targets, **linears})
+    targets = dict(rules.targets)
+    for name, rule in rules.targets.items():
+        shape = rules.target_shapes[name]
+        if len(shape) != 2:
+            continue
+        if not moment:
+            std = noise_std(name, shape, n_layers)
+            targets[name] = _blended(name, rule, shape, std, ratio, seed)
+        elif not isinstance(rule, Zeros):
+            targets[name] = _shrunk(rule, (1 - ratio) ** moment.power)
+    return replace(rules, targets=targets)
 
 
 def noise_std(name: str, shape: tuple[int, ...], n_layers: int) -> float:
@@ -43,7 +48,8 @@ def noise_std(name: str, shape: tuple[int, ...], n_layers: int) -> float:
 
 def _shrunk(rule: Alias | Compute, factor: float) -> Compute:
     def fn(*sources: Tensor) -> Tensor:
-        return (sources[0] if isinstance(rule, Alias) else rule.fn(*sources)).mul_(factor)
+        moment = rule.fn(*sources) if isinstance(rule, Compute) else sources[0]
+        return moment.mul_(factor)
 
     return Compute(rule.sources, fn, f"times {factor:g}")
 
@@ -52,8 +58,10 @@ def _blended(name: str, rule: Rule, shape: Shape, std: float, ratio: float, seed
     def fn(*sources: Tensor) -> Tensor:
         if isinstance(rule, Compute):
             weight = rule.fn(*sources)
+        elif isinstance(rule, Zeros):
+            weight = sources[0].new_zeros(shape)
         else:
-            weight = sources[0] if isinstance(rule, Alias) else sources[0].new_zeros(shape)
+            weight = sources[0]
         rng = generator(seed, "noise", name)
         for rows in weight.split(ROWS):
             eps = rows.new_empty(rows.shape, dtype=weight.dtype).float().normal_(0.0, std, generator=rng)

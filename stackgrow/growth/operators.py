@@ -162,11 +162,13 @@ def growth_rules(
     seed: int = 0,
     network: Any = None,
     moment: Moment | None = None,
+    norm: str = "scaled",
+    maps: str = "paper",
 ) -> Rules:
     """The rules of one growth: in width where the geometry differs, then in depth by ``layer_map``, if given.
 
     ``seed`` should differ between the growths of a run. An operator that is learned takes its trained HyperNetwork
-    instead of a map, and has no rules for a ``moment``. Raises GrowthError for an unknown operator, and where it does
+    instead of a map, and has no rules for a ``moment``. ``norm`` is for "split", ``maps`` for "learn": see there. Raises GrowthError for an unknown operator, and where it does
     not define the growth; own.TrustError for a function of the user's own that may not run.
     """
     operator = operator_named(name)
@@ -177,6 +179,9 @@ def growth_rules(
         "seed": seed,
         "network": network,
         "moment": moment,
+        "norm": norm,
+        "maps": maps,
+        "grown": target,
     }
     if own.is_own(name):
         return own.rules(name, available)
@@ -199,7 +204,7 @@ def growth_rules(
         deeper = first_copies(layer_map, deeper)
     if not grows_wider:
         return deeper
-    wider = _call(operator.width, {**available, "target": wide})
+    wider = _call(operator.width, {**available, "target": wide, "grown": target})
     return compose(wider, deeper)
 
 

@@ -23,9 +23,15 @@ class Reused:
         import torch
 
         size = math.prod(shape) * dtype.itemsize
-        free = [memory for memory, borrowed in self.lent if borrowed() is None and memory.nbytes == size]
-        memory = free[0] if free else np.empty(size, np.uint8)
+        memory = None
+        still_lent = []
+        for block, borrower in self.lent:
+            if borrower() is not None:
+                still_lent.append((block, borrower))
+            elif memory is None and block.nbytes == size:
+                memory = block
+        if memory is None:
+            memory = np.empty(size, np.uint8)
         view = memory[:]  # lives as long as any tensor on it
-        in_use = [(other, borrowed) for other, borrowed in self.lent if borrowed() is not None]
-        self.lent = [*in_use, (memory, weakref.ref(view))]
+        self.lent = [*still_lent, (memory, weakref.ref(view))]
         return torch.from_numpy(view).view(dtype).view(shape)

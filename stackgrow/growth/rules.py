@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # plans are made from layer maps without loading torch
     import torch
 
 Shape: TypeAlias = tuple[int, ...]
+SHOWN = 8  # of the names in one error message
 
 
 class GrowthError(ValueError):
@@ -78,26 +79,37 @@ class Rules:
     dropped: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        made, source, target = set(self.targets), set(self.source_shapes), set(self.target_shapes)
-        used = {name for rule in self.targets.values() for name in rule.sources}
+        made = set(self.targets)
+        source = set(self.source_shapes)
+        target = set(self.target_shapes)
+        used: set[str] = set()
+        for rule in self.targets.values():
+            used.update(rule.sources)
         problems = [
-            *_named("no rule makes these target tensors", target - made),
-            *_named("the target model has no such tensors", made - target),
-            *_named("the source model has no such tensors", (used | self.dropped) - source),
-            *_named("these source tensors are neither used nor dropped", source - used - self.dropped),
-            *_named("these source tensors are dropped, yet used", used & self.dropped),
-            *_named("an Alias keeps the shape; use Compute for", self._reshaped()),
+            *_listed("no rule makes these target tensors", target - made),
+            *_listed("the target model has no such tensors", made - target),
+            *_listed("the source model has no such tensors", (used | self.dropped) - source),
+            *_listed("these source tensors are neither used nor dropped", source - used - self.dropped),
+            *_listed("these source tensors are dropped, yet used", used & self.dropped),
+            *_listed("an Alias keeps the shape; use Compute for", self._reshaped_aliases()),
         ]
         if problems:
             raise GrowthError("; ".join(problems))
 
-    def _reshaped(self) -> list[str]:
-        pairs = [(t, r.source) for t, r in self.targets.items() if isinstance(r, Alias)]
-        shapes = [(t, self.target_shapes.get(t), s, self.source_shapes.get(s)) for t, s in pairs]
-        return [f"{t} {want} from {s} {have}" for t, want, s, have in shapes if want and have and want != have]
+    def _reshaped_aliases(self) -> Iterator[str]:
+        for name, rule in self.targets.items():
+            if not isinstance(rule, Alias):
+                continue
+            before = self.source_shapes.get(rule.source)
+            after = self.target_shapes.get(name)
+            if before and after and before != after:
+                yield f"{name} {after} from {rule.source} {before}"
 
 
-def _named(what: str, names: Iterable[str], most: int = 8) -> list[str]:
+def _listed(problem: str, names: Iterable[str]) -> list[str]:
+    """One line that says the problem and names the first few; nothing where there are none."""
     names = sorted(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return [f"{what}: {', '.join(names[:most])}{more}"] if names else []
+    if not names:
+        return []
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return [f"{problem}: {', '.join(names[:SHOWN])}{more}"]

@@ -47,7 +47,7 @@ def kind(name: str) -> str:
     return ".".join(parts[2:] if parts[0] == "layers" else parts)
 
 
-def split_rules(source: Model, target: Model, seed: int, moment: Moment | None = None) -> Rules:
+def split_rules(source: Model, target: Model, seed: int, moment: Moment | None = None, norm: str = "scaled") -> Rules:
     """G_direct widthwise (eqs. 4-11): E' = E R, W' = L W R, mu' = sqrt(d)/sqrt(D) [mu, mu_copied].
 
     Channel j copies channel j mod d, so that D need not be a multiple of d. R splits: the columns that copy one
@@ -55,19 +55,26 @@ def split_rules(source: Model, target: Model, seed: int, moment: Moment | None =
     the key/value head that they read; head_dim must stay: a copied channel pair would rotate at another frequency.
 
     All but RMSNorm preserves the function. Given x' = x R, each norm returns c(x) RMSNorm(x) R, where
-    c(x)^2 = sum_d x_i^2 / sum_D x'_i^2: exactly d / D where D is a multiple of d, and near it elsewhere. Copying
-    mu without its factor would be exact for multiples: the factor is the paper's. Raises GrowthError.
+    c(x)^2 = sum_d x_i^2 / sum_D x'_i^2: exactly d / D where D is a multiple of d, and near it elsewhere. ``norm`` is
+    "scaled" for mu' as above, of eq. 10, by which the function changes; or "copied", without the factor, as the
+    official code does it: exact at multiples, as section 5.2 says of the operator. Raises GrowthError.
     """
     check_widths(source, target)
     if source.norm_eps != target.norm_eps:
         raise GrowthError(f"a split keeps norm_eps: {source.norm_eps:g}, not {target.norm_eps:g}")
-    channels, have, want = copied_channels(source, target), source.tensors(), target.tensors()
+    channels = copied_channels(source, target)
+    factor = math.sqrt(source.dim) / math.sqrt(target.dim) if norm == "scaled" else 1.0
     memory = Reused()
-    targets = {
-        name: _split(name, shape, [channels[axis] for axis in AXES[kind(name)]], seed, moment, memory)
-        for name, shape in have.items()
-    }
-    return Rules(targets, have, want)
+    targets: dict[str, Rule] = {}
+    for name, shape in source.tensors().items():
+        copied = [channels[axis] for axis in AXES[kind(name)]]
+        if all(copies == list(range(size)) for copies, size in zip(copied, shape, strict=True)):
+            targets[name] = Alias(name)
+        elif len(shape) == 1:
+            targets[name] = _split_norm(name, copied[0], factor, moment)
+        else:
+            targets[name] = _split_matrix(name, shape, copied[0], copied[1], seed, moment, memory)
+    return Rules(targets, source.tensors(), target.tensors())
 
 
 def copied_channels(source: Model, target: Model) -> dict[str, list[int]]:
@@ -77,27 +84,36 @@ def copied_channels(source: Model, target: Model) -> dict[str, list[int]]:
             f"a split keeps the head width: {source.head_dim} -> {target.head_dim} would rotate copied channels at "
             f"other frequencies; use {target.dim // source.head_dim} heads for dim {target.dim}, or another operator"
         )
-    k, K, r, R = source.kv_heads, target.kv_heads, repeats(source), repeats(target)
-    if K // k * R < r:
+    k, K = source.kv_heads, target.kv_heads
+    r, R = repeats(source), repeats(target)
+    copies = K // k  # of each key/value head, at least
+    if copies * R < r:
         raise GrowthError(
             f"{K} key/value heads with {R} query heads each cannot hold copies of all {r} query heads of each of "
-            f"{k}: use a multiple of {k} key/value heads, or {-(-r // (K // k)) * K} or more query heads"
+            f"{k}: use a multiple of {k} key/value heads, or {-(-r // copies) * K} or more query heads"
         )
     # Target group g copies key/value head g mod k; its copies deal that head's queries out in turn.
-    groups = [g % k for g in range(K)]
-    heads = [g % k * r + (g // k * R + t) % r for g in range(K) for t in range(R)]
+    key_heads = [group % k for group in range(K)]
+    query_heads = []
+    for group in range(K):
+        first_of_source = key_heads[group] * r
+        first_dealt = group // k * R
+        for t in range(R):
+            query_heads.append(first_of_source + (first_dealt + t) % r)
+    whole_head = range(source.head_dim)
     return {
         "vocab": list(range(source.vocab_size)),
         "stream": [j % source.dim for j in range(target.dim)],
         "ffn": [j % source.ffn_dim for j in range(target.ffn_dim)],
-        "query": head_channels(heads, range(source.head_dim), source.head_dim),
-        "key": head_channels(groups, range(source.head_dim), source.head_dim),
+        "query": head_channels(query_heads, whole_head, source.head_dim),
+        "key": head_channels(key_heads, whole_head, source.head_dim),
     }
 
 
 def kept_channels(source: Model, target: Model) -> dict[str, list[int]]:
     """For every source channel its place in the padded target, whose other channels are new."""
-    k, e, E, r, R = source.kv_heads, source.head_dim, target.head_dim, repeats(source), repeats(target)
+    e, E = source.head_dim, target.head_dim
+    r, R = repeats(source), repeats(target)
     if E % e:
         raise GrowthError(
             f"head width {e} -> {E} is no whole factor: no pair of the wider head rotates at the frequencies of the "
@@ -108,64 +124,98 @@ def kept_channels(source: Model, target: Model) -> dict[str, list[int]]:
             f"{R} query heads per key/value head cannot hold the {r} that share one now, and new key/value heads "
             f"copy nothing: use {target.n_heads // r} key/value heads or fewer"
         )
-    inside = [2 * (E // e) * (c // 2) + c % 2 for c in range(e)]
+    key_heads = range(source.kv_heads)
+    query_heads = []
+    for group in key_heads:
+        for t in range(r):
+            query_heads.append(group * R + t)
+    # Pair p of a head becomes pair p E / e, which rotates at the same frequency.
+    inside = [2 * (E // e) * (channel // 2) + channel % 2 for channel in range(e)]
     return {
         "vocab": list(range(source.vocab_size)),
         "stream": list(range(source.dim)),
         "ffn": list(range(source.ffn_dim)),
-        "query": head_channels([g * R + t for g in range(k) for t in range(r)], inside, E),
-        "key": head_channels(range(k), inside, E),
+        "query": head_channels(query_heads, inside, E),
+        "key": head_channels(key_heads, inside, E),
     }
 
 
 def check_widths(source: Model, target: Model) -> None:
     """Raise GrowthError unless the target is the source made wider, and nothing else."""
-    same = ("family", "n_layers", "vocab_size", "rope_theta")
-    grown = ("dim", "n_heads", "kv_heads", "head_dim", "ffn_dim")
-    pairs = [(key, getattr(source, key), getattr(target, key)) for key in (*same, *grown)]
-    problems = [f"{key} {a!r} -> {b!r} must stay" for key, a, b in pairs if key in same and a != b]
-    problems += [f"{key} {a} -> {b} must not shrink" for key, a, b in pairs if key in grown and a > b]
+    problems = []
+    for key in ("family", "n_layers", "vocab_size", "rope_theta"):
+        before, after = getattr(source, key), getattr(target, key)
+        if before != after:
+            problems.append(f"{key} {before!r} -> {after!r} must stay")
+    for key in ("dim", "n_heads", "kv_heads", "head_dim", "ffn_dim"):
+        before, after = getattr(source, key), getattr(target, key)
+        if before > after:
+            problems.append(f"{key} {before} -> {after} must not shrink")
     if problems:
         raise GrowthError(f"widthwise growth is not defined here: {', '.join(problems)}")
 
 
 def repeats(model: Model) -> int:
+    """Query heads that share a key/value head: 1 without grouped-query attention."""
     return model.n_heads // model.kv_heads
 
 
 def head_channels(heads: Sequence[int], inside: Sequence[int], width: int) -> list[int]:
-    return [head * width + channel for head in heads for channel in inside]
+    """The channels ``inside`` each of the ``heads``, which are ``width`` wide."""
+    channels = []
+    for head in heads:
+        for channel in inside:
+            channels.append(head * width + channel)
+    return channels
 
 
-def _split(
-    name: str, have: tuple[int, ...], axes: list[list[int]], seed: int, moment: Moment | None, memory: Reused
-) -> Rule:
-    """``have`` is the source's shape; ``axes`` the source index of each target index, per dimension."""
-    if all(axis == list(range(n)) for axis, n in zip(axes, have, strict=True)):
-        return Alias(name)
-    power, asymmetric = (moment.power, moment.asymmetric) if moment else (1, False)
-    again = [[j for j, first in enumerate(first_of(axis)) if j != first] for axis in axes] if asymmetric else []
-    factor = (math.sqrt(have[0]) / math.sqrt(len(axes[0]))) ** power
+def _split_norm(name: str, copied: list[int], factor: float, moment: Moment | None) -> Compute:
+    """mu' [D] from mu [d]; ``copied`` has the source index of each target index."""
+    power = moment.power if moment else 1
+    zeroed = _second_copies(copied) if moment and moment.asymmetric else []
 
-    def fn(tensor: Tensor) -> Tensor:
+    def fn(norm: Tensor) -> Tensor:
         import torch
 
-        rows, *columns = map(torch.tensor, axes)
-        if not columns:
-            wide = times(tensor[rows], factor)
-        else:
-            wide = memory.empty((len(rows), len(columns[0])), tensor.dtype)
-            shares = _shares(columns[0], have[1], generator(seed, "split", name)) ** power
-            with one_thread():
-                for some, part in zip(rows.split(ROWS), wide.split(ROWS), strict=True):
-                    torch.index_select(tensor.index_select(0, some), 1, columns[0], out=part)
-                    if kind(name) != "tok_embeddings":
-                        part *= shares
-        for dimension, copies in enumerate(again):
-            wide.index_fill_(dimension, torch.tensor(copies, dtype=torch.long), 0)
+        wide = times(norm[torch.tensor(copied)], factor**power)
+        wide[torch.tensor(zeroed, dtype=torch.long)] = 0
         return wide
 
-    return Compute((name,), fn, "split" if len(axes) > 1 else "split norm")
+    return Compute((name,), fn, "split norm")
+
+
+def _split_matrix(
+    name: str,
+    shape: tuple[int, ...],
+    copied_rows: list[int],
+    copied_columns: list[int],
+    seed: int,
+    moment: Moment | None,
+    memory: Reused,
+) -> Compute:
+    """L W R [d_out', d_in'] from W, whose ``shape`` is [d_out, d_in]; of the embedding, which makes its columns, the
+    copy E R without shares."""
+    power = moment.power if moment else 1
+    asymmetric = moment is not None and moment.asymmetric
+    shared = kind(name) != "tok_embeddings"
+
+    def fn(weight: Tensor) -> Tensor:
+        import torch
+
+        rows, columns = torch.tensor(copied_rows), torch.tensor(copied_columns)
+        wide = memory.empty((len(rows), len(columns)), weight.dtype)
+        shares = _shares(columns, shape[1], generator(seed, "split", name)) ** power
+        with one_thread():
+            for some_rows, part in zip(rows.split(ROWS), wide.split(ROWS), strict=True):
+                torch.index_select(weight.index_select(0, some_rows), 1, columns, out=part)
+                if shared:
+                    part *= shares
+        if asymmetric:
+            for dimension, copied in enumerate((copied_rows, copied_columns)):
+                wide.index_fill_(dimension, torch.tensor(_second_copies(copied), dtype=torch.long), 0)
+        return wide
+
+    return Compute((name,), fn, "split")
 
 
 @contextmanager
@@ -181,10 +231,15 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def first_of(axis: Sequence[int]) -> list[int]:
-    """For every target index the first one that copies the same source index."""
-    first: dict[int, int] = {}
-    return [first.setdefault(source, j) for j, source in enumerate(axis)]
+def _second_copies(copied: Sequence[int]) -> list[int]:
+    """The target indices that copy what one before them copies too."""
+    seen: set[int] = set()
+    again = []
+    for index, source in enumerate(copied):
+        if source in seen:
+            again.append(index)
+        seen.add(source)
+    return again
 
 
 def _shares(columns: Tensor, n_source: int, rng: torch.Generator) -> Tensor:
@@ -195,10 +250,14 @@ def _shares(columns: Tensor, n_source: int, rng: torch.Generator) -> Tensor:
     drawn = torch.rand(len(columns), generator=rng, dtype=torch.float64) + 0.5
     totals = torch.zeros(n_source, dtype=torch.float64).index_add_(0, columns, drawn)
     shares = (GRID * drawn / totals[columns]).floor()
-    first = torch.full((n_source,), len(columns)).scatter_reduce_(0, columns, torch.arange(len(columns)), "amin")
-    shares[first] += GRID - torch.zeros(n_source, dtype=torch.float64).index_add_(0, columns, shares)
+    # The first copy of each source column takes what rounding left over.
+    first = torch.full((n_source,), len(columns))
+    first.scatter_reduce_(0, columns, torch.arange(len(columns)), "amin")
+    given = torch.zeros(n_source, dtype=torch.float64).index_add_(0, columns, shares)
+    shares[first] += GRID - given
     return (shares / GRID).float()
 
 
 def times(tensor: Tensor, factor: float) -> Tensor:
+    """In float64, then rounded."""
     return (tensor.double() * factor).to(tensor.dtype)

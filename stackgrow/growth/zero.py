@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from stackgrow.growth.depth import depth_rules
@@ -23,14 +23,23 @@ if TYPE_CHECKING:  # a plan checks a growth by its rules, and needs no torch for
 BLOCK_OUTPUTS = ("attention.wo.weight", "feed_forward.w2.weight")
 
 
-def zero_width_rules(source: Model, target: Model, seed: int, moment: Moment | None = None) -> Rules:
-    """G_zero (eqs. 12-19): E' = [E, 0], W' = [[W, A], [0, C]], mu' = [alpha mu, 1]; see ``_padded``."""
-    return _padded(source, target, seed, True, moment)
+def zero_width_rules(
+    source: Model, target: Model, seed: int, moment: Moment | None = None, grown: Model | None = None
+) -> Rules:
+    """G_zero (eqs. 12-19): E' = [E, 0], W' = [[W, A], [0, C]], mu' = [alpha mu, 1]; see ``Padding``.
+
+    ``grown`` is the model that the whole growth makes, whose layer count the initialization depends on: the target
+    itself, where only widths grow.
+    """
+    return Padding(source, target, grown or target, seed, zero=True, moment=moment).rules()
 
 
-def random_width_rules(source: Model, target: Model, seed: int, moment: Moment | None = None) -> Rules:
-    """G_random (eqs. 20-33): E' = [E, random], W' = [[W, A], [B, C]], mu' = [alpha mu, 1]; see ``_padded``."""
-    return _padded(source, target, seed, False, moment)
+def random_width_rules(
+    source: Model, target: Model, seed: int, moment: Moment | None = None, grown: Model | None = None
+) -> Rules:
+    """G_random (eqs. 20-33): E' = [E, random], W' = [[W, A], [B, C]], mu' = [alpha mu, 1]; see ``Padding``, and
+    ``zero_width_rules`` for ``grown``."""
+    return Padding(source, target, grown or target, seed, zero=False, moment=moment).rules()
 
 
 def new_outputs(source: Model, target: Model) -> dict[str, Tensor]:
@@ -38,19 +47,24 @@ def new_outputs(source: Model, target: Model) -> dict[str, Tensor]:
     multiplies by c. The head has none: its outputs are the vocabulary."""
     import torch
 
-    kept, masks = kept_channels(source, target), {}
+    kept = kept_channels(source, target)
+    masks = {}
     for name, shape in target.tensors().items():
-        if len(shape) == 2:
-            made = int(name == "tok_embeddings.weight")
-            masks[name] = torch.ones(shape[made], dtype=torch.bool)
-            masks[name][kept[AXES[kind(name)][made]]] = False
-    return {name: mask for name, mask in masks.items() if mask.any()}
+        if len(shape) != 2:
+            continue
+        outputs = 1 if name == "tok_embeddings.weight" else 0  # the dimension that holds them
+        is_new = torch.ones(shape[outputs], dtype=torch.bool)
+        is_new[kept[AXES[kind(name)][outputs]]] = False
+        if is_new.any():
+            masks[name] = is_new
+    return masks
 
 
 def zero_depth_rules(layer_map: Sequence[int], source: Model, target: Model) -> Rules:
     """G_zero depthwise (A.4): target layer i copies source layer ``layer_map[i]``, and a layer of ``new_layers``
-    adds nothing to the residual stream, its attention.wo and feed_forward.w2 being zero."""
-    return _with_new(layer_map, source, target, BLOCK_OUTPUTS, lambda name, like: Zeros(like))
+    adds nothing to the residual stream, its attention.wo and feed_forward.w2 being zero. The official code
+    (tongxuluo/prts) repeats layers in place, 0 0 0 0 1 1 1 1, as LEMON does."""
+    return _with_new_layers(layer_map, source, target, BLOCK_OUTPUTS, lambda name, like: Zeros(like))
 
 
 def random_depth_rules(
@@ -64,39 +78,53 @@ def random_depth_rules(
             shape = tuple(replaced.shape)
             return draw(name, shape, target, generator(seed, "new", name)).to(replaced.dtype)
 
-        return Zeros(like) if moment else Compute((like,), fn, "random instead of")
+        if moment:
+            return Zeros(like)
+        return Compute((like,), fn, "random instead of")
 
-    return _with_new(layer_map, source, target, tuple(source.layer_tensors()), drawn)
+    return _with_new_layers(layer_map, source, target, tuple(source.layer_tensors()), drawn)
 
 
 def new_layers(layer_map: Sequence[int], n_source: int) -> list[int]:
     """The target layers that are new: all but the first copy of each source layer. GrowthError unless those first
     copies are all the source layers in their order, without which no choice of new layers preserves the function."""
-    new = [i for i, layer in enumerate(layer_map) if layer in layer_map[:i]]
-    old = [layer for i, layer in enumerate(layer_map) if i not in new]
-    if old != list(range(n_source)):
+    new = []
+    kept_sources: list[int] = []
+    for i, layer in enumerate(layer_map):
+        if layer in kept_sources:
+            new.append(i)
+        else:
+            kept_sources.append(layer)
+    if kept_sources != list(range(n_source)):
         raise GrowthError(
             f"layer map {list(layer_map)}: without repetitions it must name the source layers 0 to {n_source - 1} in "
-            f"order, for the function to be preserved; it names {old}"
+            f"order, for the function to be preserved; it names {kept_sources}"
         )
     return new
 
 
-def _with_new(
+def _with_new_layers(
     layer_map: Sequence[int],
     source: Model,
     target: Model,
     tensors: Sequence[str],
     make: Callable[[str, str], Rule],
 ) -> Rules:
+    """The copies of ``depth_rules``, but those ``tensors`` of each new layer as ``make(name, replaced)`` has them."""
     rules = depth_rules(layer_map, source, target)
-    new = [f"layers.{i}.{tensor}" for i in new_layers(layer_map, source.n_layers) for tensor in tensors]
-    made = {name: make(name, rules.targets[name].sources[0]) for name in new}
-    return replace(rules, targets={**rules.targets, **made})
+    targets = dict(rules.targets)
+    for layer in new_layers(layer_map, source.n_layers):
+        for tensor in tensors:
+            name = f"layers.{layer}.{tensor}"
+            targets[name] = make(name, targets[name].sources[0])
+    return replace(rules, targets=targets)
 
 
-def _padded(source: Model, target: Model, seed: int, zero: bool, moment: Moment | None) -> Rules:
-    """A, B, C are drawn like the initialization, alpha = sqrt(d)/sqrt(D), and a norm's new entries are 1, as initially.
+@dataclass(frozen=True)
+class Padding:
+    """The widthwise growth of G_zero and G_random: the source's parameters beside new ones.
+
+    A, B, C are drawn like the initialization, alpha = sqrt(d)/sqrt(D), and a norm's new entries are 1, as initially.
 
     head_dim may grow by a whole factor n: pair p becomes pair n p, whose frequency in the wider head is the same,
     and W_Q is multiplied by sqrt(n), because scores are divided by sqrt(head_dim). A new query head that shares an
@@ -105,57 +133,91 @@ def _padded(source: Model, target: Model, seed: int, zero: bool, moment: Moment 
     The paper's RMSNorm has no epsilon; with one, [x, 0] meets eps D / d. The function is preserved exactly where
     target.norm_eps = source.norm_eps d / D, and otherwise as far as mean(x^2) exceeds eps.
     """
-    check_widths(source, target)
-    exact = source.norm_eps * source.dim / target.dim
-    if target.norm_eps != source.norm_eps and not math.isclose(target.norm_eps, exact, rel_tol=1e-6):
-        raise GrowthError(
-            f"norm_eps {source.norm_eps:g} -> {target.norm_eps:g}: keep it, as the paper does, or preserve the "
-            f"function exactly with {exact:g} (source norm_eps * {source.dim} / {target.dim})"
-        )
-    kept, have, want = kept_channels(source, target), source.tensors(), target.tensors()
-    targets: dict[str, Rule] = {}
-    for name, shape in want.items():
-        places = [kept[axis] for axis in AXES[kind(name)]]
-        fn = _pad(name, places, source, target, seed, zero, moment)
-        pad = Compute((name,), fn, f"pad, {'zero' if zero or moment else 'random'}")
-        targets[name] = Alias(name) if have[name] == shape else pad
-    return Rules(targets, have, want)
 
+    source: Model
+    target: Model
+    grown: Model
+    seed: int
+    zero: bool  # whether new outputs read nothing that was there before: G_zero
+    moment: Moment | None
 
-def _pad(
-    name: str, places: list[list[int]], source: Model, target: Model, seed: int, zero: bool, moment: Moment | None
-) -> Callable[[Tensor], Tensor]:
-    """``places`` are those of the source's rows, and columns, in the target."""
-    tensor, power = kind(name), moment.power if moment else 1
-    alpha = (math.sqrt(source.dim) / math.sqrt(target.dim)) ** power
-    n = target.head_dim // source.head_dim
+    def rules(self) -> Rules:
+        """Raises GrowthError where the growth is not defined."""
+        check_widths(self.source, self.target)
+        self._check_norm_eps()
+        kept = kept_channels(self.source, self.target)
+        have, want = self.source.tensors(), self.target.tensors()
+        note = f"pad, {'zero' if self.zero or self.moment else 'random'}"
+        targets: dict[str, Rule] = {}
+        for name, shape in want.items():
+            places = [kept[axis] for axis in AXES[kind(name)]]
+            if have[name] == shape:
+                targets[name] = Alias(name)
+            elif len(shape) == 1:
+                targets[name] = Compute((name,), self._padded_norm(name, places[0]), note)
+            else:
+                targets[name] = Compute((name,), self._padded_matrix(name, places[0], places[1]), note)
+        return Rules(targets, have, want)
 
-    def fn(weight: Tensor) -> Tensor:
-        import torch
+    def _check_norm_eps(self) -> None:
+        kept, given = self.source.norm_eps, self.target.norm_eps
+        exact = kept * self.source.dim / self.target.dim
+        if given != kept and not math.isclose(given, exact, rel_tol=1e-6):
+            raise GrowthError(
+                f"norm_eps {kept:g} -> {given:g}: keep it, as the paper does, or preserve the "
+                f"function exactly with {exact:g} (source norm_eps * {self.source.dim} / {self.target.dim})"
+            )
 
-        shape = target.tensors()[name]
-        if moment:
-            whole = weight.new_zeros(shape)
-        else:
-            whole = draw(name, shape, target, generator(seed, "new", name)).to(weight.dtype)
-        if whole.dim() == 1:
-            whole[places[0]] = times(weight, alpha)
-            return whole
-        rows, columns = map(torch.tensor, places)
-        if zero:
-            whole[:, ... if tensor == "tok_embeddings" else columns] = 0
-        if tensor == "attention.wo":
-            whole[:, _sharing_channels(source, target)] = 0
-        if tensor == "attention.wq" and n > 1:
-            weight = times(weight, math.sqrt(n) ** power)
-        whole[rows[:, None], columns] = weight
-        return whole
+    def _padded_norm(self, name: str, places: list[int]) -> Callable[[Tensor], Tensor]:
+        """[alpha mu, 1]; ``places`` are those of the source's entries in the target."""
+        alpha = (math.sqrt(self.source.dim) / math.sqrt(self.target.dim)) ** self._power
 
-    return fn
+        def fn(norm: Tensor) -> Tensor:
+            wide = self._new(name, norm)
+            wide[places] = times(norm, alpha)
+            return wide
 
+        return fn
 
-def _sharing_channels(source: Model, target: Model) -> list[int]:
-    """The channels of new query heads that share an old key/value head."""
-    r, R = repeats(source), repeats(target)
-    heads = [g * R + t for g in range(source.kv_heads) for t in range(r, R)]
-    return head_channels(heads, range(target.head_dim), target.head_dim)
+    def _padded_matrix(self, name: str, row_places: list[int], column_places: list[int]) -> Callable[[Tensor], Tensor]:
+        """[[W, A], [B, C]]; the places are those of the source's rows and columns in the target."""
+        tensor = kind(name)
+        head_factor = self.target.head_dim // self.source.head_dim
+
+        def fn(weight: Tensor) -> Tensor:
+            import torch
+
+            wide = self._new(name, weight)
+            rows, columns = torch.tensor(row_places), torch.tensor(column_places)
+            if self.zero and tensor == "tok_embeddings":
+                wide[:] = 0
+            elif self.zero:
+                wide[:, columns] = 0
+            if tensor == "attention.wo":
+                wide[:, self._sharing_channels()] = 0
+            if tensor == "attention.wq" and head_factor > 1:
+                weight = times(weight, math.sqrt(head_factor) ** self._power)
+            wide[rows[:, None], columns] = weight
+            return wide
+
+        return fn
+
+    @property
+    def _power(self) -> int:
+        return self.moment.power if self.moment else 1
+
+    def _new(self, name: str, like: Tensor) -> Tensor:
+        """The whole target tensor as it is where it is new: drawn, or, of a moment, zero."""
+        shape = self.target.tensors()[name]
+        if self.moment:
+            return like.new_zeros(shape)
+        return draw(name, shape, self.grown, generator(self.seed, "new", name)).to(like.dtype)
+
+    def _sharing_channels(self) -> list[int]:
+        """The channels of new query heads that share an old key/value head."""
+        r, R = repeats(self.source), repeats(self.target)
+        heads = []
+        for group in range(self.source.kv_heads):
+            for t in range(r, R):
+                heads.append(group * R + t)
+        return head_channels(heads, range(self.target.head_dim), self.target.head_dim)
