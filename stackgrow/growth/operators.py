@@ -168,8 +168,9 @@ def growth_rules(
     """The rules of one growth: in width where the geometry differs, then in depth by ``layer_map``, if given.
 
     ``seed`` should differ between the growths of a run. An operator that is learned takes its trained HyperNetwork
-    instead of a map, and has no rules for a ``moment``. ``norm`` is for "split", ``maps`` for "learn": see there. Raises GrowthError for an unknown operator, and where it does
-    not define the growth; own.TrustError for a function of the user's own that may not run.
+    instead of a map, and has no rules for a ``moment``. ``norm`` is for "split" (width.py), ``maps`` for "learn"
+    (learned_shapes.py). Raises GrowthError for an unknown operator, and where it does not define the growth;
+    own.TrustError for a function of the user's own that may not run.
     """
     operator = operator_named(name)
     available = {

@@ -55,9 +55,19 @@ def test_both_directions_are_width_then_depth() -> None:
     wide = apply(split_rules(SOURCE, WIDE, 3), small)
     want = apply(depth_rules(layer_map, WIDE, LARGE), wide)
     assert_same(apply(growth_rules("split", SOURCE, LARGE, layer_map, seed=3), small), want)
-    wide = apply(zero_width_rules(SOURCE, WIDE, 3), small)
+    wide = apply(zero_width_rules(SOURCE, WIDE, 3, grown=LARGE), small)
     want = apply(zero_depth_rules(layer_map, WIDE, LARGE), wide)
     assert_same(apply(growth_rules("zero", SOURCE, LARGE, layer_map, seed=3), small), want)
+
+
+@pytest.mark.parametrize("name", ["zero", "random"])
+def test_both_directions_draw_for_the_layers_of_the_grown_model(name: str) -> None:
+    """The initialization of w2 is N(0, 1 / (sqrt(d_in) L)) with the target's L, not the source's."""
+    wide, deep = replace(SOURCE, dim=128, n_heads=16, n_kv_heads=8, ffn_dim=640), replace(SOURCE, n_layers=8)
+    target = replace(wide, n_layers=deep.n_layers)
+    grown = apply(growth_rules(name, SOURCE, target, stack_map(2, 8), seed=3), weights(SOURCE))
+    new_rows = grown["layers.0.feed_forward.w2.weight"][SOURCE.dim :, SOURCE.ffn_dim :]
+    assert new_rows.std().item() == pytest.approx(640**-0.5 / target.n_layers, rel=0.02)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
