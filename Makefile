@@ -4,18 +4,21 @@ BIN := .venv/bin
 RUNTIME := .venv/.installed-runtime
 DEV := .venv/.installed-dev
 
-.PHONY: quickstart test torture fuzz check schema clean
+.PHONY: quickstart test test-slurm torture fuzz check schema clean
 
 quickstart: $(RUNTIME)  ## prepare a small corpus and grow a small model on it, on any machine
 	$(BIN)/python tools/prepare_data.py --stdlib --train-tokenizer 2048 --out data/stdlib
 	$(BIN)/torchrun --standalone --nproc-per-node 1 tools/run_recipe.py recipes/quickstart.toml
 
 test: check  ## everything that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not slurm" -n 2 --dist loadfile
 
 torture: $(DEV)  ## 200 kills of complete runs at random moments, 2000 mutated checkpoints; 20 minutes
 	STACKGROW_FUZZ=2000 $(BIN)/python -m pytest tests/checkpoint/test_dcp_fuzz.py
 	$(BIN)/python tests/e2e/torture.py --kills 200
+
+test-slurm: $(DEV)  ## the Slurm scripts on a real Slurm of one node: apt-get install slurm-wlm, as root; 5 minutes
+	$(BIN)/python -m pytest -m slurm tests/e2e/test_slurm.py
 
 check: $(DEV)  ## style and types
 	$(BIN)/ruff check .

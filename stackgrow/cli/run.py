@@ -10,9 +10,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from stackgrow.cli.options import add_set, add_trust, parser_of, tell
-from stackgrow.errors import RunError
+from stackgrow.errors import LockedError, RunError, StoppedError
 from stackgrow.growth import own
 
 
@@ -23,12 +24,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plan", action="store_true", help="print the plan and exit")
     add_trust(parser)
     parser.add_argument("--json", action="store_true", help="with --plan: as JSON")
+    parser.add_argument(
+        "--state",
+        action="store_true",
+        help="print how far the run is; exit code 0: finished, 75: stopped and saved, 73: running, 1: anything else",
+    )
     arguments = parser.parse_args(argv)
     if arguments.trust:
         own.trust()
     try:
         if arguments.plan:
             show_plan(arguments)
+        elif arguments.state:
+            return show_state(arguments)
         else:
             from stackgrow.run.engine import run
 
@@ -52,6 +60,23 @@ def show_plan(arguments: argparse.Namespace) -> None:
         except StoreError:  # not prepared yet, or wrong; running says so
             order = None
         print((render_plan_json if arguments.json else render_plan)(plan, order))
+
+
+def show_state(arguments: argparse.Namespace) -> int:
+    """The state of the recipe's run folder in a line; returns the exit code of the session that left it so."""
+    from stackgrow.plan.resolve import make_plan
+    from stackgrow.recipe.load import load_recipe
+    from stackgrow.run_folder.state import FINISHED, RUNNING, state_of
+
+    folder = Path(make_plan(load_recipe(arguments.recipe, arguments.set), arguments.recipe).recipe.folder)
+    found = state_of(folder)
+    where = f", {found.stage} step {found.step} of {found.steps}" if found.stage else ""
+    print(f"{folder}  {found.state}{where}  {found.why}".rstrip())
+    if found.state == FINISHED:
+        return 0
+    if found.state == RUNNING:
+        return LockedError.exit_code
+    return StoppedError.exit_code if found.why.startswith(StoppedError.__name__) else 1
 
 
 if __name__ == "__main__":
