@@ -31,7 +31,7 @@ SAME_RATE = 1e-6  # relative: torchtitan multiplies the learning rate's factors 
 
 def checkpoints(case: Case) -> Look:
     """Every file against its seal, and every tensor against its fingerprint."""
-    from stackgrow.checkpoint.grow import marks_of
+    from stackgrow.checkpoint.grow import fingerprints_of
 
     count = files = tensors = 0
     for stage in case.plan.stages:
@@ -44,7 +44,7 @@ def checkpoints(case: Case) -> Look:
                 yield where, fault
             count += 1
             files += len(manifest["files"])
-            tensors += len(marks_of(manifest))
+            tensors += len(fingerprints_of(manifest))
         if case.done(stage):
             yield from _unsealed(case, stage)
     return f"{count} sealed; {files} files by SHA-256, {tensors} tensors by fingerprint"
@@ -64,7 +64,7 @@ def _unsealed(case: Case, stage: Stage) -> Iterator[Problem]:
 def _inside(case: Case, stage: Stage, checkpoint: Sealed) -> Iterator[str]:
     """What an undamaged checkpoint holds, against its seal and the plan: step, position, shapes and weights."""
     from stackgrow.checkpoint.dcp import is_model_key, read_item, read_metadata, read_tensor, tensor_shapes
-    from stackgrow.checkpoint.grow import marks_of
+    from stackgrow.checkpoint.grow import fingerprints_of
     from stackgrow.seal.tensors import fingerprint
 
     path, manifest = checkpoint.path, checkpoint.manifest
@@ -85,7 +85,7 @@ def _inside(case: Case, stage: Stage, checkpoint: Sealed) -> Iterator[str]:
     if shapes != due_shapes or manifest["tensors"].keys() != due_shapes.keys():
         yield "its tensors are not those of the stage's model"
         return
-    for name, sealed_fingerprint in marks_of(manifest).items():
+    for name, sealed_fingerprint in fingerprints_of(manifest).items():
         if fingerprint(read_tensor(path, metadata, name)) != sealed_fingerprint:
             yield f"{name} is not what was sealed"
     if stage.imports and canonical_hash(manifest["tensors"]) != case.plan.found.get(stage.name):
@@ -194,7 +194,7 @@ def growth(case: Case) -> Look:
 
 def _one_growth(case: Case, stage: GrowStage) -> Generator[Problem, None, int]:
     """Returns the number of tensors that were made again."""
-    from stackgrow.checkpoint.grow import marks_of
+    from stackgrow.checkpoint.grow import fingerprints_of
 
     source_stage, network_stage = case.plan.inputs(stage)
     source = case.output(source_stage) if source_stage else None
@@ -207,7 +207,7 @@ def _one_growth(case: Case, stage: GrowStage) -> Generator[Problem, None, int]:
         yield stage.name, "its source or its result is not there any more"
         return 0
     made = _made_again(stage, source, before, network)
-    for path, stated in ((output, marks_of(after)), (growth_file, marks_of(record))):
+    for path, stated in ((output, fingerprints_of(after)), (growth_file, fingerprints_of(record))):
         wrong = sorted(name for name in made.keys() | stated.keys() if made.get(name) != stated.get(name))
         if wrong:
             yield case.within(path), f"{len(wrong)} of {len(made)} tensors are not what grows, first {wrong[0]}"
@@ -222,11 +222,11 @@ def _made_again(stage: GrowStage, source: Path, before: Mapping[str, Any], netwo
     """The fingerprints of all tensors that grow from the sealed checkpoint ``source``. What an operator leaves as it
     is has its source's."""
     from stackgrow.checkpoint.convert import computed
-    from stackgrow.checkpoint.grow import marks_of, rules_of
+    from stackgrow.checkpoint.grow import fingerprints_of, rules_of
     from stackgrow.seal.tensors import fingerprint
 
     rules = rules_of(stage, network)
-    source_fingerprints = marks_of(before)
+    source_fingerprints = fingerprints_of(before)
     made = {}
     for name, rule in rules.targets.items():
         if isinstance(rule, Alias):

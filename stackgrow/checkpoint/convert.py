@@ -18,10 +18,11 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint.metadata as meta
@@ -38,6 +39,7 @@ from stackgrow.seal.tensors import fingerprint
 
 # What file systems answer that cannot link, or not this file, or not once more.
 CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+MOST_PROBLEMS = 8  # told in one message
 
 
 def grow_checkpoint(source: Path, target: Path, rules: Rules) -> dict[str, Any]:
@@ -53,7 +55,9 @@ def grow_checkpoint(source: Path, target: Path, rules: Rules) -> dict[str, Any]:
     started = time.perf_counter()
     begin(source, target, rules)
     write_part(source, target, rules)
-    return {**commit(source, target, rules), "seconds": time.perf_counter() - started}
+    record = commit(source, target, rules)
+    record["seconds"] = time.perf_counter() - started
+    return record
 
 
 def begin(source: Path, target: Path, rules: Rules) -> None:
@@ -61,7 +65,7 @@ def begin(source: Path, target: Path, rules: Rules) -> None:
     _read_source(source, rules)
     if target.exists():
         raise CheckpointError(f"{target} exists already: remove it, or grow into another folder")
-    work = _work(target)
+    work = _work_folder(target)
     if work.exists():
         shutil.rmtree(work)
     work.mkdir(parents=True)
@@ -73,37 +77,67 @@ def write_part(
     rules: Rules,
     rank: int = 0,
     world_size: int = 1,
-    marks: Mapping[str, str] | None = None,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> None:
     """Compute and write this rank's share of the tensors, holding those of one rule and one result at a time.
 
     Raises CheckpointError when a result has not the shape of the target or the dtype of its sources, and when a
-    tensor that is read has not its fingerprint in ``marks``, where they are known.
+    tensor that is read has not its fingerprint in ``fingerprints``, where they are known.
     """
-    wait_for(_work(target))
+    wait_for(_work_folder(target))
     metadata = _read_source(source, rules)
     names = _share(metadata, rules, rank, world_size)
     if not names:
         return
-    read = Reader(source, metadata, marks)
-    jobs: dict[str, tuple[Future[Any], Future[str]]] = {}
-    with DirectFile(_work(target) / _part(metadata, rank)) as stream, ThreadPoolExecutor(2) as threads:
-        last: tuple[Future[Any], ...] = ()
+    read = Reader(source, metadata, fingerprints)
+    file = _work_folder(target) / _part_name(metadata, rank)
+    written = _write_tensors(read, rules, names, file, task=f"growing {target.parent.name}")
+    # Last: the index vouches for the part.
+    index = {name: dataclasses.asdict(tensor) for name, tensor in written.items()}
+    _index_file(target, rank).write_text(json.dumps(index), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor in a rank's data file: its bytes [offset, offset + length), its dtype's name, its fingerprint."""
+
+    dtype: str
+    offset: int
+    length: int
+    fingerprint: str
+
+
+def _write_tensors(
+    read: Reader, rules: Rules, names: Sequence[str], file: Path, *, task: str
+) -> dict[str, WrittenTensor]:
+    """Computes the tensors ``names`` and writes them into the new ``file``, in that order."""
+    places_of: dict[str, Future[Place]] = {}
+    fingerprints: dict[str, Future[str]] = {}
+    with DirectFile(file) as stream, ThreadPoolExecutor(2) as threads:
+        previous: str | None = None
         for name in names:
-            stop_if_asked(f"growing {target.parent.name}")
+            stop_if_asked(task)
             # One tensor is written while the next is computed: the cores and the disk let each other work.
             tensor = _compute(read, rules, name)
-            for job in last:
-                job.result()
-            last = jobs[name] = threads.submit(append, tensor, stream), threads.submit(fingerprint, tensor)
-        index = {name: (*place.result(), mark.result()) for name, (place, mark) in jobs.items()}
+            if previous is not None:
+                places_of[previous].result()
+                fingerprints[previous].result()
+            places_of[name] = threads.submit(append, tensor, stream)
+            fingerprints[name] = threads.submit(fingerprint, tensor)
+            previous = name
+
+        written = {}
+        for name in names:
+            place = places_of[name].result()
+            written[name] = WrittenTensor(place.dtype, place.offset, place.length, fingerprints[name].result())
         stream.finish()
-    _index(target, rank).write_text(json.dumps(index))  # last: it vouches for the part
+    return written
 
 
 def commit(source: Path, target: Path, rules: Rules, world_size: int = 1) -> dict[str, Any]:
     """Join the ranks' parts, link the data files, write the metadata, and rename it all to ``target``."""
-    old, work = _read_source(source, rules), _work(target)
+    old = _read_source(source, rules)
+    work = _work_folder(target)
     new = dataclasses.replace(
         old,
         state_dict_metadata={},
@@ -111,138 +145,203 @@ def commit(source: Path, target: Path, rules: Rules, world_size: int = 1) -> dic
         storage_data={},
         storage_meta=meta.StorageMeta(checkpoint_id=str(target)),
     )
-    marks: dict[str, str] = {}
+
+    # Every target tensor is in one of three places: what the ranks wrote, the source's files, a tensor of zeros.
+    fingerprints: dict[str, str] = {}
     for rank in range(world_size):
-        marks |= _add_part(old, new, target, rules, rank, world_size)
+        fingerprints.update(_add_part(old, new, target, rules, rank, world_size))
     files = _add_aliases(old, new, rules)
-    marks |= _add_zeros(old, new, rules, marks)
-    linked = [name for name in files if _link(source / name, work / name)]
+    fingerprints.update(_add_zeros(old, new, rules, fingerprints))
+
+    linked = []
+    copied = []
+    for name in files:
+        if _link(source / name, work / name):
+            linked.append(name)
+        else:
+            copied.append(name)
+
     with (work / METADATA).open("wb") as stream:
         pickle.dump(new, stream)
         stream.flush()
         os.fsync(stream.fileno())
-    written = sum(file.stat().st_size for file in work.iterdir() if file.name not in linked)
+    bytes_written = sum(file.stat().st_size for file in work.iterdir() if file.name not in linked)
     sync_folder(work)
     work.rename(target)
     sync_folder(target.parent)
+
     return {
-        "map": {name: _told(rule) for name, rule in rules.targets.items() if is_model_key(name)},
+        "map": {name: _description(rule) for name, rule in rules.targets.items() if is_model_key(name)},
         "dropped": sorted(filter(is_model_key, rules.dropped)),
-        "fingerprints": marks,
+        "fingerprints": fingerprints,
         "linked_files": linked,
-        "copied_files": [name for name in files if name not in linked],
-        "bytes_written": written,
+        "copied_files": copied,
+        "bytes_written": bytes_written,
     }
 
 
-def _told(rule: Rule) -> str:
-    if isinstance(rule, Compute):
-        return f"{rule.note}({', '.join(rule.sources)})"
-    return rule.source if isinstance(rule, Alias) else "zeros"
+def _description(rule: Rule) -> str:
+    """What growth.json says of a target tensor."""
+    if isinstance(rule, Alias):
+        return rule.source
+    if isinstance(rule, Zeros):
+        return "zeros"
+    return f"{rule.note}({', '.join(rule.sources)})"
 
 
 def computed(source: Path, rules: Rules) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a growth that is no Alias, by name, one at a time; nothing is written."""
-    read = Reader(source, _read_source(source, rules), None)
+    read = Reader(source, _read_source(source, rules), fingerprints=None)
     for name, rule in rules.targets.items():
         if not isinstance(rule, Alias):
             yield name, _compute(read, rules, name)
 
 
+# The source.
+
+
 def _read_source(source: Path, rules: Rules) -> meta.Metadata:
     """The source's metadata, whose model tensors are exactly those that the rules take, all of one dtype; and whose
     optimizer has the state that they take."""
-    metadata, want = read_metadata(source), rules.source_shapes
-    entries = {fqn: e for fqn, e in metadata.state_dict_metadata.items() if is_model_key(fqn) or fqn in want}
-    have = {fqn: tuple(getattr(entry, "size", ("bytes",))) for fqn, entry in entries.items()}
-    model = {fqn: entry for fqn, entry in entries.items() if is_model_key(fqn)}
-    problems = [
-        f"{fqn} is {have.get(fqn, 'missing')}, the source model has {want.get(fqn, 'no such tensor')}"
-        for fqn in sorted({*have, *want})
-        if have.get(fqn) != want.get(fqn)
-    ]
-    dtypes = {str(entry.properties.dtype) for entry in model.values() if hasattr(entry, "properties")}
-    if len(dtypes) > 1:
-        problems.append(f"its tensors have several dtypes, {', '.join(sorted(dtypes))}")
+    metadata = read_metadata(source)
+    entries = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if is_model_key(name) or name in rules.source_shapes:
+            entries[name] = entry
+
+    problems = [*_shape_problems(entries, rules), *_dtype_problems(entries)]
     if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(f"{source} is not the source model: {'; '.join(problems[:8])}{more}")
-    for fqn in entries:
-        places(metadata, fqn)
+        told = "; ".join(problems[:MOST_PROBLEMS])
+        if len(problems) > MOST_PROBLEMS:
+            told += f"; and {len(problems) - MOST_PROBLEMS} more"
+        raise CheckpointError(f"{source} is not the source model: {told}")
+    for name in entries:
+        places(metadata, name)  # that it is whole
     return metadata
+
+
+def _shape_problems(entries: Mapping[str, Any], rules: Rules) -> Iterator[str]:
+    wanted = rules.source_shapes
+    for name in sorted({*entries, *wanted}):
+        shape: Any = "missing"
+        if name in entries:
+            shape = tuple(getattr(entries[name], "size", ("bytes",)))
+        if shape != wanted.get(name):
+            yield f"{name} is {shape}, the source model has {wanted.get(name, 'no such tensor')}"
+
+
+def _dtype_problems(entries: Mapping[str, Any]) -> Iterator[str]:
+    dtypes = set()
+    for name, entry in entries.items():
+        if is_model_key(name) and isinstance(entry, meta.TensorStorageMetadata):
+            dtypes.add(str(entry.properties.dtype))
+    if len(dtypes) > 1:
+        yield f"its tensors have several dtypes, {', '.join(sorted(dtypes))}"
+
+
+# The new metadata, filled in by three functions.
 
 
 def _add_aliases(old: meta.Metadata, new: meta.Metadata, rules: Rules) -> list[str]:
     """Enter every Alias into the new metadata; returns the data files that they lie in."""
     files: set[str] = set()
     for name, rule in rules.targets.items():
-        if isinstance(rule, Alias):
-            filled = places(old, rule.source)
-            entry = old.state_dict_metadata[rule.source]
-            new.state_dict_metadata[name] = dataclasses.replace(entry, chunks=[chunk for chunk, _ in filled])
-            for chunk, info in filled:
-                new.storage_data[meta.MetadataIndex(name, chunk.offsets)] = info
-                files.add(info.relative_path)
+        if not isinstance(rule, Alias):
+            continue
+        chunks = []
+        for chunk, info in places(old, rule.source):
+            chunks.append(chunk)
+            new.storage_data[meta.MetadataIndex(name, chunk.offsets)] = info
+            files.add(info.relative_path)
+        entry = old.state_dict_metadata[rule.source]
+        new.state_dict_metadata[name] = dataclasses.replace(entry, chunks=chunks)
     return sorted(files)
 
 
-def _add_zeros(old: meta.Metadata, new: meta.Metadata, rules: Rules, marks: Mapping[str, str]) -> dict[str, str]:
-    """Enter the Zeros that are not written but as others of their shape; returns their fingerprints."""
-    written = _written(old, rules)
-    again = {name: written[name] for name, rule in rules.targets.items() if isinstance(rule, Zeros)}
-    for name, other in again.items():
-        entry = new.state_dict_metadata[name] = new.state_dict_metadata[other]
+def _add_zeros(old: meta.Metadata, new: meta.Metadata, rules: Rules, fingerprints: Mapping[str, str]) -> dict[str, str]:
+    """Enter the Zeros, each in the place where one of its shape was written; returns their fingerprints."""
+    added = {}
+    for name, written in _written_as(old, rules).items():
+        if not isinstance(rules.targets[name], Zeros):
+            continue
+        entry = new.state_dict_metadata[written]
         offsets = entry.chunks[0].offsets
-        new.storage_data[meta.MetadataIndex(name, offsets)] = new.storage_data[meta.MetadataIndex(other, offsets)]
-    return {name: marks[other] for name, other in again.items()}
+        new.state_dict_metadata[name] = entry
+        new.storage_data[meta.MetadataIndex(name, offsets)] = new.storage_data[meta.MetadataIndex(written, offsets)]
+        added[name] = fingerprints[written]
+    return added
 
 
 def _add_part(
     old: meta.Metadata, new: meta.Metadata, target: Path, rules: Rules, rank: int, world_size: int
 ) -> dict[str, str]:
     """Enter what one rank computed into the new metadata; returns the fingerprints."""
-    file, names = _index(target, rank), _share(old, rules, rank, world_size)
-    index = json.loads(file.read_text()) if file.exists() else {}
-    if set(index) != set(names):
+    index_file = _index_file(target, rank)
+    index = {}
+    if index_file.exists():
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+    if set(index) != set(_share(old, rules, rank, world_size)):
         raise CheckpointError(f"rank {rank} of {world_size} has not written its part of {target}")
-    for name, (dtype, offset, length, _) in index.items():
+
+    fingerprints = {}
+    for name, fields in index.items():
+        tensor = WrittenTensor(**fields)
         shape = torch.Size(rules.target_shapes[name])
-        chunk = meta.ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
-        properties = meta.TensorProperties(dtype=getattr(torch, dtype))
+        properties = meta.TensorProperties(dtype=getattr(torch, tensor.dtype))
+        chunk = meta.ChunkStorageMetadata(offsets=torch.Size([0] * len(shape)), sizes=shape)
+        info = _StorageInfo(_part_name(old, rank), tensor.offset, tensor.length)
         new.state_dict_metadata[name] = meta.TensorStorageMetadata(properties, shape, [chunk])
-        new.storage_data[meta.MetadataIndex(name, chunk.offsets)] = _StorageInfo(_part(old, rank), offset, length)
-    file.unlink(missing_ok=True)
-    return {name: mark for name, (*_, mark) in index.items()}
+        new.storage_data[meta.MetadataIndex(name, chunk.offsets)] = info
+        fingerprints[name] = tensor.fingerprint
+    index_file.unlink(missing_ok=True)
+    return fingerprints
+
+
+# Tensors.
 
 
 def _compute(read: Reader, rules: Rules, name: str) -> torch.Tensor:
-    rule, shape = rules.targets[name], rules.target_shapes[name]
+    """A target tensor that is no Alias."""
+    rule = rules.targets[name]
+    shape = rules.target_shapes[name]
     if isinstance(rule, Zeros):
         return torch.zeros(shape, dtype=_dtype(read.metadata, rule))
     assert isinstance(rule, Compute)
-    sources = [read(fqn) for fqn in rule.sources]
+    sources = [read(source) for source in rule.sources]
     dtypes = {tensor.dtype for tensor in sources}
     tensor = rule.fn(*sources).detach().contiguous()
     if tuple(tensor.shape) != shape or not dtypes <= {tensor.dtype}:
+        wanted = ", ".join(map(str, dtypes)) or "any"
         raise CheckpointError(
-            f"{name} must be {shape} in the dtype of its sources, {', '.join(map(str, dtypes)) or 'any'}: "
+            f"{name} must be {shape} in the dtype of its sources, {wanted}: "
             f"{rule.note} gave {tuple(tensor.shape)} {tensor.dtype}"
         )
-    # torch.save writes a whole storage, also what a view of it does not show.
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    if tensor.untyped_storage().nbytes() > tensor.nbytes:
+        return tensor.clone()  # torch.save writes a whole storage, also what a view of it does not show
+    return tensor
 
 
-def append(tensor: torch.Tensor, stream: DirectFile) -> tuple[str, int, int]:
-    """Writes a tensor; returns the dtype's name, and the place: offset and length."""
-    offset, checked = stream.position, torch.serialization.get_crc32_options()
+class Place(NamedTuple):
+    """Where a tensor was written: its dtype's name, and its bytes [offset, offset + length)."""
+
+    dtype: str
+    offset: int
+    length: int
+
+
+def append(tensor: torch.Tensor, stream: DirectFile) -> Place:
+    """Writes a tensor as DCP does, at the end of ``stream``."""
+    offset = stream.position
+    checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)  # torch never compares it, and the seal has a SHA-256
     try:
         torch.save(tensor, stream)
     except RuntimeError as error:  # torch's own, about the file that it could not finish, hides why
-        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        cause = error.__context__
+        raise (cause if isinstance(cause, OSError) else error) from None
     finally:
-        torch.serialization.set_crc32_options(checked)
-    return str(tensor.dtype).removeprefix("torch."), offset, stream.position - offset
+        torch.serialization.set_crc32_options(checksums)
+    return Place(str(tensor.dtype).removeprefix("torch."), offset, stream.position - offset)
 
 
 def _dtype(metadata: meta.Metadata, rule: Zeros) -> torch.dtype:
@@ -251,48 +350,63 @@ def _dtype(metadata: meta.Metadata, rule: Zeros) -> torch.dtype:
     return dtype
 
 
-def _written(source: meta.Metadata, rules: Rules) -> dict[str, str]:
+# Which rank writes what, and where.
+
+
+def _written_as(source: meta.Metadata, rules: Rules) -> dict[str, str]:
     """{name: the name under which it is written} for every tensor that is no Alias: its own, or, for Zeros, that of
     the first of their shape and dtype."""
-    first: dict[tuple[Any, ...], str] = {}
-    written = {}
+    first_zeros: dict[tuple[tuple[int, ...], torch.dtype], str] = {}
+    written_as = {}
     for name, rule in rules.targets.items():
         if isinstance(rule, Compute):
-            written[name] = name
+            written_as[name] = name
         elif isinstance(rule, Zeros):
-            written[name] = first.setdefault((rules.target_shapes[name], _dtype(source, rule)), name)
-    return written
+            kind = rules.target_shapes[name], _dtype(source, rule)
+            written_as[name] = first_zeros.setdefault(kind, name)
+    return written_as
 
 
 def _share(source: meta.Metadata, rules: Rules, rank: int, world_size: int) -> list[str]:
     """One rank's tensors to write: from the largest down, each goes to the rank with the least so far."""
-    computed = {name: rules.targets[name] for name in dict.fromkeys(_written(source, rules).values())}
-    costs = {name: math.prod(rules.target_shapes[name]) for name in computed}
-    for name, rule in computed.items():
-        costs[name] += sum(math.prod(rules.source_shapes[fqn]) for fqn in rule.sources)
-    loads, mine = [0] * world_size, []
+    costs: dict[str, int] = {}  # elements read and written
+    for name in _written_as(source, rules).values():
+        costs[name] = math.prod(rules.target_shapes[name])
+        for source_name in rules.targets[name].sources:
+            costs[name] += math.prod(rules.source_shapes[source_name])
+
+    loads = [0] * world_size
+    mine = []
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
         least = loads.index(min(loads))
         loads[least] += costs[name]
         if least == rank:
             mine.append(name)
+
     # Those of one size follow each other, in memory that they can reuse; the two largest are far apart, as one of them
-    # is still written when the next is computed.
-    return mine[::2] + mine[1::2][::-1]
+    # is still written when the next is computed: the first, third, fifth ..., then back ..., the fourth, the second.
+    down = mine[::2]
+    up = mine[1::2]
+    up.reverse()
+    return down + up
 
 
-def _part(source: meta.Metadata, rank: int) -> str:
+def _part_name(source: meta.Metadata, rank: int) -> str:
     """A rank's data file: a name that the source does not use, which may be a grown checkpoint itself."""
     taken = {info.relative_path for info in source.storage_data.values()}
-    return next(name for i in range(len(taken) + 1) if (name := f"__grown{i}_{rank}.distcp") not in taken)
+    number = 0
+    while f"__grown{number}_{rank}.distcp" in taken:
+        number += 1
+    return f"__grown{number}_{rank}.distcp"
 
 
-def _work(target: Path) -> Path:
+def _work_folder(target: Path) -> Path:
     return target.with_name(target.name + ".tmp")
 
 
-def _index(target: Path, rank: int) -> Path:
-    return _work(target) / f"__grown_{rank}.json"
+def _index_file(target: Path, rank: int) -> Path:
+    """What a rank has written into its data file: {name: WrittenTensor}. Gone in the target."""
+    return _work_folder(target) / f"__grown_{rank}.json"
 
 
 def _link(source: Path, target: Path) -> bool:

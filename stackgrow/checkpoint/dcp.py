@@ -7,10 +7,13 @@ file path the metadata names. The readers here accept DCP's own classes, plain d
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import pickle
-from itertools import islice
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +21,10 @@ import torch.distributed.checkpoint.metadata as meta
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.utils import _create_file_view
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
 
+from stackgrow.checkpoint.unpickle import FileSlice, check_saved, load_metadata, load_saved
 from stackgrow.errors import DamagedError
 
 METADATA = ".metadata"
@@ -29,45 +34,6 @@ STATE_PREFIXES = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
 
 class CheckpointError(DamagedError):
     """A checkpoint that is unsafe, damaged, or not the one that was asked for."""
-
-
-def _path(*parts: str) -> str:
-    return str(PurePosixPath(*parts))
-
-
-_TENSOR = (meta.TensorStorageMetadata, meta.TensorProperties, meta.ChunkStorageMetadata)
-_RECORDS = (
-    *_TENSOR,
-    meta.Metadata,
-    meta.MetadataIndex,
-    meta.BytesStorageMetadata,
-    meta.StorageMeta,
-    _StorageInfo,
-)
-_ALLOWED: dict[tuple[str, str], Any] = {
-    **{(cls.__module__, cls.__name__): cls for cls in (*_RECORDS, meta._MEM_FORMAT_ENCODING, torch.Size)},
-    **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
-    ("torch.serialization", "_get_layout"): {"torch.strided": torch.strided}.__getitem__,
-    ("pathlib", "PosixPath"): _path,
-    ("pathlib._local", "PosixPath"): _path,  # as Python 3.13 writes it
-}
-# Not the unpickler in C: that has no hook for BUILD, and a state that is applied to an allowed class, rather
-# than to an instance of it, changes that class for the whole process.
-_PythonUnpickler: Any = pickle._Unpickler
-
-
-class _Unpickler(_PythonUnpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise CheckpointError(f"it refers to {module}.{name}, which DCP's metadata never does")
-        return _ALLOWED[module, name]
-
-    def load_build(self) -> None:
-        if not isinstance(self.stack[-2], _RECORDS):
-            raise CheckpointError("it sets the state of something that is no DCP record")
-        super().load_build()
-
-    dispatch = {**_PythonUnpickler.dispatch, pickle.BUILD[0]: load_build}  # noqa: RUF012
 
 
 def read_metadata(folder: Path) -> meta.Metadata:
@@ -81,11 +47,9 @@ def read_metadata(folder: Path) -> meta.Metadata:
         raise CheckpointError(f"{folder} is not a complete DCP checkpoint: it has no {METADATA}")
     try:
         with file.open("rb") as stream:
-            metadata = _Unpickler(stream).load()
-        if not isinstance(metadata, meta.Metadata):
-            raise CheckpointError(f"it holds a {type(metadata).__name__}, not DCP's Metadata")
+            metadata = load_metadata(stream)
         _check_records(metadata)
-        _check_files(folder, metadata)
+        _check_files(folder, metadata.storage_data.values())
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(f"{file} is not loaded: {type(error).__name__}: {error}") from error
     return metadata
@@ -93,27 +57,50 @@ def read_metadata(folder: Path) -> meta.Metadata:
 
 def _check_records(metadata: meta.Metadata) -> None:
     """Unpickling fills DCP's records with whatever is there."""
+    checked: set[int] = set()  # tensors may share a record
     for fqn, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, meta.BytesStorageMetadata) and isinstance(fqn, str):
-            continue
-        shapes = [entry.size, *(shape for chunk in entry.chunks for shape in (chunk.offsets, chunk.sizes))]
-        alike = all(isinstance(s, torch.Size) and len(s) == len(entry.size) and min(s, default=0) >= 0 for s in shapes)
-        if not (alike and isinstance(fqn, str) and isinstance(entry.properties.dtype, torch.dtype)):
-            raise CheckpointError(f"its record of {fqn!r} is not that of a tensor")
+        if not isinstance(fqn, str):
+            raise CheckpointError("it has a tensor whose name is no text")
+        if id(entry) not in checked and not isinstance(entry, meta.BytesStorageMetadata) and not _is_tensor(entry):
+            raise CheckpointError(f"its record of {fqn:.200} is not that of a tensor")
+        checked.add(id(entry))
     for index, info in metadata.storage_data.items():
-        known = isinstance(index, meta.MetadataIndex) and isinstance(info, _StorageInfo)
-        numbers = (info.offset, info.length) if known else ()
-        if not (known and isinstance(info.relative_path, str) and all(isinstance(n, int) and n >= 0 for n in numbers)):
-            raise CheckpointError(f"its record of the place of {index!r} is damaged")
+        if not isinstance(index, meta.MetadataIndex):
+            raise CheckpointError("it has the place of something that has no name")
+        if not _is_place(info):
+            raise CheckpointError(f"its record of the place of {index.fqn:.200} is damaged")
 
 
-def _check_files(folder: Path, metadata: meta.Metadata) -> None:
+def _is_tensor(entry: Any) -> bool:
+    if not isinstance(entry, meta.TensorStorageMetadata) or not isinstance(entry.properties, meta.TensorProperties):
+        return False
+    if not isinstance(entry.properties.dtype, torch.dtype) or not isinstance(entry.chunks, list):
+        return False
+    shapes = [entry.size]
+    for chunk in entry.chunks:
+        if not isinstance(chunk, meta.ChunkStorageMetadata):
+            return False
+        shapes += [chunk.offsets, chunk.sizes]
+    for shape in shapes:
+        if not isinstance(shape, torch.Size) or len(shape) != len(entry.size) or min(shape, default=0) < 0:
+            return False
+    return True
+
+
+def _is_place(info: Any) -> bool:
+    if not isinstance(info, _StorageInfo) or not isinstance(info.relative_path, str):
+        return False
+    return all(isinstance(number, int) and number >= 0 for number in (info.offset, info.length))
+
+
+def _check_files(folder: Path, infos: Iterable[_StorageInfo]) -> None:
     ends: dict[str, int] = {}
-    for info in metadata.storage_data.values():
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for info in infos:
+        end = info.offset + info.length
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), end)
     for name, end in ends.items():
         if name in ("", ".", "..") or set(name) & set("/\\\0"):
-            raise CheckpointError(f"data file {name!r} is not a plain file name")
+            raise CheckpointError(f"data file {name!r:.200} is not a plain file name")
         file = (folder / name).resolve()
         if file.parent != folder.resolve():
             raise CheckpointError(f"data file {name} is a link out of the checkpoint, to {file}")
@@ -130,6 +117,13 @@ class SafeReader(FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or meta.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            info = self.storage_data[item.storage_index]
+            with _opened(Path(self.path), item.storage_index.fqn, info) as stream:
+                check_saved(stream, info.length)
+        return super().read_data(plan, planner)
 
 
 class SafePlanner(DefaultLoadPlanner):
@@ -154,9 +148,11 @@ def is_model_key(fqn: str) -> bool:
 
 def tensor_shapes(metadata: meta.Metadata) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """{fqn: (shape, dtype)} of every tensor in a checkpoint, the optimizer's included."""
-    entries = metadata.state_dict_metadata.items()
-    tensors = {fqn: entry for fqn, entry in entries if isinstance(entry, meta.TensorStorageMetadata)}
-    return {fqn: (tuple(entry.size), entry.properties.dtype) for fqn, entry in tensors.items()}
+    shapes = {}
+    for fqn, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, meta.TensorStorageMetadata):
+            shapes[fqn] = (tuple(entry.size), entry.properties.dtype)
+    return shapes
 
 
 def places(metadata: meta.Metadata, fqn: str) -> list[tuple[meta.ChunkStorageMetadata, _StorageInfo]]:
@@ -167,60 +163,94 @@ def places(metadata: meta.Metadata, fqn: str) -> list[tuple[meta.ChunkStorageMet
     if not isinstance(entry, meta.TensorStorageMetadata):
         raise CheckpointError(f"{fqn} is not a tensor")
     chunks = {chunk.offsets: chunk for chunk in entry.chunks if math.prod(chunk.sizes)}
-    infos = [metadata.storage_data.get(meta.MetadataIndex(fqn, offsets)) for offsets in chunks]
-    if None in infos or not _fill(list(chunks.values()), entry.size):
+    filled = []
+    for offsets, chunk in chunks.items():
+        info = metadata.storage_data.get(meta.MetadataIndex(fqn, offsets))
+        if info is None:
+            break
+        filled.append((chunk, info))
+    if len(filled) < len(chunks) or not _fill(chunks.values(), entry.size):
         raise CheckpointError(f"{fqn}: its {len(chunks)} stored chunks do not fill {tuple(entry.size)}")
-    filled = list(zip(chunks.values(), infos, strict=True))
-    if any(math.prod(chunk.sizes) * entry.properties.dtype.itemsize > info.length for chunk, info in filled):
-        raise CheckpointError(f"{fqn}: a chunk is larger than what is stored of it")
+    for chunk, info in filled:
+        if math.prod(chunk.sizes) * entry.properties.dtype.itemsize > info.length:
+            raise CheckpointError(f"{fqn}: a chunk is larger than what is stored of it")
     return filled
 
 
-def _fill(chunks: list[meta.ChunkStorageMetadata], size: torch.Size) -> bool:
-    """Whether chunks lie inside of a tensor, apart from each other, and leave no gap."""
-    boxes = sorted((c.offsets, [o + n for o, n in zip(c.offsets, c.sizes, strict=True)]) for c in chunks)
-    for i, (low, high) in enumerate(boxes):
-        if any(end > n for end, n in zip(high, size, strict=True)):
-            return False
-        for other_low, other_high in islice(boxes, i + 1, None):
-            if high and other_low[0] >= high[0]:
-                break  # it begins below this chunk's last row, and so do all after it
-            if all(a < d and c < b for a, b, c, d in zip(low, high, other_low, other_high, strict=True)):
-                return False
-    return sum(math.prod(chunk.sizes) for chunk in chunks) == math.prod(size)
+def _fill(chunks: Iterable[meta.ChunkStorageMetadata], size: torch.Size) -> bool:
+    """Whether chunks cover every element of a tensor once, and nothing else.
+
+    Each chunk is a box, which its corners determine when they have alternating signs: those of neighbours cancel, and
+    what is left of all are the corners of the whole tensor if, and only if, the boxes add up to it. Unlike a
+    comparison of each with each, that takes a time that is linear in their number.
+    """
+    corners: Counter[tuple[int, ...]] = Counter()
+    for chunk in chunks:
+        for corner, sign in _corners(chunk.offsets, chunk.sizes):
+            corners[corner] += sign
+    for corner, sign in _corners([0] * len(size), size):
+        corners[corner] -= sign
+    return not any(corners.values())
+
+
+def _corners(offsets: Iterable[int], sizes: Iterable[int]) -> Iterator[tuple[tuple[int, ...], int]]:
+    ranges = [((start, 1), (start + length, -1)) for start, length in zip(offsets, sizes, strict=True)]
+    for ends in itertools.product(*ranges):
+        yield tuple(place for place, _ in ends), math.prod(sign for _, sign in ends)
 
 
 def read_tensor(folder: Path, metadata: meta.Metadata, fqn: str) -> torch.Tensor:
     """One whole tensor on the CPU, assembled from its chunks, of which one is held at a time beside it."""
-    entry, filled = metadata.state_dict_metadata[fqn], places(metadata, fqn)
-    if len(filled) == 1 and filled[0][0].sizes == entry.size:
-        return _read_chunk(folder, fqn, *filled[0], entry.properties.dtype)
-    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+    entry = metadata.state_dict_metadata[fqn]
+    filled = places(metadata, fqn)
+    dtype = entry.properties.dtype
+    if len(filled) == 1:  # a chunk that fills the tensor alone
+        chunk, info = filled[0]
+        return _read_chunk(folder, fqn, chunk, info, dtype)
+    tensor = torch.empty(entry.size, dtype=dtype)
     for chunk, info in filled:
-        box = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-        tensor[box] = _read_chunk(folder, fqn, chunk, info, tensor.dtype)
+        box = tuple(slice(start, start + n) for start, n in zip(chunk.offsets, chunk.sizes, strict=True))
+        tensor[box] = _read_chunk(folder, fqn, chunk, info, dtype)
     return tensor
 
 
 def read_item(folder: Path, metadata: meta.Metadata, fqn: str) -> Any:
-    """One entry that is no tensor, such as "train_state.step"; plain data and tensors only."""
-    info = metadata.storage_data[meta.MetadataIndex(fqn)]
-    with (folder / info.relative_path).open("rb") as stream:
-        return torch.load(_create_file_view(stream, info.offset, info.length), weights_only=True)
+    """One entry that is no tensor, such as "train_state.step"; plain data and tensors only.
+
+    Raises CheckpointError where there is none, or where it holds anything else."""
+    info = metadata.storage_data.get(meta.MetadataIndex(fqn))
+    if info is None:
+        raise CheckpointError(f"{folder} has no item {fqn}")
+    return _load(folder, fqn, info)
 
 
 def _read_chunk(
     folder: Path, fqn: str, chunk: meta.ChunkStorageMetadata, info: _StorageInfo, dtype: torch.dtype
 ) -> torch.Tensor:
-    if info.transform_descriptors:
-        raise CheckpointError(f"{fqn} was written through {info.transform_descriptors}: save it without")
-    with (folder / info.relative_path).open("rb") as stream:
-        view = _create_file_view(stream, info.offset, info.length)
-        try:
-            part = torch.load(view, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged zip or pickle can raise nearly anything
-            place = f"{folder / info.relative_path} at {info.offset}"
-            raise CheckpointError(f"{fqn}: {place} is not loaded: {type(error).__name__}: {error}") from error
+    part = _load(folder, fqn, info)
     if not isinstance(part, torch.Tensor) or part.dtype != dtype or part.shape != chunk.sizes:
         raise CheckpointError(f"{fqn}: {folder / info.relative_path} holds another tensor at {info.offset}")
     return part
+
+
+def _load(folder: Path, fqn: str, info: _StorageInfo) -> Any:
+    with _opened(folder, fqn, info) as stream:
+        return load_saved(stream, info.length)
+
+
+@contextmanager
+def _opened(folder: Path, fqn: str, info: _StorageInfo) -> Iterator[Any]:
+    """The bytes of one entry, or of a chunk of it. What is wrong with them becomes a CheckpointError."""
+    if info.transform_descriptors:
+        raise CheckpointError(f"{fqn} was written through {info.transform_descriptors!r:.100}: save it without")
+    file = folder / info.relative_path
+    with file.open("rb") as stream:
+        try:
+            yield FileSlice(stream, info.offset, info.length)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"{fqn} is not loaded, it holds more than plain data: {error}") from error
+        except OSError:
+            raise
+        except Exception as error:  # a damaged zip or pickle can raise nearly anything
+            where = f"{file} at {info.offset}"
+            raise CheckpointError(f"{fqn}: {where} is not loaded: {type(error).__name__}: {error}") from error

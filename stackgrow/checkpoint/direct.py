@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import mmap
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,9 +30,13 @@ class DirectFile:
         self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         with suppress(OSError):
             fcntl.fcntl(self.handle, fcntl.F_SETFL, DIRECT)
-        self.block, self.spare = (np.frombuffer(mmap.mmap(-1, BLOCK), np.uint8) for _ in range(2))  # page-aligned
-        self.filled = self.position = 0
-        self.thread, self.sending = ThreadPoolExecutor(1), Future[None]()
+        # Anonymous maps begin at a page, as direct writes need.
+        self.block = np.frombuffer(mmap.mmap(-1, BLOCK), np.uint8)
+        self.spare = np.frombuffer(mmap.mmap(-1, BLOCK), np.uint8)
+        self.filled = 0
+        self.position = 0
+        self.thread = ThreadPoolExecutor(1)
+        self.sending = Future[None]()
         self.sending.set_result(None)
 
     def write(self, data: bytes | memoryview) -> int:
@@ -47,15 +52,17 @@ class DirectFile:
     def _fill(self, part: memoryview) -> None:
         room = BLOCK - self.filled
         for piece in (part[:room], part[room:]):
-            np.copyto(self.block[self.filled : self.filled + len(piece)], np.frombuffer(piece, np.uint8))
-            self.filled += len(piece)
+            end = self.filled + len(piece)
+            np.copyto(self.block[self.filled : end], np.frombuffer(piece, np.uint8))
+            self.filled = end
             if self.filled == BLOCK:
                 self._send(BLOCK)
 
     def _send(self, size: int) -> None:
         self.sending.result()
         self.sending = self.thread.submit(self._write, self.block, size)
-        self.block, self.spare, self.filled = self.spare, self.block, 0
+        self.block, self.spare = self.spare, self.block
+        self.filled = 0
 
     def _write(self, block: np.ndarray, size: int) -> None:
         sent = 0
@@ -63,7 +70,8 @@ class DirectFile:
             try:
                 sent += os.write(self.handle, memoryview(block)[sent:size])
             except OSError as error:
-                if error.errno != errno.EINVAL or not fcntl.fcntl(self.handle, fcntl.F_GETFL) & DIRECT:
+                is_direct = fcntl.fcntl(self.handle, fcntl.F_GETFL) & DIRECT
+                if error.errno != errno.EINVAL or not is_direct:
                     raise
                 # Where the disk or a limit ends, what fits is not aligned: a write through the cache tells which it is.
                 fcntl.fcntl(self.handle, fcntl.F_SETFL, 0)
@@ -71,7 +79,8 @@ class DirectFile:
             os.posix_fadvise(self.handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def finish(self) -> None:
-        self._send(-(-self.filled // ALIGNED) * ALIGNED)
+        whole = math.ceil(self.filled / ALIGNED) * ALIGNED  # the rest of the last sector is cut off again
+        self._send(whole)
         self.sending.result()
         os.ftruncate(self.handle, self.position)
         os.fsync(self.handle)

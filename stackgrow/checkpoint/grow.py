@@ -20,7 +20,7 @@ from stackgrow.growth.operators import growth_rules
 from stackgrow.growth.rules import Alias, Moment, Rules
 from stackgrow.plan.stages import GrowStage
 from stackgrow.recipe.keys import Model
-from stackgrow.run_folder.folder import GROWTH
+from stackgrow.run_folder.folder import StageFolder
 
 
 def grow(
@@ -42,30 +42,43 @@ def grow(
     """
     before = seal.read_seal(source)
     assert before is not None, "run.py hands over sealed checkpoints only"
-    rules, marks = rules_of(stage, network), marks_of(before)
-    if unknown := {fqn for rule in rules.targets.values() for fqn in rule.sources} - marks.keys():
-        raise convert.CheckpointError(f"{source}: its seal has no fingerprint of {min(unknown)}; train its stage again")
+    rules = rules_of(stage, network)
+    fingerprints = fingerprints_of(before)
+    _refuse_unsealed_sources(source, rules, fingerprints)
+
     if rank == 0:
         if target.exists():
             seal.move_to_quarantine(target)
         convert.begin(source, target, rules)
     barrier()
-    convert.write_part(source, target, rules, rank, world_size, marks)
+    convert.write_part(source, target, rules, rank, world_size, fingerprints)
     barrier()
     line = ""
     if rank == 0:
         record = convert.commit(source, target, rules, world_size)
-        growth, facts = growth_record(stage, source, before, rules, record), {}
-        if network is not None and (learned := seal.read_seal(network)):
-            # The maps were trained on data that the source has not seen: the data go on from there.
-            facts = {"position": learned["position"]}
-            growth["network"] = {"checkpoint": str(network), "stage_hash": learned["stage_hash"], **facts}
-        seal.write_json(target.parent / GROWTH, growth)
-        records = seal.file_records(target.parent, [GROWTH])
-        seal_grown(target, stage_hash, before, growth, session=session, records=records, **facts)
         line = f"{stage.name}  {stage.operator} {stage.change}, {record['bytes_written']} bytes written"
+        growth = growth_record(stage, source, before, rules, record)
+        facts = {}
+        learned = seal.read_seal(network) if network is not None else None
+        if learned is not None:
+            # The maps were trained on data that the source has not seen: the data go on from there.
+            facts["position"] = learned["position"]
+            growth["network"] = {"checkpoint": str(network), "stage_hash": learned["stage_hash"], **facts}
+        growth_file = StageFolder(target.parent).growth_file
+        seal.write_json(growth_file, growth)
+        records = seal.file_records(growth_file.parent, [growth_file.name])
+        seal_grown(target, stage_hash, before, growth, session=session, records=records, **facts)
     barrier()
     return line
+
+
+def _refuse_unsealed_sources(source: Path, rules: Rules, fingerprints: Mapping[str, str]) -> None:
+    needed: set[str] = set()
+    for rule in rules.targets.values():
+        needed.update(rule.sources)
+    unknown = needed - fingerprints.keys()
+    if unknown:
+        raise convert.CheckpointError(f"{source}: its seal has no fingerprint of {min(unknown)}; train its stage again")
 
 
 def rules_of(stage: GrowStage, network: Path | None = None) -> Rules:
@@ -75,14 +88,18 @@ def rules_of(stage: GrowStage, network: Path | None = None) -> Rules:
         learned = read_network(network, stage.source, stage.target)
 
     def rules(moment: Moment | None = None) -> Rules:
-        models = stage.source, stage.target
-        made = growth_rules(stage.operator, *models, stage.layer_map, stage.seed, learned, moment)
-        return noisy_rules(made, stage.target.n_layers, stage.noise, stage.seed, moment) if stage.noise else made
+        """Of the weights, or of one of AdamW's moments."""
+        made = growth_rules(stage.operator, stage.source, stage.target, stage.layer_map, stage.seed, learned, moment)
+        if stage.noise:
+            made = noisy_rules(made, stage.target.n_layers, stage.noise, stage.seed, moment)
+        return made
 
-    return with_moments(rules, stage.optimizer == "asymmetric") if stage.optimizer else rules()
+    if stage.optimizer:
+        return with_moments(rules, stage.optimizer == "asymmetric")
+    return rules()
 
 
-def marks_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+def fingerprints_of(manifest: Mapping[str, Any]) -> dict[str, str]:
     """The fingerprint of every tensor in a sealed checkpoint, the optimizer's included."""
     return {**manifest["tensors"], **manifest.get("moments", {})}
 
@@ -94,44 +111,66 @@ def growth_record(
 
     An aliased tensor has its source's fingerprint. The next stage must find every fingerprint again in what it loads.
     """
-    marks = marks_of(before)
-    aliased = {name: marks[r.source] for name, r in rules.targets.items() if isinstance(r, Alias)}
-    marks = aliased | record.pop("fingerprints")
-    moments = {name: mark for name, mark in marks.items() if not is_model_key(name)}
-    return {
+    before_fingerprints = fingerprints_of(before)
+    fingerprints = {}
+    for name, rule in rules.targets.items():
+        if isinstance(rule, Alias):
+            fingerprints[name] = before_fingerprints[rule.source]
+    fingerprints.update(record.pop("fingerprints"))
+    tensors = {}
+    moments = {}
+    for name, value in fingerprints.items():
+        if is_model_key(name):
+            tensors[name] = value
+        else:
+            moments[name] = value
+
+    source_facts = {
+        "checkpoint": str(source),
+        "stage_hash": before["stage_hash"],
+        "position": before["position"],
+    }
+    if "source" in before:  # of an import
+        source_facts["files"] = before["source"]["files"]
+    growth = {
         "operator": stage.operator,
         "layer_map": list(stage.layer_map) if stage.layer_map else None,
         "noise": stage.noise,
         "optimizer": stage.optimizer or "reset",
         "seed": stage.seed,
-        "source": {
-            "checkpoint": str(source),
-            "stage_hash": before["stage_hash"],
-            "position": before["position"],
-            **({"files": before["source"]["files"]} if "source" in before else {}),  # of an import
-        },
+        "source": source_facts,
         **record,
-        "tensors": {name: mark for name, mark in marks.items() if is_model_key(name)},
-        **({"moments": moments} if moments else {}),
+        "tensors": tensors,
     }
+    if moments:
+        growth["moments"] = moments
+    return growth
 
 
 def seal_grown(
     target: Path, stage_hash: str, before: Mapping[str, Any], growth: Mapping[str, Any], **facts: Any
 ) -> None:
     """Seals a grown checkpoint. A linked file is the source's own: where that is sealed, its SHA-256 is known."""
-    linked = {name: before["files"][name] for name in growth["linked_files"] if name in before["files"]}
-    fresh = [name for name in seal.contents(target) if name not in linked]
-    marks = {name: growth[name] for name in ("tensors", "moments") if name in growth}
-    facts = {"step": 0, "position": before["position"], "stage_hash": stage_hash, **marks, **facts}
-    seal.seal(target, linked | seal.file_records(target, fresh), facts)
+    records = {}
+    for name in growth["linked_files"]:
+        if name in before["files"]:
+            records[name] = before["files"][name]
+    fresh = [name for name in seal.contents(target) if name not in records]
+    records.update(seal.file_records(target, fresh))
+
+    stated = {"step": 0, "position": before["position"], "stage_hash": stage_hash}
+    for name in ("tensors", "moments"):
+        if name in growth:
+            stated[name] = growth[name]
+    stated.update(facts)
+    seal.seal(target, records, stated)
 
 
 def read_network(checkpoint: Path, source: Model, target: Model) -> HyperNetwork:
     """The matrices in a learn stage's sealed checkpoint. Raises DamagedError where one is not what was sealed."""
-    needed = shapes(source, target)
+    names = matrix_names(shapes(source, target))
     parts: dict[str, dict[str, Tensor]] = {"widths": {}, "depths": {}}
-    for stored, tensor in read_sealed(checkpoint, names := matrix_names(needed)).items():
+    for stored, tensor in read_sealed(checkpoint, names).items():
         part, name = names[stored]
         parts[part][name] = tensor
     return HyperNetwork(**parts)

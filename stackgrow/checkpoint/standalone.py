@@ -17,7 +17,7 @@ from torch import distributed as dist
 from stackgrow import seal
 from stackgrow.checkpoint import convert
 from stackgrow.checkpoint.dcp import CheckpointError, is_model_key, read_item, read_metadata, read_tensor, tensor_shapes
-from stackgrow.checkpoint.grow import growth_record, marks_of, rules_of, seal_grown
+from stackgrow.checkpoint.grow import fingerprints_of, growth_record, rules_of, seal_grown
 from stackgrow.checkpoint.hf import CONFIG, import_hf
 from stackgrow.checkpoint.hf_format import config_of, model_from_config
 from stackgrow.errors import RunError, disk_error, retold
@@ -87,7 +87,9 @@ def grow_folder(
         ranks.step(lambda: _begin(source, work, rules), alone=True)
         checkpoint = work / "imported" if _is_hf(source) else source
         before = _facts(checkpoint, stage.source, rules, ranks)
-        marks = marks_of(before) if before["files"] else None  # of what has no seal they were read from it just now
+        marks = (
+            fingerprints_of(before) if before["files"] else None
+        )  # of what has no seal they were read from it just now
         ranks.step(lambda: convert.write_part(checkpoint, work / "grown", rules, ranks.rank, ranks.size, marks))
         facts = {} if position is None else {"position": position}
         finish = partial(_finish, stage, source, checkpoint, target, rules, before, ranks.size, facts)

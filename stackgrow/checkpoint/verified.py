@@ -14,17 +14,20 @@ from stackgrow.seal.tensors import fingerprint
 
 
 class Reader:
-    """Reads whole tensors, on the CPU. Raises CheckpointError unless each has its fingerprint in ``marks``."""
+    """Reads whole tensors, on the CPU. Raises CheckpointError unless each has its fingerprint in ``fingerprints``."""
 
-    def __init__(self, folder: Path, metadata: Metadata, marks: Mapping[str, str] | None):
-        self.folder, self.metadata, self.marks = folder, metadata, marks
+    def __init__(self, folder: Path, metadata: Metadata, fingerprints: Mapping[str, str] | None):
+        self.folder = folder
+        self.metadata = metadata
+        self.fingerprints = fingerprints
         self.checked: set[str] = set()
 
     def __call__(self, name: str) -> Tensor:
         tensor = read_tensor(self.folder, self.metadata, name)
-        if self.marks is not None and name not in self.checked and self.marks.get(name) != fingerprint(tensor):
-            raise CheckpointError(f"{self.folder}: {name} is not what was saved; restore the checkpoint")
-        self.checked.add(name)
+        if self.fingerprints is not None and name not in self.checked:
+            if self.fingerprints.get(name) != fingerprint(tensor):
+                raise CheckpointError(f"{self.folder}: {name} is not what was saved; restore the checkpoint")
+            self.checked.add(name)
         return tensor
 
 
@@ -34,8 +37,10 @@ def read_sealed(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
     manifest = seal.read_seal(folder)
     if manifest is None:
         raise CheckpointError(f"{folder} is not sealed: it is incomplete, or no run made it")
-    metadata, names = read_metadata(folder), list(names)
-    if missing := set(names) - metadata.state_dict_metadata.keys():
+    metadata = read_metadata(folder)
+    names = list(names)
+    missing = set(names) - metadata.state_dict_metadata.keys()
+    if missing:
         raise CheckpointError(f"{folder} has no tensor {min(missing)}")
     read = Reader(folder, metadata, manifest["tensors"])
     return {name: read(name) for name in names}

@@ -24,7 +24,7 @@ from torchtitan.config import job_config as titan
 
 from stackgrow import seal
 from stackgrow.checkpoint.dcp import METADATA, SafePlanner, SafeReader, is_model_key, read_metadata, tensor_shapes
-from stackgrow.checkpoint.grow import marks_of
+from stackgrow.checkpoint.grow import fingerprints_of
 from stackgrow.errors import ChangedError, DamagedError, DiskError, DivergedError
 from stackgrow.growth.moments import OPTIMIZER_STATE
 from stackgrow.process.ranks import from_rank0, wait_for
@@ -211,7 +211,7 @@ class StageCheckpoints(CheckpointManager):
         return {**self._weights(), **(self._moments() if "moments" in manifest else {})}
 
     def _check_loaded(self, source: Path, manifest: dict[str, Any]) -> None:
-        loaded, marks = fingerprints(self._sealed(manifest)), marks_of(manifest)
+        loaded, marks = fingerprints(self._sealed(manifest)), fingerprints_of(manifest)
         wrong = sorted(name for name in loaded if marks.get(name) != loaded[name])
         if wrong:
             raise DamagedError(

@@ -173,7 +173,7 @@ def test_a_damaged_source_tensor_is_not_folded_in(tmp_path: Path, name: str) -> 
     marks = {**manifest["tensors"], **manifest["moments"], name: "0123456789abcdef"}
     begin(source, tmp_path / "target", rules_of(stage))
     with pytest.raises(CheckpointError, match=f"{name} is not what was saved; restore the checkpoint"):
-        write_part(source, tmp_path / "target", rules_of(stage), marks=marks)
+        write_part(source, tmp_path / "target", rules_of(stage), fingerprints=marks)
 
 
 def test_a_seal_without_moments_is_refused(tmp_path: Path) -> None:
