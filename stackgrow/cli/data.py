@@ -15,13 +15,16 @@ from stackgrow.data import inspect
 from stackgrow.data.store import read_manifest
 from stackgrow.plan.resolve import make_plan
 from stackgrow.recipe.load import load_recipe
+from stackgrow.recipe.shipped import find_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     look = verbs.add_parser("inspect", help="what a store holds, or what a recipe trains on")
-    look.add_argument("path", help="a token store, or a recipe (*.toml)")
+    look.add_argument(
+        "path", help="a token store, a recipe (*.toml), or the name of a shipped recipe", type=find_recipe
+    )
     look.add_argument("--position", type=int, help="with a recipe: show the sequence at this position")
     add_set(look)
     verbs.add_parser("verify", help="read every byte of a store").add_argument("path", help="a token store")

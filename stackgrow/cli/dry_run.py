@@ -15,6 +15,7 @@ from stackgrow.cli.options import add_set, parser_of
 from stackgrow.plan.checks import world_problems
 from stackgrow.plan.resolve import make_plan
 from stackgrow.recipe.load import RecipeError, load_recipe
+from stackgrow.recipe.shipped import find_recipe
 from stackgrow.text import aligned
 
 HEAD = ("stage", "parameters", "gradients", "optimizer", "equal", "working: traced", "planned", "ratio", "seconds")
@@ -22,7 +23,7 @@ HEAD = ("stage", "parameters", "gradients", "optimizer", "equal", "working: trac
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("recipe", help="the TOML file")
+    parser.add_argument("recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe")
     add_set(parser)
     parser.add_argument("--ranks", type=int, required=True, help="how many ranks the run would have")
     arguments = parser.parse_args(argv)

@@ -15,13 +15,14 @@ from stackgrow.errors import RunError
 from stackgrow.plan.cost import GPUS, MFU, Cluster, estimate, search
 from stackgrow.plan.resolve import make_plan
 from stackgrow.recipe.load import load_recipe
+from stackgrow.recipe.shipped import find_recipe
 from stackgrow.recipe.values import tokens
 from stackgrow.report.cost_table import render_cost, render_cost_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("recipe", help="the TOML file")
+    parser.add_argument("recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe")
     add_set(parser)
     parser.add_argument("--gpus", type=int, required=True, help="how many")
     parser.add_argument("--gpu", choices=sorted(GPUS), required=True, help="which")

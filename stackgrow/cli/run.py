@@ -2,6 +2,7 @@
 
 torchrun --standalone --nproc-per-node 8 tools/run_recipe.py recipes/7b_gstack.toml
 python tools/run_recipe.py recipes/quickstart.toml --plan
+stackgrow run quickstart --plan                          a shipped recipe, by its name
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from pathlib import Path
 from stackgrow.cli.options import add_set, add_trust, parser_of, tell
 from stackgrow.errors import LockedError, RunError, StoppedError
 from stackgrow.growth import own
+from stackgrow.recipe.shipped import find_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("recipe", help="the TOML file")
+    parser.add_argument("recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe")
     add_set(parser)
     parser.add_argument("--plan", action="store_true", help="print the plan and exit")
     add_trust(parser)

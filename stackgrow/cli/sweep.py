@@ -20,6 +20,7 @@ from pathlib import Path
 from stackgrow.cli.options import add_set, parser_of, tell
 from stackgrow.errors import RunError
 from stackgrow.recipe.load import load_recipe
+from stackgrow.recipe.shipped import find_recipe
 from stackgrow.run.sweep import Member, check_members, members, run_members
 
 
@@ -39,7 +40,7 @@ def positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("recipe", help="the TOML file")
+    parser.add_argument("recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe")
     parser.add_argument("--over", type=values_of, action="append", required=True, metavar="KEY=VALUE,VALUE")
     add_set(parser)
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/NAME-sweep)")
