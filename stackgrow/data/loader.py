@@ -154,8 +154,9 @@ def _as_fetched(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor,
 
 
 def open_validation(data: Data, sequences: int) -> list[tuple[TokenStore, int]]:
-    """The first held-out windows of a recipe's stores, ``sequences`` in all and from each by its weight; fewer where a
-    store holds out fewer. Raises StoreError."""
+    """Held-out windows of a recipe's stores, ``sequences`` in all and from each by its weight; fewer where a store
+    holds out fewer. They are spread evenly over it: documents lie in the order of their files, and the first windows
+    would be the first folder's alone. Raises StoreError."""
     paths = [path for path, _ in data.stores]
     counts = apportion([weight for _, weight in data.stores], sequences)
     rows: list[tuple[TokenStore, int]] = []
@@ -163,8 +164,9 @@ def open_validation(data: Data, sequences: int) -> list[tuple[TokenStore, int]]:
         if count == 0:
             continue
         store = TokenStore.open(path, split="validation")
-        for window in range(min(count, store.windows(data.seq_len))):
-            rows.append((store, window))
+        windows = store.windows(data.seq_len)
+        taken = min(count, windows)
+        rows += [(store, i * windows // taken) for i in range(taken)]
     if not rows:
         raise StoreError(f"{paths[0]}: validation has no sequence of {data.seq_len}; prepare a larger --validation")
     return rows
