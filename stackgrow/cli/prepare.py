@@ -20,6 +20,7 @@ from pathlib import Path
 from stackgrow.data.inspect import summary
 from stackgrow.data.prepare import PRESETS, prepare
 from stackgrow.data.read import Source, stdlib_source
+from stackgrow.data.store import DOCUMENT_ENDS
 
 
 def key_value(text: str) -> tuple[str, str]:
@@ -37,13 +38,17 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argp
     parser.add_argument("--pattern", default="**/*", help="files to take, relative to --input (default: all)")
     parser.add_argument("--exclude", action="append", default=[], help="files to leave out; may be repeated")
     parser.add_argument("--stdlib", action="store_true", help="take Python's standard library, too")
-    parser.add_argument("--preset", choices=PRESETS, help="--pattern, --drop and --validation of a known corpus")
+    parser.add_argument("--preset", choices=PRESETS, help="options that a known corpus needs")
     parser.add_argument("--text-key", default="text", help="where JSON and Parquet hold the text (default: text)")
     parser.add_argument("--drop", action="append", type=key_value, default=[], metavar="KEY=VALUE",
                         help="leave out documents with this value, such as meta.lang=fr; may be repeated")  # fmt: skip
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--train-tokenizer", type=int, metavar="VOCAB", help="train one of this many pieces")
-    which.add_argument("--tokenizer", type=Path, metavar="FILE", help="a SentencePiece model or a tokenizer.json")
+    which.add_argument("--tokenizer", type=Path, metavar="PATH",
+                       help="a SentencePiece model, a tokenizer.json, or the folder of one")  # fmt: skip
+    parser.add_argument("--bos", metavar="TOKEN", help="the tokenizer's BOS, where it does not say itself which it is")
+    parser.add_argument("--document-ends", choices=DOCUMENT_ENDS,
+                        help="BOS before each document (default), EOS after it (as the paper), or both")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--append", action="store_true", help="add to the store --out, with its tokenizer")
     parser.add_argument("--validation", type=float, default=0.02, help="share held out (default: 0.02)")
@@ -61,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.input and not args.stdlib:
         parser.error("name what to prepare: --input FOLDER, or --stdlib")
     if args.train_tokenizer is None and args.tokenizer is None and not args.append:
-        parser.error("name the tokenizer: --tokenizer FILE, or --train-tokenizer VOCAB")
+        parser.error("name the tokenizer: --tokenizer PATH, or --train-tokenizer VOCAB")
     sources = [Source(root, args.pattern, tuple(args.exclude)) for root in args.input]
     slurm = {"partition": args.slurm, "time": args.slurm_time, "workers": args.workers} if args.slurm else None
     try:
@@ -69,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             [*sources, stdlib_source()] if args.stdlib else sources,
             args.out,
             tokenizer=args.tokenizer or args.train_tokenizer,
+            bos=args.bos,
+            document_ends=args.document_ends,
             validation=args.validation,
             tokens_per_shard=args.tokens_per_shard,
             text_key=args.text_key,

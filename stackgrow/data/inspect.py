@@ -16,6 +16,8 @@ from stackgrow.data.tokenizer import store_tokenizer
 from stackgrow.recipe.keys import Recipe
 from stackgrow.text import printable
 
+ENDS = {"bos": "BOS before each", "eos": "EOS after each", "both": "BOS before each, EOS after it"}
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -36,6 +38,7 @@ def summary(manifest: Manifest, state: str) -> str:
         counts = f"{split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards):,} shards"
         lines.append(f"  {name}: {counts}")
     lines.append(f"  vocabulary: {manifest.vocab_size:,}, tokenizer {manifest.tokenizer_sha256}")
+    lines.append(f"  documents: {ENDS[manifest.document_ends]}")
     for corpus in manifest.raw.get("corpora", []):
         for source in corpus.get("sources", []):
             lines.append(f"  from {source['root']}/{source['pattern']}")

@@ -34,8 +34,8 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from stackgrow.data.read import INPUTS, File, PrepareError, Reader, Skipped, Source, list_files, read_file
-from stackgrow.data.store import DTYPES, FORMAT, MANIFEST, SPLITS, Manifest, TokenStore, read_manifest
-from stackgrow.data.tokenizer import Tokenizer, store_tokenizer, train_tokenizer
+from stackgrow.data.store import DOCUMENT_ENDS, DTYPES, FORMAT, MANIFEST, SPLITS, Manifest, TokenStore, read_manifest
+from stackgrow.data.tokenizer import NONE, Tokenizer, store_tokenizer, train_tokenizer
 from stackgrow.data.write import PARTS, STORE, TokenWriter, fraction, write_file
 from stackgrow.process.ranks import lock
 from stackgrow.recipe.write import canonical_hash
@@ -46,10 +46,12 @@ TRAINING_CHARACTERS = 2**28  # text a tokenizer is trained on at most; the train
 LIST_COLUMNS = ["root", "file", "bytes", *SPLITS]
 PACKAGES = ("datatrove", "numpy", "pyarrow", "sentencepiece", "tokenizers")
 PRESETS: dict[str, dict[str, Any]] = {
-    "slimpajama": {  # SlimPajama-627B as published, without its GitHub part (the paper)
+    # SlimPajama-627B as the paper has it: without its GitHub part, each document followed by EOS.
+    "slimpajama": {
         "pattern": "train/chunk*/*.jsonl.zst",
         "drop": [("meta.redpajama_set_name", "RedPajamaGithub")],
         "validation": 0.0005,
+        "document_ends": "eos",
     }
 }
 
@@ -59,6 +61,8 @@ def prepare(
     out: str | Path,
     *,
     tokenizer: int | str | Path | None,
+    bos: str | None = None,
+    document_ends: str | None = None,
     validation: float = 0.02,
     tokens_per_shard: int = 2**26,
     text_key: str = "text",
@@ -71,8 +75,10 @@ def prepare(
     if equal inputs had already been prepared.
 
     Args:
-        tokenizer: a SentencePiece model or a tokenizer.json, or the vocabulary size of one to train on the training
-            split; None with ``append``.
+        tokenizer: a SentencePiece model, a tokenizer.json or the folder of one, or the vocabulary size of one to train
+            on the training split; None with ``append``. ``bos`` names its BOS where it does not say itself.
+        document_ends: "bos" (the default): a BOS before each document; "eos": an EOS after each; or "both". What is
+            added to a store with ``append`` ends as the store's own documents do.
         validation: the share of documents, chosen by their hash, in the validation split; at least one document
             unless it is 0 or there is but one.
         text_key: where JSON and Parquet hold the text; ``drop`` leaves out documents with a value under a key.
@@ -91,14 +97,16 @@ def prepare(
     skipped = Skipped()
     files = list_files(sources, skipped)
     before = read_manifest(out) if append else None
-    known = _known_tokenizer(tokenizer, before)
-    options = {
+    document_ends = _document_ends(document_ends, before)
+    known = _known_tokenizer(tokenizer, bos, document_ends, before)
+    options: dict[str, Any] = {
         "tokenizer": f"trained, {known} pieces" if isinstance(known, int) else known.sha256,
         "validation": validation,
         "tokens_per_shard": tokens_per_shard,
         "text_key": text_key,
         "drop": [list(pair) for pair in drop],
     }
+    options |= _options_of_documents(known, document_ends)
     inputs: dict[str, Any] = {
         "fingerprint": canonical_hash([FORMAT, options, files]),
         "corpus": len(before.raw["corpora"]) if before else 0,
@@ -125,15 +133,57 @@ def prepare(
     return read_manifest(out), True
 
 
-def _known_tokenizer(tokenizer: int | str | Path | None, before: Manifest | None) -> int | Tokenizer:
+def _document_ends(given: str | None, before: Manifest | None) -> str:
+    if given not in (None, *DOCUMENT_ENDS):
+        raise PrepareError(f'"{given}" is no way to end a document; give one of {", ".join(DOCUMENT_ENDS)}')
+    if before is None:
+        return given or "bos"
+    if given not in (None, before.document_ends):
+        raise PrepareError(
+            f"{before.folder} was prepared with --document-ends {before.document_ends}, and what is added ends as its "
+            "documents do; leave the option out"
+        )
+    return before.document_ends
+
+
+def _known_tokenizer(
+    tokenizer: int | str | Path | None, bos: str | None, document_ends: str, before: Manifest | None
+) -> int | Tokenizer:
     """The tokenizer, or how many pieces one is to be trained with; ``before``: of the store that is added to."""
     if before is None:
         assert tokenizer is not None
-        return tokenizer if isinstance(tokenizer, int) else Tokenizer.load(tokenizer)
+        if not isinstance(tokenizer, int):
+            return Tokenizer.load(tokenizer, bos=bos, document_ends=document_ends)
+        if bos is not None:
+            raise PrepareError("a tokenizer that is trained here has a BOS of its own; leave --bos out")
+        return tokenizer
     known = store_tokenizer(before)
-    if tokenizer is not None and (isinstance(tokenizer, int) or Tokenizer.load(tokenizer).sha256 != known.sha256):
-        raise PrepareError(f"{before.folder} has a tokenizer of its own, and what is added needs it; name no other")
+    if tokenizer is None and bos is None:
+        return known
+    other = PrepareError(f"{before.folder} has a tokenizer of its own, and what is added needs it; name no other")
+    if tokenizer is None or isinstance(tokenizer, int):
+        raise other
+    given = Tokenizer.load(tokenizer, bos=bos, document_ends=document_ends)
+    if (given.sha256, _opening_id(given, document_ends)) != (known.sha256, before.bos_id):
+        raise other
     return known
+
+
+def _opening_id(tokenizer: Tokenizer, document_ends: str) -> int:
+    """The token that stands before a document: BOS, or the EOS of the document before it."""
+    return tokenizer.eos_id if document_ends == "eos" else tokenizer.bos_id
+
+
+def _options_of_documents(known: int | Tokenizer, document_ends: str) -> dict[str, Any]:
+    """What of the documents' ends differs from what the tokenizer's file alone says; nothing in most stores."""
+    options: dict[str, Any] = {}
+    if document_ends != "bos":
+        options["document_ends"] = document_ends
+    if isinstance(known, Tokenizer):
+        alone = Tokenizer.parse(known.model, known.file)
+        if (known.bos_id, known.eos_id) != (alone.bos_id, alone.eos_id):
+            options["special_ids"] = [known.bos_id, known.eos_id]
+    return options
 
 
 def _tasks(files: Sequence[File]) -> list[tuple[int, int]]:
@@ -201,8 +251,16 @@ def _begin(work: Path, inputs: dict[str, Any], known: int | Tokenizer) -> None:
         (work / folder).mkdir(exist_ok=True)
     made = train_tokenizer(list(_sample(inputs)), known) if isinstance(known, int) else known
     write_file(work / STORE / made.file, made.model)
-    dtype = next(name for name, ids in DTYPES.items() if made.vocab_size <= ids)
-    write_json(work / INPUTS, {**inputs, "tokenizer": made.file, "dtype": dtype})
+    document_ends = inputs["options"].get("document_ends", "bos")
+    facts = {
+        "tokenizer": made.file,
+        "dtype": next(name for name, ids in DTYPES.items() if made.vocab_size <= ids),
+        "bos_id": _opening_id(made, document_ends),
+        "eos_id": None if made.eos_id == NONE else made.eos_id,
+        "begin": [] if document_ends == "eos" else [made.bos_id],
+        "end": [] if document_ends == "bos" else [made.eos_id],
+    }
+    write_json(work / INPUTS, {**inputs, **facts})
 
 
 def _sample(inputs: dict[str, Any]) -> Iterator[str]:
@@ -288,12 +346,14 @@ def finish(work: Path, out: Path, *_: Any) -> None:
     corpus["skipped"] = skipped
     corpus["list"] = {"file": list_file, "sha256": hashlib.sha256(list_content).hexdigest()}
 
-    tokenizer = Tokenizer.load(store / inputs["tokenizer"])
+    tokenizer = Tokenizer.parse((store / inputs["tokenizer"]).read_bytes(), inputs["tokenizer"])
     manifest = {
         "format": FORMAT,
         "dtype": inputs["dtype"],
         "vocab_size": tokenizer.vocab_size,
-        "bos_id": tokenizer.bos_id,
+        "bos_id": inputs.get("bos_id", tokenizer.bos_id),
+        "eos_id": inputs.get("eos_id"),
+        "document_ends": inputs["options"].get("document_ends", "bos"),
         "tokenizer": {"file": inputs["tokenizer"], "sha256": tokenizer.sha256},
         "splits": splits,
         "corpora": [corpus],

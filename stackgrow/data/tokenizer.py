@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ WORD_END = re.compile(r"\w(?= \w)")
 # Names to look for where neither a tokenizer_config.json nor the tokenizer itself says which token it is.
 BOS = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|endoftext|>")
 EOS = ("</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>")
+CONFIG = "tokenizer_config.json"
 NONE = -1  # the id of a token that a tokenizer does not have
 
 
@@ -43,11 +45,50 @@ class Tokenizer:
     adds_prefix: bool  # it puts a space before every text
 
     @staticmethod
-    def load(path: str | Path) -> Tokenizer:
-        """The tokenizer in file ``path``. Raises TokenizerError if it is not one, OSError if unreadable."""
-        content = Path(path).read_bytes()
-        kind = HfTokenizer if str(path).endswith(".json") else SentencePiece
-        return kind(content, str(path))
+    def load(path: str | Path, *, bos: str | None = None, document_ends: str = "bos") -> Tokenizer:
+        """The tokenizer in file or folder ``path``: tokenizer.json, or else tokenizer.model.
+
+        BOS and EOS are what a tokenizer_config.json beside the file names, or else what the tokenizer itself says;
+        ``bos`` names another token for the BOS.
+
+        Raises:
+            TokenizerError: it is no tokenizer, or lacks a token that ``document_ends`` needs.
+            OSError: it cannot be read.
+        """
+        file = _file_of(Path(path))
+        tokenizer = Tokenizer.parse(file.read_bytes(), str(file))
+        config = _read_config(file.with_name(CONFIG))
+        tokenizer.bos_id = tokenizer._named(config.get("bos_token"), tokenizer.bos_id)
+        tokenizer.eos_id = tokenizer._named(config.get("eos_token"), tokenizer.eos_id)
+        if bos is not None:
+            tokenizer.bos_id = tokenizer._named(bos, NONE)
+            if tokenizer.bos_id == NONE:
+                raise TokenizerError(f'{file} has no token "{bos}"; name one of its own with --bos')
+        tokenizer._require(document_ends, str(file))
+        return tokenizer
+
+    @staticmethod
+    def parse(content: bytes, name: str) -> Tokenizer:
+        """A tokenizer from its file's content and name alone. Raises TokenizerError."""
+        kind = HfTokenizer if name.endswith(".json") else SentencePiece
+        return kind(content, name)
+
+    def _require(self, document_ends: str, name: str) -> None:
+        if document_ends != "eos" and self.bos_id == NONE:
+            raise TokenizerError(
+                f"{name} has no BOS token that is known; name the one that is to open every document with --bos, "
+                "or prepare with --document-ends eos"
+            )
+        if document_ends != "bos" and self.eos_id == NONE:
+            raise TokenizerError(f"{name} has no EOS token that is known; prepare with --document-ends bos")
+
+    def _named(self, token: str | None, otherwise: int) -> int:
+        """The id of a token, or ``otherwise`` where there is no such token."""
+        identity = self._id_of(token) if token else None
+        return otherwise if identity is None else identity
+
+    def _id_of(self, token: str) -> int | None:
+        raise NotImplementedError
 
     @property
     def sha256(self) -> str:
@@ -99,7 +140,39 @@ def store_tokenizer(manifest: Manifest) -> Tokenizer:
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() != manifest.tokenizer_sha256:
         raise StoreError(f"{path} is missing or damaged (SHA-256 differs); {AGAIN}")
-    return Tokenizer.load(path)
+    tokenizer = Tokenizer.parse(content, str(path))
+    # What opens and closes a document was decided when the store was made.
+    tokenizer.bos_id = manifest.bos_id
+    if manifest.eos_id is not None:
+        tokenizer.eos_id = manifest.eos_id
+    return tokenizer
+
+
+def _file_of(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in (HfTokenizer.file, SentencePiece.file):
+        if (path / name).is_file():
+            return path / name
+    raise TokenizerError(f"{path} has neither {HfTokenizer.file} nor {SentencePiece.file}; name the file itself")
+
+
+def _read_config(path: Path) -> dict[str, str]:
+    """The special tokens that a tokenizer_config.json names; nothing where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not JSON ({error}); fetch it again, or take it away") from error
+    named = {}
+    for key in ("bos_token", "eos_token"):
+        token = raw.get(key) if isinstance(raw, dict) else None
+        if isinstance(token, dict):  # an AddedToken
+            token = token.get("content")
+        if isinstance(token, str):
+            named[key] = token
+    return named
 
 
 class SentencePiece(Tokenizer):
@@ -113,8 +186,6 @@ class SentencePiece(Tokenizer):
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise TokenizerError(f"{name} is not a SentencePiece model; give one, or a tokenizer.json") from error
-        if self._model.bos_id() < 0:
-            raise TokenizerError(f"{name} has no BOS token; every document must begin with one")
         self.model = model
         self.vocab_size = self._model.vocab_size()
         self.bos_id = self._model.bos_id()
@@ -132,6 +203,10 @@ class SentencePiece(Tokenizer):
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [self._encode_spaces(text) if SPACE in text else self._model.encode(text) for text in texts]
 
+    def _id_of(self, token: str) -> int | None:
+        identity = self._model.piece_to_id(token)
+        return None if identity == self._model.unk_id() else int(identity)
+
     def _encode_spaces(self, text: str) -> list[int]:
         """Token ids of a text with real U+2581 in it: their bytes, between the tokens of what stands between them."""
         if self._space_ids is None:
@@ -145,7 +220,8 @@ class SentencePiece(Tokenizer):
 
 
 class HfTokenizer(Tokenizer):
-    """A tokenizer.json, such as Llama 3's. BOS is what it puts before a text itself, or a token of a known name."""
+    """A tokenizer.json, such as Llama 3's. BOS is what it puts before a text itself, or a token of a known name; so it
+    is where no tokenizer_config.json names another."""
 
     file = "tokenizer.json"
 
@@ -159,8 +235,6 @@ class HfTokenizer(Tokenizer):
         self._model.encode_special_tokens = True
         self.model = model
         self.bos_id = self._own_bos()
-        if self.bos_id == NONE:
-            raise TokenizerError(f"{name} has no BOS token ({', '.join(BOS)}); every document must begin with one")
         self.eos_id = self._first_known(EOS)
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         self.adds_prefix = not self._model.encode("a", add_special_tokens=False).tokens[0].startswith("a")
@@ -179,10 +253,14 @@ class HfTokenizer(Tokenizer):
 
     def _first_known(self, names: Sequence[str]) -> int:
         for name in names:
-            token = self._model.token_to_id(name)
-            if token is not None:
-                return int(token)
+            identity = self._id_of(name)
+            if identity is not None:
+                return identity
         return NONE
+
+    def _id_of(self, token: str) -> int | None:
+        identity = self._model.token_to_id(token)
+        return None if identity is None else int(identity)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -100,7 +100,7 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(path: str, written: int) -> Tokenizer:
-    return Tokenizer.load(path)
+    return Tokenizer.parse(Path(path).read_bytes(), path)
 
 
 class ShardWriter:

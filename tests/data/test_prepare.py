@@ -20,18 +20,20 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
+from test_tokenizer import byte_level
 
 from stackgrow.data import prepare as prepare_module
 from stackgrow.data import write
+from stackgrow.data.inspect import pieces
+from stackgrow.data.order import Order
 from stackgrow.data.prepare import PRESETS, PrepareError, prepare
 from stackgrow.data.read import Skipped, Source, list_files, stdlib_source
 from stackgrow.data.store import Manifest, StoreError, TokenStore, read_manifest
-from stackgrow.data.tokenizer import Tokenizer, train_tokenizer
+from stackgrow.data.tokenizer import Tokenizer, TokenizerError, store_tokenizer, train_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 LETTERS = str.maketrans("0123456789", "ghijklmnop")
@@ -74,12 +76,20 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def texts(folder: Path, split: str = "train") -> list[str]:
+    """The documents of a split, without what opens and closes them, which must be there."""
     store = TokenStore.open(folder, split)
     store.verify()
-    tokens, tokenizer = store.tokens(0, store.n_tokens), Tokenizer.load(folder / store.manifest.tokenizer)
-    starts = np.flatnonzero(tokens == tokenizer.bos_id)
-    assert starts[0] == 0
-    return [tokenizer.decode(piece[1:].tolist()) for piece in np.split(tokens, starts[1:])]
+    tokenizer = store_tokenizer(store.manifest)
+    ends = store.manifest.document_ends
+    documents = []
+    for piece in pieces(store, 0, store.n_tokens):
+        ids = store.tokens(piece.start, piece.stop).tolist()
+        if ends != "eos":
+            assert ids.pop(0) == tokenizer.bos_id
+        if ends != "bos":
+            assert ids.pop() == tokenizer.eos_id
+        documents.append(tokenizer.decode(ids))
+    return documents
 
 
 def skipped(manifest: Manifest) -> dict[str, int]:
@@ -291,6 +301,58 @@ def model_of(corpus: Path, out: Path) -> Path:
     folder = out.with_name("tokenizer")
     made(corpus, folder)
     return folder / "tokenizer.model"
+
+
+@pytest.mark.parametrize("ends", ["bos", "eos", "both"])
+@pytest.mark.usefixtures("tasks_of_100_bytes")
+def test_documents_end_as_asked(corpus: Path, out: Path, ends: str) -> None:
+    """What opens and closes each document, in the tokens, in the counts of every shard, and in the manifest."""
+    model = model_of(corpus, out)
+    manifest = made(corpus, out, tokenizer=model, document_ends=ends, tokens_per_shard=97)
+    assert manifest.document_ends == ends
+    assert manifest.bos_id == (2 if ends == "eos" else 1), "what stands before a document"
+    assert manifest.eos_id == 2
+    assert sorted(texts(out) + texts(out, "validation")) == sorted(path.read_text() for path in corpus.rglob("*.py"))
+    assert len(manifest.splits["train"].shards) > 30
+    with pytest.raises(PrepareError, match="prepared from other options"):
+        made(corpus, out, tokenizer=model, document_ends="eos" if ends == "bos" else "bos", tokens_per_shard=97)
+
+
+def test_a_store_remembers_the_bos_that_was_named(corpus: Path, out: Path) -> None:
+    """Its tokenizer's file does not say which it is: whoever opens the store later is told by the manifest."""
+    folder = corpus.parent / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(byte_level(bos="[FIRST]", template=False))
+    with pytest.raises(TokenizerError, match="--bos"):
+        made(corpus, out, tokenizer=folder)
+    manifest = made(corpus, out, tokenizer=folder, bos="[FIRST]")
+    assert store_tokenizer(manifest).bos_id == manifest.bos_id == 0
+    assert len(texts(out)) + len(texts(out, "validation")) == 60
+    assert made(corpus, out, tokenizer=folder, bos="[FIRST]") == manifest
+    with pytest.raises(PrepareError, match="prepared from other options"):
+        made(corpus, out, tokenizer=folder, bos="<|end_of_text|>")
+    made(corpus / "d0", out, tokenizer=folder, bos="[FIRST]", append=True)
+    with pytest.raises(PrepareError, match="has a tokenizer of its own"):
+        made(corpus / "d0", out, tokenizer=folder, bos="<|end_of_text|>", append=True)
+
+
+def test_what_is_added_ends_as_the_stores_documents_do(corpus: Path, out: Path) -> None:
+    made(corpus, out, document_ends="eos")
+    more = corpus.parent / "more"
+    more.mkdir()
+    (more / "a.txt").write_text("more words")
+    with pytest.raises(PrepareError, match=r"was prepared with --document-ends eos"):
+        made(more, out, tokenizer=None, append=True, document_ends="bos")
+    made(more, out, tokenizer=None, append=True, validation=0)
+    assert "more words" in texts(out)
+
+
+def test_stores_of_other_document_ends_are_not_mixed(corpus: Path, out: Path) -> None:
+    model = model_of(corpus, out)
+    stores = [made(corpus, out.with_name(ends), tokenizer=model, document_ends=ends) for ends in ("bos", "eos")]
+    assert stores[0].hash("train") != stores[1].hash("train")
+    with pytest.raises(StoreError, match=r"eos was prepared with --document-ends eos, .*bos with bos"):
+        Order(stores, [1, 1], 8, 7)
 
 
 def test_split_is_by_document_and_stable(corpus: Path, out: Path) -> None:
@@ -580,6 +642,8 @@ def test_tool(corpus: Path, out: Path) -> None:
         (["--input", "tools", "--train-tokenizer", "400", "--drop", "language"], "language must be KEY=VALUE"),
         (["--input", "tools", "--append"], "is not a token store"),
         (["--input", "tools"], "name the tokenizer"),
+        (["--input", "tools", "--tokenizer", "tools"], "tools has neither tokenizer.json nor tokenizer.model"),
+        (["--input", "tools", "--train-tokenizer", "400", "--bos", "<s>"], "leave --bos out"),
         (["--train-tokenizer", "400"], "--input FOLDER, or --stdlib"),
     ],
 )

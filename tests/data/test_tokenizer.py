@@ -1,7 +1,10 @@
 """Tokenizers: every byte comes back, and training is deterministic."""
 
+import importlib.util
 import inspect
 import io
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,6 +138,48 @@ def test_bos_of_a_tokenizer_json_without_a_template(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(TokenizerError, match=r"is not a tokenizer\.json"):
         Tokenizer.load(path)
+
+
+@pytest.mark.parametrize(
+    ("bos", "named"),
+    [
+        ("<｜begin▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"),  # DeepSeek's
+        ("<BOS_TOKEN>", {"content": "<BOS_TOKEN>", "special": True}),  # Cohere's
+        ("<|startoftext|>", "<|startoftext|>"),  # gpt-oss's
+    ],
+)
+def test_bos_and_eos_are_what_the_folder_of_a_tokenizer_names(tmp_path: Path, bos: str, named: object) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(byte_level(bos=bos, template=False))
+    with pytest.raises(TokenizerError, match="--bos"):
+        Tokenizer.load(tmp_path)
+    eos = "Ġthe"  # any token that is no EOS by name
+    config = {"bos_token": named, "eos_token": eos, "unk_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        tokenizer = Tokenizer.load(path)
+        assert tokenizer.bos_id == 0
+        assert tokenizer.eos_id == tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).token_to_id(eos)
+    assert Tokenizer.load(tmp_path, bos="<|end_of_text|>").bos_id == 1
+    with pytest.raises(TokenizerError, match='has no token "<none>"'):
+        Tokenizer.load(tmp_path, bos="<none>")
+    (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not JSON"):
+        Tokenizer.load(tmp_path)
+
+
+def test_folder_of_a_real_sentencepiece_model(tmp_path: Path) -> None:
+    """mistral-common's of 32,000 pieces, as Llama 2's: it adds a space, and says its BOS and EOS itself."""
+    data = Path(importlib.util.find_spec("mistral_common").origin).parent / "data"  # type: ignore[union-attr, arg-type]
+    shutil.copy(data / "tokenizer.model.v1", tmp_path / "tokenizer.model")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (32000, 1, 2)
+    assert tokenizer.adds_prefix
+    assert tokenizer.encode("Hello  world.") == tokenizer._model.encode("Hello  world.")  # type: ignore[attr-defined]
+    assert Tokenizer.load(tmp_path, bos="</s>").bos_id == 2
+    with pytest.raises(TokenizerError, match='has no token "<none>"'):
+        Tokenizer.load(tmp_path, bos="<none>")
+    with pytest.raises(TokenizerError, match="has neither"):
+        Tokenizer.load(data)
 
 
 def with_prefix() -> Tokenizer:
