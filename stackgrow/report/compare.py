@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stackgrow import seal
-from stackgrow.evaluate.tasks import headline
-from stackgrow.report.curves import DEFINITION, WINDOW, Curve, SpeedUp, common_span, read_curves, speed_ups
-from stackgrow.run_folder.folder import RunFolder
-from stackgrow.text import aligned, human
+from stackgrow.errors import ChangedError
+from stackgrow.report.benchmarks import Scores, benchmark_rows, last_scores
+from stackgrow.report.comparable import differences, unlike
+from stackgrow.report.curves import (
+    DEFINITION,
+    WINDOW,
+    Curve,
+    Interval,
+    SpeedUp,
+    common_span,
+    noise_floor,
+    read_curves,
+    seeds_text,
+    speed_ups,
+)
+from stackgrow.report.statistics import LEAST_SEEDS
+from stackgrow.text import aligned, human, wrapped
 
+LABELS = {"train": "training loss", "validation": "validation loss"}
 SMOOTHING = {
     "train": f"training loss, smoothed by straight lines over the records within {WINDOW:.0%} of a point's FLOPs",
     "validation": "validation loss, the mean of the seeds, not smoothed",
@@ -21,78 +34,156 @@ SMOOTHING = {
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """``curves`` of which the first is the baseline; the others' speed-ups by name, of those that have come to their
-    target models, at ``losses`` where any were asked for; benchmarks by run and task."""
+    """``curves`` of which the first is the baseline; of the others, by name: the speed-ups of those that have come to
+    their target models, at ``losses`` where any were asked for, the keys in which their recipes differ from the
+    baseline's, and why they cannot be compared, where that was overruled. Benchmarks by run."""
 
     loss: str
     losses: Sequence[float]
     curves: list[Curve]
     speed_ups: dict[str, list[SpeedUp]]
-    evaluations: dict[str, dict[str, float]]
+    differences: dict[str, list[str]]
+    unlike: dict[str, list[str]]
+    evaluations: dict[str, Scores]
 
     @property
     def baseline(self) -> Curve:
         return self.curves[0]
 
 
-def compare(runs: Sequence[Path], loss: str = "train", losses: Sequence[float] = ()) -> Comparison:
+def compare(runs: Sequence[Path], loss: str = "train", losses: Sequence[float] = (), force: bool = False) -> Comparison:
     """``runs`` against the first of them, at ``losses`` or at five that both reach.
 
     Raises:
         DamagedError: a folder that is no run, or without records.
+        ChangedError: the losses of two runs are not of the same thing, and it is not to be done by ``force``.
     """
     curves = read_curves(runs, loss)
-    there = [curve for curve in curves[1:] if curves[0].arrived and curve.arrived]
-    against = {curve.name: speed_ups(curves[0].target, curve.target, losses) for curve in there}
+    baseline = curves[0]
+    speed_ups_of = {}
+    differences_of = {}
+    unlike_of = {}
+    for curve in curves[1:]:
+        reasons = unlike(baseline.runs[0], curve.runs[0])
+        if reasons and not force:
+            raise ChangedError(
+                f"{baseline.runs[0]} and {curve.runs[0]} cannot be compared: {'; '.join(reasons)}. Their losses are "
+                "of different things; --force compares them all the same"
+            )
+        if reasons:
+            unlike_of[curve.name] = reasons
+        differences_of[curve.name] = differences(baseline.runs[0], curve.runs[0])
+        if baseline.arrived and curve.arrived:
+            speed_ups_of[curve.name] = speed_ups(baseline.target, curve.target, losses)
+    return Comparison(loss, losses, curves, speed_ups_of, differences_of, unlike_of, _evaluations(runs))
+
+
+def _evaluations(runs: Sequence[Path]) -> dict[str, Scores]:
+    """The scores of those runs that have any. Folder names alone, since a comparison is published; full paths only
+    where names are equal."""
     names = [run.absolute().name for run in runs]
-    # Folder names alone, since a comparison is published; full paths only where names are equal.
-    unique = [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
-    evaluations = {name: last_evaluation(run) for name, run in zip(unique, runs, strict=True)}
-    return Comparison(loss, losses, curves, against, {run: found for run, found in evaluations.items() if found})
+    evaluations = {}
+    for run, name in zip(runs, names, strict=True):
+        scores = last_scores(run)
+        if scores:
+            evaluations[name if names.count(name) == 1 else str(run)] = scores
+    return evaluations
 
 
-def last_evaluation(run: Path) -> dict[str, float]:
-    """The metric that speaks for each task, "task metric" -> value, of the checkpoint that saw the most tokens."""
-    records = [r for file in RunFolder(run).eval.glob("*.json") if (r := seal.read_json(file))]
-    if not records:
-        return {}
-    record = max(records, key=lambda r: (r["tokens"], r["step"], not r.get("limit")))
-    best = {task: headline(task, metrics) for task, metrics in record["tasks"].items()}
-    found = {f"{task} {name}": record["tasks"][task][name] for task, name in best.items() if name}
-    mean = {"mean of seven": record["seven_task_mean"]} if record["seven_task_mean"] is not None else {}
-    return {**found, **mean}
+def speed_up_rows(comparison: Comparison, curve: Curve) -> list[tuple[str, ...]]:
+    """A speed-up a line, below a head; [] where there is none."""
+    reached = comparison.speed_ups.get(curve.name, [])
+    if not reached:
+        return []
+    seeds = f"{curve.seeds} vs {comparison.baseline.seeds}"
+    with_interval = any(speed_up.interval for speed_up in reached)
+    head = ["loss", "FLOPs", "baseline", "speed-up", "95%", "tokens", "baseline", "speed-up", "seeds"]
+    if not with_interval:
+        head.remove("95%")
+    rows = [tuple(head)]
+    for speed_up in reached:
+        row = [f"{speed_up.loss:.4f}", f"{speed_up.flops:.3g}", f"{speed_up.baseline_flops:.3g}"]
+        row.append(f"{speed_up.in_flops:+.1%}")
+        if with_interval:
+            row.append(_interval_text(speed_up.interval))
+        row += [human(speed_up.tokens), human(speed_up.baseline_tokens), f"{speed_up.in_tokens:+.1%}", seeds]
+        rows.append(tuple(row))
+    return rows
 
 
-HEAD = ("loss", "FLOPs", "baseline", "speed-up", "95%", "tokens", "baseline", "speed-up")
+def _interval_text(interval: Interval | None) -> str:
+    if interval is None or interval == (None, None):
+        return "-"
+    if interval.low is None:
+        return f"below {interval.high:+.1%}"
+    if interval.high is None:
+        return f"above {interval.low:+.1%}"
+    return f"{interval.low:+.1%} to {interval.high:+.1%}"
 
 
-def speed_up_rows(found: Sequence[SpeedUp]) -> list[tuple[str, ...]]:
-    """A speed-up a line, for a table under HEAD."""
-    return [
-        (
-            f"{s.loss:.4f}", f"{s.flops:.3g}", f"{s.baseline_flops:.3g}", f"{s.in_flops:+.1%}",
-            f"{s.interval[0]:+.1%} to {s.interval[1]:+.1%}" if s.interval else "-",
-            human(s.tokens), human(s.baseline_tokens), f"{s.in_tokens:+.1%}",
-        )
-        for s in found
-    ]  # fmt: skip
+def certainty(comparison: Comparison, curve: Curve) -> str:
+    """What the figures rest on: how many seeds, and what an interval is made from."""
+    fewest = min(comparison.baseline.seeds, curve.seeds)
+    if fewest == 1:
+        return "one seed: within-run noise only, nothing is known of the spread between seeds; intervals need three"
+    if fewest < LEAST_SEEDS:
+        return "two seeds: too few for intervals, which need three of both"
+    return "95%: by the spread between seeds (Welch, Student's t)"
+
+
+def noise(comparison: Comparison) -> str:
+    """What an A/A comparison shows, for a reader of small differences; "" for a single seed."""
+    floor = noise_floor(comparison.baseline.target, comparison.losses)
+    if floor is None:
+        return ""
+    return (
+        f"noise floor: one seed of {comparison.baseline.name} over another of the same "
+        f"({seeds_text(comparison.baseline.seeds)}, all pairs) shows {floor.low:+.1%} to {floor.high:+.1%}"
+    )
+
+
+def outcome(comparison: Comparison, curve: Curve) -> str:
+    """One sentence for the top of a page: what the lowest loss that both reach took, and whether that is more than
+    the spread between seeds."""
+    reached = comparison.speed_ups.get(curve.name)
+    if not reached:
+        return f"{curve.label}: {verdict(comparison, curve)}."
+    last = min(reached, key=lambda speed_up: speed_up.loss)
+    place = f"at {LABELS[comparison.loss]} {last.loss:.4f}, the lowest that both reach"
+    if last.interval is None:
+        return f"{curve.label}: {last.in_flops:+.1%} speed-up in FLOPs {place}; {certainty(comparison, curve)}."
+    interval = f"95%: {_interval_text(last.interval)}"
+    low, high = last.interval
+    if (low is not None and low > 0) or (high is not None and high < 0):
+        return f"{curve.label}: {last.in_flops:+.1%} speed-up in FLOPs ({interval}) {place}."
+    return (
+        f"{curve.label}: no difference beyond the spread between seeds: {last.in_flops:+.1%} speed-up in FLOPs "
+        f"({interval}) {place}."
+    )
 
 
 def verdict(comparison: Comparison, curve: Curve) -> str:
     """Both at as many FLOPs; and, where there is no loss that both reach, that there is none."""
-    if early := [c.name for c in (comparison.baseline, curve) if not c.arrived]:
+    baseline = comparison.baseline
+    early = [one.name for one in (baseline, curve) if not one.arrived]
+    if early:
         return f"no speed-up: {' and '.join(early)} has not come to its target model"
-    base, run = comparison.baseline.target, curve.target
-    flops = min(base.flops[-1], run.flops[-1])
-    equal = f"at {flops:.3g} FLOPs each: loss {run.loss_at(flops):.4f} against {base.loss_at(flops):.4f}"
-    if flops < max(base.flops[0], run.flops[0]):
-        equal = "at no amount of FLOPs do both have a target model"
-    if common_span(base, run):
-        reached = {s.loss for s in comparison.speed_ups[curve.name]}
+    equal = _at_equal_flops(baseline, curve)
+    if common_span(baseline.target, curve.target):
+        reached = {speed_up.loss for speed_up in comparison.speed_ups[curve.name]}
         missed = [f"{loss:g}" for loss in comparison.losses if loss not in reached]
-        return equal + (f"; not reached by both: loss {', '.join(missed)}" if missed else "")
-    spans = [f"{c.name} from {c.target.span[0]:.4f} to {c.target.span[1]:.4f}" for c in (comparison.baseline, curve)]
+        return f"{equal}; not reached by both: loss {', '.join(missed)}" if missed else equal
+    spans = [f"{one.name} from {one.target.span.high:.4f} to {one.target.span.low:.4f}" for one in (baseline, curve)]
     return f"the curves never meet, so there is no speed-up: {', '.join(spans)}; {equal}"
+
+
+def _at_equal_flops(baseline: Curve, curve: Curve) -> str:
+    flops = min(baseline.target.flops[-1], curve.target.flops[-1])
+    if flops < max(baseline.target.flops[0], curve.target.flops[0]):
+        return "at no amount of FLOPs do both have a target model"
+    ours = curve.target.loss_at(flops)
+    theirs = baseline.target.loss_at(flops)
+    return f"at {flops:.3g} FLOPs each: loss {ours:.4f} against {theirs:.4f}"
 
 
 def render(comparison: Comparison) -> str:
@@ -101,35 +192,56 @@ def render(comparison: Comparison) -> str:
 
 
 def _lines(comparison: Comparison) -> Iterator[str]:
-    yield from (SMOOTHING[comparison.loss], DEFINITION)
+    yield SMOOTHING[comparison.loss]
+    yield DEFINITION
+    floor = noise(comparison)
+    if floor:
+        yield from wrapped(floor)
     for curve in comparison.curves[1:]:
-        seeds = "".join(f", {c.seeds} seeds of {c.name}" for c in (comparison.baseline, curve) if c.seeds > 1)
-        yield from ("", f"{curve.name} against {comparison.baseline.name}{seeds}", verdict(comparison, curve))
-        if rows := speed_up_rows(comparison.speed_ups.get(curve.name, [])):
-            yield from aligned([HEAD, *rows])
+        yield ""
+        yield f"{curve.label} against {comparison.baseline.label}"
+        for reason in comparison.unlike.get(curve.name, []):
+            yield f"  NOT COMPARABLE  {reason}"
+        for line in comparison.differences[curve.name]:
+            yield f"  {line}"
+        yield verdict(comparison, curve)
+        rows = speed_up_rows(comparison, curve)
+        if rows:
+            yield certainty(comparison, curve)
+            yield from aligned(rows)
     if comparison.evaluations:
-        yield from ("", *aligned(evaluation_rows(comparison.evaluations)))
-
-
-def evaluation_rows(evaluations: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
-    """A run a line, a benchmark a column; the first line is the head."""
-    names = list(dict.fromkeys(name for found in evaluations.values() for name in found))
-    rows = [(run, *(f"{f[n]:.4f}" if n in f else "-" for n in names)) for run, f in evaluations.items()]
-    return [("run", *names), *rows]
+        yield ""
+        yield from aligned(benchmark_rows(comparison.evaluations))
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
     """As plain values: speed-ups exact, and what they mean."""
-    ups = {
-        name: [{**dataclasses.asdict(s), "speed_up_flops": s.in_flops, "speed_up_tokens": s.in_tokens} for s in found]
-        for name, found in comparison.speed_ups.items()
-    }
-    verdicts = {curve.name: verdict(comparison, curve) for curve in comparison.curves[1:]}
+    exact = {}
+    for name, reached in comparison.speed_ups.items():
+        exact[name] = [_speed_up_dict(speed_up) for speed_up in reached]
+    others = comparison.curves[1:]
+    floor = noise_floor(comparison.baseline.target, comparison.losses)
     return {
         "definition": DEFINITION,
         "loss": SMOOTHING[comparison.loss],
         "baseline": comparison.baseline.name,
-        "speed_ups": ups,
-        "verdicts": verdicts,
-        "evaluations": comparison.evaluations,
+        "seeds": {curve.name: curve.seeds for curve in comparison.curves},
+        "noise_floor": None if floor is None else {"low": floor.low, "high": floor.high},
+        "speed_ups": exact,
+        "verdicts": {curve.name: verdict(comparison, curve) for curve in others},
+        "certainty": {curve.name: certainty(comparison, curve) for curve in others},
+        "differences": comparison.differences,
+        "not_comparable": comparison.unlike,
+        "evaluations": {run: _scores_dict(scores) for run, scores in comparison.evaluations.items()},
     }
+
+
+def _speed_up_dict(speed_up: SpeedUp) -> dict[str, Any]:
+    plain = dataclasses.asdict(speed_up)
+    plain["speed_up_flops"] = speed_up.in_flops
+    plain["speed_up_tokens"] = speed_up.in_tokens
+    return plain
+
+
+def _scores_dict(scores: Scores) -> dict[str, Any]:
+    return {name: {"value": score.value, "standard_error": score.error} for name, score in scores.items()}

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stackgrow.errors import MissingExtraError
-from stackgrow.report.compare import Comparison
-from stackgrow.report.curves import Curve
+from stackgrow.report.compare import LABELS, Comparison
+from stackgrow.report.curves import Curve, StageCurve
+from stackgrow.report.statistics import LEAST_SEEDS, half_width
+from stackgrow.text import human
 
 COLORS = (
     "#2f7ed8",
@@ -25,10 +29,10 @@ COLORS = (
     "#7d8790",
 )  # on white and on black; as many as the paper's eight operators and two baselines
 INK = "#1b1f23"  # stands for the page's own colour in an SVG
-PANELS = ("flops", "tokens", "speed-up")
-LABELS = {"train": "training loss", "validation": "validation loss"}
 POINTS = 400  # of a stage that are drawn: more cannot be told apart, and a run logs a hundred thousand
 SIZE = (4.6, 3.4)  # inches: its text is legible on a phone
+SHOWN = 0.02  # the part of all FLOPs that a logarithmic axis leaves out: a curve's first, steep fall
+LARGEST_NAMED = 1e15  # amounts from here on are written as 1e21
 
 
 def color_of(number: int) -> str:
@@ -43,79 +47,224 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError('pictures need matplotlib: pip install "stackgrow[report]"') from None
-    ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    texts = {"svg.fonttype": "none", "svg.hashsalt": "stackgrow", "text.parse_math": False}
-    settings: Any = {**ink, **texts, "legend.frameon": False}
+    settings: Any = {
+        "text.color": INK,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "stackgrow",
+        "text.parse_math": False,
+        "legend.frameon": False,
+    }
     mpl.rcParams.update(settings)
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(comparison: Comparison, file: Path) -> None:
-    """All panels side by side, as PNG or SVG by the name of ``file``."""
-    panels = PANELS if any(comparison.speed_ups.values()) else PANELS[:2]
-    figure = new_figure(SIZE[0] * len(panels), SIZE[1])
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw(axes, comparison, panel)
-    if file.suffix == ".svg":
-        file.write_text(_svg(figure))
-    else:
-        figure.savefig(file, dpi=85)
-
-
-def panel_svg(comparison: Comparison, panel: str) -> str:
-    """One panel as an <svg> element."""
-    figure = new_figure(*SIZE)
-    draw(figure.subplots(), comparison, panel)
-    return _svg(figure)
-
-
-def _svg(figure: Any) -> str:
+def svg_of(figure: Any) -> str:
+    """A figure as an <svg> element."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
-def draw(axes: Any, comparison: Comparison, panel: str) -> None:
-    """Loss against FLOPs or tokens of the whole run, base included; or the speed-up over the baseline."""
-    for curve, color in zip(comparison.curves, COLORS * len(comparison.curves), strict=False):
-        if panel == "speed-up":
-            _draw_speed_up(axes, comparison, curve, color)
-        else:
-            _draw_loss(axes, curve, panel, color)
+def plain_axes(axes: Any) -> None:
+    """A grid, and no frame above and to the right."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=9)
-    if panel == "speed-up":
-        axes.set(xlabel=f"FLOPs of {comparison.baseline.name}", ylabel="iso-loss speed-up in FLOPs, %")
-        axes.axhline(0, color=INK, linewidth=0.8)
+
+
+def amount_text(value: float, _: Any = None) -> str:
+    """``8M``, ``1.5T``, ``1e21``: an amount on an axis."""
+    if abs(value) < LARGEST_NAMED:
+        return human(value)
+    return f"{value:.3g}".replace("e+", "e")
+
+
+def logarithmic(axis: Any, low: float, high: float) -> None:
+    """Makes an axis logarithmic, with marks that people read: 1, 2 and 5 times powers of ten."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    marks = []
+    for exponent in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
+        marks += [factor * 10.0**exponent for factor in (1, 2, 5)]
+    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
+    axis.set_major_locator(FixedLocator([mark for mark in marks if low <= mark <= high]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(amount_text)
+
+
+Panel = Callable[[Any, Comparison], None]
+
+
+def panels_of(comparison: Comparison) -> list[Panel]:
+    """What there is to draw of a comparison."""
+    panels: list[Panel] = [draw_over_flops, draw_over_tokens]
+    if any(comparison.speed_ups.values()):
+        panels.append(draw_speed_ups)
+    return panels
+
+
+def save_figure(comparison: Comparison, file: Path) -> None:
+    """All panels side by side with a legend below, as PNG or SVG by the name of ``file``."""
+    panels = panels_of(comparison)
+    legend_height = 0.25 * len(comparison.curves)
+    whole = new_figure(SIZE[0] * len(panels), SIZE[1] + legend_height)
+    parts = whole.subfigures(1, len(panels), squeeze=False)[0]
+    for part, panel in zip(parts, panels, strict=True):
+        panel(part, comparison)
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], color=color_of(number), linewidth=2) for number in range(len(comparison.curves))]
+    labels = [curve.label for curve in comparison.curves]
+    whole.legend(lines, labels, loc="outside lower center", fontsize=9)
+    if file.suffix == ".svg":
+        file.write_text(svg_of(whole), encoding="utf-8")
+    else:
+        whole.savefig(file, dpi=85)
+
+
+def panel_svg(comparison: Comparison, panel: Panel) -> str:
+    """One panel as an <svg> element, without a legend: the page has one."""
+    figure = new_figure(*SIZE)
+    panel(figure, comparison)
+    return svg_of(figure)
+
+
+def draw_over_flops(figure: Any, comparison: Comparison) -> None:
+    """Loss over FLOPs, base included, on a logarithmic axis, where a speed-up is a distance to the side; below it, how
+    far each run is from the baseline at the same FLOPs."""
+    several = len(comparison.curves) > 1
+    if several:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    else:
+        above = below = figure.subplots()
+    for number, curve in enumerate(comparison.curves):
+        _draw_losses(above, curve, color_of(number), lambda stage: stage.flops)
+        if several and number:
+            _draw_difference(below, comparison.baseline.target, curve.target, color_of(number))
+    _limit_losses(above, comparison)
+    if several:
+        plain_axes(below)
+        below.axhline(0, color=color_of(0), linewidth=1.2)
+        below.set_ylabel("difference")
+        _limit_differences(below, comparison)
+    end = max(curve.target.flops[-1] for curve in comparison.curves)
+    logarithmic(below.xaxis, SHOWN * end, 1.03 * end)
+    below.set_xlabel("FLOPs (6 N D), base included")
+
+
+def draw_over_tokens(figure: Any, comparison: Comparison) -> None:
+    """Loss over tokens, base included."""
+    axes = figure.subplots()
+    for number, curve in enumerate(comparison.curves):
+        _draw_losses(axes, curve, color_of(number), lambda stage: stage.tokens)
+    _limit_losses(axes, comparison)
+    axes.xaxis.set_major_formatter(amount_text)
+    axes.set_xlabel("tokens, base included")
+
+
+def _draw_losses(axes: Any, curve: Curve, color: str, x_of: Callable[[Any], np.ndarray]) -> None:
+    """All stages: dashed before the target model's, a dot where a grown one begins, the records themselves pale."""
+    for stage in curve.stages:
+        for seed in stage.seeds:
+            some = _some(len(seed.loss))
+            axes.plot(x_of(seed)[some], seed.loss[some], color=color, alpha=0.18, linewidth=0.8)
+        x = x_of(stage)
+        some = _some(len(x))
+        target = stage is curve.target
+        axes.plot(
+            x[some],
+            stage.smooth[some],
+            color=color,
+            linestyle="-" if target else "--",
+            linewidth=1.8 if target else 1.2,
+        )
+        if stage is not curve.stages[0]:
+            axes.plot(x[0], stage.smooth[0], "o", color=color, markersize=5)
+
+
+def _some(count: int) -> np.ndarray:
+    """The indices of at most POINTS points, evenly spread, with the first and the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, POINTS)).astype(int))
+
+
+def _limit_losses(axes: Any, comparison: Comparison) -> None:
+    """From just below the lowest loss to that after a twentieth of the FLOPs: the first fall would hide the rest."""
+    lowest = min(stage.span.low for curve in comparison.curves for stage in curve.stages)
+    start = max(curve.loss_at(0.05 * curve.target.flops[-1]) for curve in comparison.curves)
+    margin = 0.1 * (start - lowest) or 0.1
+    plain_axes(axes)
+    axes.set_ylim(lowest - margin, start + margin)
+    axes.set_ylabel(LABELS[comparison.loss])
+
+
+def _draw_difference(axes: Any, baseline: StageCurve, run: StageCurve, color: str) -> None:
+    """The run's loss less the baseline's at equal FLOPs, and its 95% interval where there are seeds enough."""
+    flops = _common_flops(baseline, run)
+    if not len(flops):
         return
-    finals = [curve.target.span[1] for curve in comparison.curves]
-    starts = [curve.loss_at(0.05 * curve.target.flops[-1]) for curve in comparison.curves]
-    margin = 0.1 * (max(starts) - min(finals)) or 0.1
-    axes.set(ylim=(min(finals) - margin, max(starts) + margin), ylabel=LABELS[comparison.loss])
-    axes.set_xlabel({"flops": "FLOPs (6 N D), base included", "tokens": "tokens, base included"}[panel])
+    ours = np.array([seed.smooth_at(flops) for seed in run.seeds])
+    theirs = np.array([seed.smooth_at(flops) for seed in baseline.seeds])
+    difference = ours.mean(axis=0) - theirs.mean(axis=0)
+    axes.plot(flops, difference, color=color, linewidth=1.5)
+    if min(len(ours), len(theirs)) >= LEAST_SEEDS:
+        half = half_width(ours, theirs)
+        axes.fill_between(flops, difference - half, difference + half, color=color, alpha=0.15, linewidth=0)
 
 
-def _draw_loss(axes: Any, curve: Curve, x: str, color: str) -> None:
-    for part in curve.parts:
-        last = part is curve.target
-        some = np.unique(np.linspace(0, len(part.loss) - 1, POINTS).astype(int))
-        at, loss, smooth = getattr(part, x)[some], part.loss[some], part.smooth[some]
-        axes.plot(at, loss, color=color, alpha=0.18, linewidth=0.8)
-        style = {"linestyle": "-" if last else "--", "linewidth": 1.8 if last else 1.2}
-        axes.plot(at, smooth, color=color, label=curve.name if last else None, **style)
-        if part is not curve.parts[0]:
-            axes.plot(at[0], smooth[0], "o", color=color, markersize=5)
+def _common_flops(baseline: StageCurve, run: StageCurve) -> np.ndarray:
+    start = max(baseline.flops[0], run.flops[0])
+    end = min(baseline.flops[-1], run.flops[-1])
+    return np.geomspace(start, end, POINTS) if start < end else np.array([])
 
 
-def _draw_speed_up(axes: Any, comparison: Comparison, curve: Curve, color: str) -> None:
-    found = comparison.speed_ups.get(curve.name)
-    if not found:
-        return
-    flops = [s.baseline_flops for s in found]
-    axes.plot(flops, [100 * s.in_flops for s in found], "o-", color=color, label=curve.name)
-    intervals = [(s.baseline_flops, *s.interval) for s in found if s.interval]
-    if intervals:
-        at, low, high = zip(*intervals, strict=True)
-        axes.fill_between(at, [100 * v for v in low], [100 * v for v in high], color=color, alpha=0.2, linewidth=0)
+def _limit_differences(axes: Any, comparison: Comparison) -> None:
+    """What lies apart after a tenth of the FLOPs is shown; right after a growth it may be far more."""
+    farthest = 0.0
+    baseline = comparison.baseline.target
+    for curve in comparison.curves[1:]:
+        flops = _common_flops(baseline, curve.target)
+        late = flops[flops > 0.1 * curve.target.flops[-1]]
+        apart = [curve.target.loss_at(amount) - baseline.loss_at(amount) for amount in late[::20]]
+        farthest = max([farthest, *map(abs, apart)])
+    limit = 1.3 * farthest or 0.1
+    axes.set_ylim(-limit, limit)
+
+
+def draw_speed_ups(figure: Any, comparison: Comparison) -> None:
+    """The speed-up over the baseline at each of its FLOPs, with the intervals that both ends bound."""
+    axes = figure.subplots()
+    for number, curve in enumerate(comparison.curves):
+        reached = comparison.speed_ups.get(curve.name, [])
+        flops = [speed_up.baseline_flops for speed_up in reached]
+        axes.plot(flops, [100 * speed_up.in_flops for speed_up in reached], "o-", color=color_of(number))
+        for speed_up in reached:
+            if speed_up.interval and None not in speed_up.interval:
+                ends = [100 * float(end or 0) for end in speed_up.interval]
+                axes.plot([speed_up.baseline_flops] * 2, ends, color=color_of(number), alpha=0.4, linewidth=3)
+    plain_axes(axes)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.xaxis.set_major_formatter(amount_text)
+    axes.set_xlabel(f"FLOPs of {comparison.baseline.name}")
+    axes.set_ylabel("iso-loss speed-up in FLOPs, %")
+
+
+def series_svg(lines: Sequence[tuple[np.ndarray, np.ndarray]], label: str, logarithmic_values: bool = False) -> str:
+    """Values over tokens, a line (tokens, values) for each stage of a run, as an <svg> element."""
+    figure = new_figure(SIZE[0], SIZE[1] * 0.75)
+    axes = figure.subplots()
+    for tokens, values in lines:
+        some = _some(len(tokens))
+        axes.plot(tokens[some], values[some], color=color_of(0), linewidth=1.2)
+    if logarithmic_values:
+        lowest = min(values.min() for _, values in lines)
+        highest = max(values.max() for _, values in lines)
+        logarithmic(axes.yaxis, 0.8 * lowest, 1.25 * highest)
+    plain_axes(axes)
+    axes.xaxis.set_major_formatter(amount_text)
+    axes.set_xlabel("tokens, base included")
+    axes.set_ylabel(label)
+    return svg_of(figure)

@@ -6,48 +6,62 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from stackgrow.plan.guidelines import TIMING, growth_timing
-from stackgrow.report.figure import COLORS, INK, new_figure
-from stackgrow.report.isoflop import Fit, Run, Valley
+from stackgrow.report.figure import INK, color_of, new_figure
+from stackgrow.report.isoflop import GUIDELINE, Fit, Run, Valley
 from stackgrow.text import aligned, human
 
-PAPER = dict(zip("abc", TIMING, strict=True))
+PAPER = dict(zip(GUIDELINE, TIMING, strict=True))
+LAW_COLORS = {"scratch": color_of(0), "grown": color_of(1)}
 Laws = dict[str, Fit]  # "scratch" and "grown"
 
 
 def render_fits(found: Sequence[Valley], timing: Fit | str | None, laws: Laws) -> str:
     """Every IsoFLOP curve with its valley or why it has none; ``timing``: the fit, or why there is none."""
-    rows: list[tuple[str, ...]] = [("parameters", "FLOPs", "tried", "valley")]
-    for v in found:
-        told = human(v.best) if v.best else f"no valley: {v.problem}"
-        rows.append((human(v.parameters), f"{v.flops:.3g}", " ".join(map(human, v.tried)), told))
-    blocks = [aligned(rows)]
+    blocks = [aligned(_valley_table(found))]
     if isinstance(timing, str):
         blocks.append([f"no guideline: {timing}"])
     elif timing:
-        values = [f"{name} = {_with_error(timing, name)} (paper {PAPER[name]:g})" for name in "abc"]
+        values = [f"{name} = {_with_error(timing, name)} (paper {PAPER[name]:g})" for name in GUIDELINE]
         blocks.append(["log10(d) = a log10(N) + b / log10(C) + c", *values])
     for name, law in laws.items():
-        told = ", ".join(f"{part} = {_with_error(law, part)}" for part in "ab")
-        blocks.append([f"L = a C^b, {name}: {told} (final losses of {law.points} sizes)"])
+        values = [f"{part} = {_with_error(law, part)}" for part in ("a", "b")]
+        points = f"final losses of {law.points} sizes; least squares of L, as in the paper"
+        blocks.append([f"L = a C^b, {name}: {', '.join(values)} ({points})"])
     return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def _valley_table(found: Sequence[Valley]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("parameters", "FLOPs", "tried", "valley")]
+    for valley in found:
+        bottom = human(valley.best) if valley.best else f"no valley: {valley.problem}"
+        tried = " ".join(human(value) for value in valley.tried)
+        rows.append((human(valley.parameters), f"{valley.flops:.3g}", tried, bottom))
+    return rows
 
 
 def _with_error(fit: Fit, name: str) -> str:
     error = fit.errors[name]
-    return f"{fit.values[name]:.4g} +- {error:.2g}" if math.isfinite(error) else f"{fit.values[name]:.4g} +- unknown"
+    text = f"{error:.2g}" if math.isfinite(error) else "unknown"
+    return f"{fit.values[name]:.4g} +- {text}"
 
 
 def render_toml(timing: Fit, found: Sequence[Valley], source: str) -> str:
     """The table for a recipe whose ``timing = "auto"`` is to follow this fit."""
-    good = [v for v in found if v.best]
-    keys = {**timing.values, "source": source}
-    keys |= {"max_parameters": max(v.parameters for v in good), "max_flops": max(v.flops for v in good)}
+    good = [valley for valley in found if valley.best]
+    keys: dict[str, float | str] = {
+        **timing.values,
+        "source": source,
+        "max_parameters": max(valley.parameters for valley in good),
+        "max_flops": max(valley.flops for valley in good),
+    }
     # JSON's numbers and strings are TOML's.
-    return "\n".join(["[guideline]", *(f"{name} = {json.dumps(value)}" for name, value in keys.items())])
+    lines = [f"{name} = {json.dumps(value)}" for name, value in keys.items()]
+    return "\n".join(["[guideline]", *lines])
 
 
 def draw_fits(runs: Sequence[Run], found: Sequence[Valley], timing: Fit | None, laws: Laws, file: Path) -> None:
@@ -56,51 +70,68 @@ def draw_fits(runs: Sequence[Run], found: Sequence[Valley], timing: Fit | None, 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    sizes = sorted({v.parameters for v in found})
-    panels = len(sizes) + bool(timing) + bool(laws)
+    sizes = sorted({valley.parameters for valley in found})
+    panels = len(sizes)
+    if timing:
+        panels += 1
+    if laws:
+        panels += 1
     figure = new_figure(4.2 * panels, 3.6)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
-    for n in sizes:
-        _draw_isoflop(axes.pop(0), [v for v in found if v.parameters == n])
+    for size in sizes:
+        _draw_isoflop(axes.pop(0), [valley for valley in found if valley.parameters == size])
     if timing:
-        _draw_timing(figure, axes.pop(0), [v for v in found if v.best], timing)
+        _draw_timing(figure, axes.pop(0), [valley for valley in found if valley.best], timing)
     if laws:
         _draw_laws(axes.pop(0), runs, laws)
     figure.savefig(file, dpi=110)
 
 
-def _draw_isoflop(axes, curves: Sequence[Valley]) -> None:  # type: ignore[no-untyped-def]
-    for v, color in zip(curves, COLORS * len(curves), strict=False):
-        x = np.linspace(math.log10(v.tried[0]), math.log10(v.tried[-1]), 100)
-        axes.plot(v.tried, v.losses, "o", color=color, markersize=4, label=f"{v.flops:.2g} FLOPs")
-        axes.plot(10**x, np.polyval(v.parabola, x), color=color, linewidth=1)
-        if v.best:
-            axes.plot(v.best, np.polyval(v.parabola, math.log10(v.best)), "*", color=INK, markersize=9)
+def _draw_isoflop(axes: Any, curves: Sequence[Valley]) -> None:
+    for number, valley in enumerate(curves):
+        color = color_of(number)
+        x = np.linspace(math.log10(valley.tried[0]), math.log10(valley.tried[-1]), 100)
+        axes.plot(valley.tried, valley.losses, "o", color=color, markersize=4, label=f"{valley.flops:.2g} FLOPs")
+        axes.plot(10**x, np.polyval(valley.parabola, x), color=color, linewidth=1)
+        if valley.best:
+            bottom = np.polyval(valley.parabola, math.log10(valley.best))
+            axes.plot(valley.best, bottom, "*", color=INK, markersize=9)
     axes.set(xscale="log", xlabel="growth timing, tokens (or factor)", ylabel="smoothed training loss")
     axes.set_title(f"{human(curves[0].parameters)} parameters")
     axes.legend(fontsize=7)
 
 
-def _draw_timing(figure, axes, good: Sequence[Valley], timing: Fit) -> None:  # type: ignore[no-untyped-def]
-    flops, sizes = [v.flops for v in good], [v.parameters for v in good]
-    C, N = (np.geomspace(min(x) / 1.3, max(x) * 1.3, 60) for x in (flops, sizes))
-    fit = (timing.values["a"], timing.values["b"], timing.values["c"])
-    d = np.array([[growth_timing(n, c, fit) for c in C] for n in N])
-    low, high = min(d.min(), *(v.best or 0 for v in good)), max(d.max(), *(v.best or 0 for v in good))
+def _draw_timing(figure: Any, axes: Any, good: Sequence[Valley], timing: Fit) -> None:
+    """The fitted timing as a map over C and N, the valleys as dots in the same colours."""
+    flops = [valley.flops for valley in good]
+    sizes = [valley.parameters for valley in good]
+    best = [valley.best or 1 for valley in good]
+    C = np.geomspace(min(flops) / 1.3, max(flops) * 1.3, 60)
+    N = np.geomspace(min(sizes) / 1.3, max(sizes) * 1.3, 60)
+    a_b_c = (timing.values["a"], timing.values["b"], timing.values["c"])
+    fitted = np.empty((len(N), len(C)))
+    for row, parameters in enumerate(N):
+        for column, amount in enumerate(C):
+            fitted[row, column] = growth_timing(parameters, amount, a_b_c)
+    low = min(fitted.min(), *best)
+    high = max(fitted.max(), *best)
     scale = {"vmin": math.log10(low), "vmax": math.log10(high), "cmap": "viridis"}
-    shown = axes.contourf(C, N, np.log10(d), 20, **scale)
-    axes.scatter(flops, sizes, c=[math.log10(v.best or 1) for v in good], edgecolors="white", **scale)
+    shown = axes.contourf(C, N, np.log10(fitted), 20, **scale)
+    axes.scatter(flops, sizes, c=np.log10(best), edgecolors="white", **scale)
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs C", ylabel="parameters N", title="growth timing d")
     figure.colorbar(shown, ax=axes, label="log10 tokens; dots: valleys")
 
 
-def _draw_laws(axes, runs: Sequence[Run], laws: Laws) -> None:  # type: ignore[no-untyped-def]
+def _draw_laws(axes: Any, runs: Sequence[Run], laws: Laws) -> None:
+    """The runs, and the laws through their ends to ten times the FLOPs."""
     for run in runs:
-        color = COLORS[0] if run.at is None else COLORS[1]
+        color = LAW_COLORS["scratch" if run.at is None else "grown"]
         axes.plot(run.flops, run.loss, color=color, alpha=0.3, linewidth=0.8)
-    reach = np.geomspace(min(r.flops[0] for r in runs), 10 * max(r.flops[-1] for r in runs), 50)
+    first = min(run.flops[0] for run in runs)
+    last = max(run.flops[-1] for run in runs)
+    flops = np.geomspace(first, 10 * last, 50)
     for name, law in laws.items():
-        color = COLORS[0] if name == "scratch" else COLORS[1]
-        axes.plot(reach, law.values["a"] * reach ** law.values["b"], "--", color=color, label=f"{name} law")
+        loss = law.values["a"] * flops ** law.values["b"]
+        axes.plot(flops, loss, "--", color=LAW_COLORS[name], label=f"{name} law")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="training loss", title="scaling laws, 10 x beyond")
     axes.legend(fontsize=8)

@@ -7,30 +7,37 @@ N is the target's parameters and C = 6 N D, as in ``timing = "auto"``; what the 
 
 Uncertainties are standard deviations. Points of one run are not independent: those of a, b and c are from refits in
 which all of a run's losses are shifted alike, by a normal number as large as the losses' distances from the parabolas.
+Seeds at one timing are runs of their own, each with its own shift.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from stackgrow.errors import DamagedError
 from stackgrow.recipe.load import load_recipe
-from stackgrow.report.curves import make_part, read_curves
+from stackgrow.report.curves import read_curves, seed_curve
 from stackgrow.run_folder.folder import RunFolder
+from stackgrow.run_folder.found import plan_of_run
 
-BOOTSTRAP = 400
+REFITS = 400
+LEAST_TRIED = 3  # timings of a size, for a parabola
+GUIDELINE = ("a", "b", "c")
 COLUMNS = ("parameters", "flops", "loss")
+ITERATIONS = 100  # of Gauss and Newton's; a law is found in ten
 
 
 @dataclass(frozen=True)
 class Run:
-    """The smoothed loss of a target model over C; ``at`` is its timing in tokens or its factor, None from scratch."""
+    """The smoothed loss of a target model over C; ``at`` is its timing in tokens or its factor, None from scratch.
+    No two runs have the same ``name``."""
 
     name: str
     parameters: float
@@ -41,16 +48,21 @@ class Run:
 
 @dataclass(frozen=True)
 class Valley:
-    """One IsoFLOP curve: ``losses`` at ``tried`` timings or factors; ``best`` at its valley, or ``problem``: why there
-    is none."""
+    """One IsoFLOP curve: ``losses`` of ``runs`` at ``tried`` timings or factors; ``best`` at its valley, or
+    ``problem``: why there is none."""
 
     parameters: float
     flops: float
+    runs: tuple[str, ...]
     tried: tuple[float, ...]
     losses: tuple[float, ...]
     parabola: tuple[float, float, float]  # loss = p0 x^2 + p1 x + p2 with x = log10
     best: float | None
     problem: str | None
+
+    def on_parabola(self) -> np.ndarray:
+        """The losses as the parabola has them."""
+        return np.polyval(self.parabola, np.log10(self.tried))
 
 
 @dataclass(frozen=True)
@@ -68,64 +80,98 @@ def read_run(folder: Path, variable: str) -> Run:
     if not curve.arrived:
         raise DamagedError(f"{folder} has not come to its target model; let it finish")
     recipe = load_recipe(RunFolder(folder).recipe_file, trusted=True)
-    n, embedding = recipe.model.parameters(), recipe.model.vocab_size * recipe.model.dim
+    # The steps of a learn stage are the growth's own.
+    learning = {stage.name for stage in plan_of_run(folder).stages if stage.learns_maps}
+    bases = [stage for stage in curve.stages[:-1] if stage.stage not in learning]
     at = None
-    bases = [part for part in curve.parts[:-1] if "-learn-" not in part.stage]  # whose steps are the growth's
-    if bases:
+    if bases and variable == "timing":
+        at = float(bases[-1].tokens[-1])
+    elif bases:
         layers = recipe.base.n_layers if recipe.base and recipe.base.n_layers else recipe.model.n_layers
-        at = bases[-1].tokens[-1] if variable == "timing" else recipe.model.n_layers / layers
+        at = recipe.model.n_layers / layers
     # Records count 6 N without the input embedding.
-    return Run(str(folder), n, at, curve.target.flops * n / (n - embedding), curve.target.smooth)
+    parameters = recipe.model.parameters()
+    embedding = recipe.model.vocab_size * recipe.model.dim
+    flops = curve.target.flops * parameters / (parameters - embedding)
+    return Run(str(folder), parameters, at, flops, curve.target.smooth)
+
+
+class _Row(NamedTuple):
+    """What tells the runs of a table apart."""
+
+    parameters: float
+    at: float | None
+    seed: str
 
 
 def read_table(file: Path, variable: str) -> list[Run]:
-    """Runs from CSV rows: ``parameters``, ``timing`` or ``factor`` (empty: from scratch), ``flops``, ``loss``.
+    """Runs from CSV rows: ``parameters``, ``timing`` or ``factor`` (empty: from scratch), ``flops``, ``loss``, and
+    ``seed`` where there are several of one timing.
 
     Raises:
         DamagedError: a column is missing, or a value is no number.
     """
-    rows: dict[tuple[float, float | None], list[tuple[float, ...]]] = {}
-    with file.open(newline="") as stream:
+    points: dict[_Row, list[tuple[float, float]]] = {}
+    with file.open(newline="", encoding="utf-8") as stream:
         for line, row in enumerate(csv.DictReader(stream), start=2):
             try:
-                n, flops, loss = (float(row[name]) for name in COLUMNS)
+                parameters, flops, loss = (float(row[name]) for name in COLUMNS)
                 at = float(row[variable]) if row[variable] else None
             except (KeyError, TypeError, ValueError) as error:
                 columns = f"parameters, {variable}, flops, loss"
                 raise DamagedError(f"{file}:{line}: {error}; each row needs numbers for {columns}") from None
-            rows.setdefault((n, at), []).append((flops, 0.0, loss, 0))
-    parts = {key: make_part("", np.array(sorted(points))) for key, points in rows.items()}
-    return [Run(f"{file}: {key}", *key, part.flops, part.smooth) for key, part in parts.items()]
+            points.setdefault(_Row(parameters, at, row.get("seed") or ""), []).append((flops, loss))
+    runs = []
+    for key, pairs in points.items():
+        flops_of, losses = np.array(pairs).T
+        curve = seed_curve(flops_of, flops_of, losses)
+        name = f"{file}: {key.parameters:g} parameters, {variable} {key.at}, seed {key.seed}"
+        runs.append(Run(name, key.parameters, key.at, curve.flops, curve.smooth))
+    return runs
 
 
 def valleys(runs: Sequence[Run], points: int = 6) -> list[Valley]:
     """The IsoFLOP curves of each size, at ``points`` FLOPs evenly spread over what its runs have in common. A timing
     of 0 has no logarithm, and is left out."""
-    found = []
-    for n in sorted({run.parameters for run in runs}):
-        group = sorted((r for r in runs if r.parameters == n and r.at), key=lambda r: r.at or 0)
-        if len({r.at for r in group}) < 3:
-            continue
-        low, high = max(r.flops[0] for r in group), min(r.flops[-1] for r in group)
-        # Right after growth a loss still falls steeply, and says little about the timing.
-        for flops in np.linspace(low, high, points + 1)[1:] if low < high else ():
-            losses = [float(np.interp(flops, r.flops, r.loss)) for r in group]
-            found.append(_valley(n, float(flops), [r.at or 0 for r in group], losses))
+    found: list[Valley] = []
+    for parameters in sorted({run.parameters for run in runs}):
+        grown = [run for run in runs if run.parameters == parameters and run.at]
+        found.extend(_valleys_of_size(grown, points))
     return found
 
 
-def _valley(n: float, flops: float, tried: Sequence[float], losses: Sequence[float]) -> Valley:
+def _valleys_of_size(grown: list[Run], points: int) -> Iterator[Valley]:
+    grown.sort(key=lambda run: run.at or 0)
+    tried = [run.at or 0 for run in grown]
+    if len(set(tried)) < LEAST_TRIED:
+        return
+    low = max(run.flops[0] for run in grown)
+    high = min(run.flops[-1] for run in grown)
+    if low >= high:
+        return
+    # Right after growth a loss still falls steeply, and says little about the timing: the first point is left out.
+    for flops in np.linspace(low, high, points + 1)[1:]:
+        losses = [float(np.interp(flops, run.flops, run.loss)) for run in grown]
+        names = [run.name for run in grown]
+        yield _valley(grown[0].parameters, float(flops), names, tried, losses)
+
+
+def _valley(
+    parameters: float, flops: float, runs: Sequence[str], tried: Sequence[float], losses: Sequence[float]
+) -> Valley:
     x = np.log10(tried)
-    curvature, slope, level = (float(p) for p in np.polyfit(x, losses, 2))
+    curvature, slope, level = (float(coefficient) for coefficient in np.polyfit(x, losses, 2))
     bottom = -slope / (2 * curvature) if curvature else math.inf
     problem = None
     if curvature <= 0:
         problem = "the losses do not curve upwards"
-    elif not x[0] < bottom < x[-1]:
-        side = "smallest" if bottom <= x[0] else "largest"
-        problem = f"the loss is still falling at the {side} value tried"
+    elif bottom <= x[0]:
+        problem = "the loss is still falling at the smallest value tried"
+    elif bottom >= x[-1]:
+        problem = "the loss is still falling at the largest value tried"
     best = None if problem else float(10**bottom)
-    return Valley(n, flops, tuple(tried), tuple(losses), (curvature, slope, level), best, problem)
+    parabola = (curvature, slope, level)
+    return Valley(parameters, flops, tuple(runs), tuple(tried), tuple(losses), parabola, best, problem)
 
 
 def fit_timing(found: Sequence[Valley]) -> Fit:
@@ -134,61 +180,101 @@ def fit_timing(found: Sequence[Valley]) -> Fit:
     Raises:
         DamagedError: the valleys do not determine them.
     """
-    good = [v for v in found if v.best]
+    good = [valley for valley in found if valley.best]
     best = _solve(good)
     if best is None:
-        sizes = len({v.parameters for v in good})
+        sizes = len({valley.parameters for valley in good})
         raise DamagedError(
             f"{len(good)} valleys of {sizes} sizes do not determine a, b and c: two sizes and two FLOPs do"
         )
-    rng, again, (noise, freedom) = np.random.default_rng(0), [], _noise(good)
-    for _ in range(BOOTSTRAP):
-        shift = {(v.parameters, at): noise * rng.normal() for v in good for at in v.tried}
-        solved = _solve([v for w in good if (v := _shifted(w, shift)).best])
-        if solved is not None:
-            again.append(solved)
-    told = freedom > 2 and len(again) > BOOTSTRAP // 2
-    # The noise is itself an estimate: Student's t is that much wider than a normal distribution.
-    errors = np.std(again, axis=0) * math.sqrt(freedom / (freedom - 2)) if told else [math.nan] * 3
-    values, spread = (dict(zip("abc", map(float, row), strict=True)) for row in (best, errors))
-    return Fit(values, spread, points=len(good))
+    values = dict(zip(GUIDELINE, best.tolist(), strict=True))
+    errors = dict.fromkeys(GUIDELINE, math.nan)
+    noise, degrees = _noise(good)
+    refits = _refits(good, noise)
+    if degrees > 2 and len(refits) > REFITS // 2:
+        # The noise is itself an estimate: Student's t is that much wider than a normal distribution.
+        spread = np.std(refits, axis=0) * math.sqrt(degrees / (degrees - 2))
+        errors = dict(zip(GUIDELINE, spread.tolist(), strict=True))
+    return Fit(values, errors, points=len(good))
 
 
 def _noise(good: Sequence[Valley]) -> tuple[float, int]:
     """The standard deviation of a run's losses from the parabolas, and its degrees of freedom: of each size's runs, a
     parabola takes three."""
-    squares = sum(np.square(v.losses - np.polyval(v.parabola, np.log10(v.tried))).sum() for v in good)
-    runs = {v.parameters: len(v.tried) for v in good}
-    degrees = sum(len(v.tried) - 3 for v in good)
-    return (math.sqrt(squares / degrees) if degrees else 0.0), sum(runs.values()) - 3 * len(runs)
+    squares = 0.0
+    degrees = 0
+    runs_of_size: dict[float, int] = {}
+    for valley in good:
+        squares += float(np.square(valley.losses - valley.on_parabola()).sum())
+        degrees += len(valley.tried) - 3
+        runs_of_size[valley.parameters] = len(valley.tried)
+    noise = math.sqrt(squares / degrees) if degrees else 0.0
+    return noise, sum(runs_of_size.values()) - 3 * len(runs_of_size)
+
+
+def _refits(good: Sequence[Valley], noise: float) -> list[np.ndarray]:
+    """a, b and c again and again, as they would be had every run been off by another normal number."""
+    rng = np.random.default_rng(0)
+    refits = []
+    for _ in range(REFITS):
+        shifts: dict[str, float] = {}
+        again = []
+        for valley in good:
+            for run in valley.runs:
+                if run not in shifts:
+                    shifts[run] = noise * rng.normal()
+            shifted = valley.on_parabola() + [shifts[run] for run in valley.runs]
+            moved = _valley(valley.parameters, valley.flops, valley.runs, valley.tried, shifted.tolist())
+            if moved.best:
+                again.append(moved)
+        solution = _solve(again)
+        if solution is not None:
+            refits.append(solution)
+    return refits
 
 
 def _solve(good: Sequence[Valley]) -> np.ndarray | None:
-    if len(good) < 3:
+    """a, b and c by least squares; None where the valleys do not determine them."""
+    if len(good) < len(GUIDELINE):
         return None
-    rows = np.array([[math.log10(v.parameters), 1 / math.log10(v.flops), 1.0] for v in good])
+    rows = np.array([[math.log10(valley.parameters), 1 / math.log10(valley.flops), 1.0] for valley in good])
+    timings = np.log10([valley.best or 1 for valley in good])
     scale = np.abs(rows).max(axis=0)
-    solution, _, rank, _ = np.linalg.lstsq(rows / scale, np.log10([v.best or 1 for v in good]), rcond=1e-9)
-    return solution / scale if rank == 3 else None
-
-
-def _shifted(v: Valley, shift: dict[tuple[float, float], float]) -> Valley:
-    curve = np.polyval(v.parabola, np.log10(v.tried))
-    losses = [loss + shift[v.parameters, at] for at, loss in zip(v.tried, curve, strict=True)]
-    return _valley(v.parameters, v.flops, v.tried, losses)
+    solution, _, rank, _ = np.linalg.lstsq(rows / scale, timings, rcond=1e-9)
+    return solution / scale if rank == len(GUIDELINE) else None
 
 
 def fit_law(runs: Sequence[Run]) -> Fit | None:
-    """L = a C^b through the final losses, the lowest one of each size, fitted to their logarithms; None for fewer than
-    two sizes."""
-    from_size = {r.parameters: r for r in sorted(runs, key=lambda r: -r.loss[-1])}
-    ends = [(float(r.flops[-1]), float(r.loss[-1])) for r in from_size.values()]
-    if len(ends) < 2:
+    """L = a C^b through the final losses, the lowest one of each size; None for fewer than two sizes.
+
+    The squares that are least are those of the losses, as in the paper (section 4.2, Figure 7), not of their
+    logarithms, which would weigh the small models' errors less.
+    """
+    lowest: dict[float, Run] = {}
+    for run in runs:
+        if run.parameters not in lowest or run.loss[-1] < lowest[run.parameters].loss[-1]:
+            lowest[run.parameters] = run
+    if len(lowest) < 2:
         return None
-    flops, losses = np.log(np.array(ends)).T
-    b, log_a = np.polyfit(flops, losses, 1)
-    values, errors = {"a": math.exp(log_a), "b": float(b)}, {"a": math.nan, "b": math.nan}
-    if len(ends) > 2:
-        spread = np.sqrt(np.diag(np.polyfit(flops, losses, 1, cov=True)[1]))
-        errors = {"a": values["a"] * float(spread[1]), "b": float(spread[0])}
-    return Fit(values, errors, points=len(ends))
+    log_flops = np.log([run.flops[-1] for run in lowest.values()])
+    losses = np.array([run.loss[-1] for run in lowest.values()])
+    # Gauss and Newton's method for L = exp(log a + b log C), from the fit to the logarithms, which is linear. log C is
+    # counted from its mean, without which the two would hardly be told apart.
+    middle = log_flops.mean()
+    b, log_a = np.polyfit(log_flops - middle, np.log(losses), 1)
+    for _ in range(ITERATIONS):
+        fitted = np.exp(log_a + b * (log_flops - middle))
+        jacobian = np.stack([fitted, fitted * (log_flops - middle)], axis=1)
+        change = np.linalg.lstsq(jacobian, losses - fitted, rcond=None)[0]
+        log_a += change[0]
+        b += change[1]
+    values = {"a": math.exp(log_a - b * middle), "b": float(b)}
+    errors = {"a": math.nan, "b": math.nan}
+    degrees = len(losses) - 2
+    if degrees:
+        variance = np.square(losses - fitted).sum() / degrees
+        covariance = variance * np.linalg.inv(jacobian.T @ jacobian)
+        # log a at C = 1 is log_a - b * middle.
+        log_a_error = math.sqrt(covariance[0, 0] - 2 * middle * covariance[0, 1] + middle**2 * covariance[1, 1])
+        errors = {"a": values["a"] * log_a_error, "b": math.sqrt(covariance[1, 1])}
+    return Fit(values, errors, points=len(losses))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from recipes_for_tests import RECIPE, edited
 
 from stackgrow.plan.resolve import make_plan
 from stackgrow.plan.stages import TrainStage
 from stackgrow.recipe.load import load_recipe
 from stackgrow.recipe.write import to_toml
+from stackgrow.run_folder.folder import RunFolder
 
 SCRATCH = (
     ("[base]\nn_layers = 2\n", ""),
@@ -25,17 +26,27 @@ def written_run(
 ) -> Path:
     """A run of tests/recipes_for_tests.py's recipe; it needs 1 / ``ratio`` of the FLOPs of ``ratio`` 1 for each loss."""
     folder.mkdir()
-    (folder / "recipe.toml").write_text(edited(*changes, text=RECIPE))
-    recipe = load_recipe(folder / "recipe.toml")
-    (folder / "recipe.toml").write_text(to_toml(recipe))
+    run = RunFolder(folder)
+    run.recipe_file.write_text(edited(*changes, text=RECIPE))
+    recipe = load_recipe(run.recipe_file)
+    run.recipe_file.write_text(to_toml(recipe))
     for stage in make_plan(recipe).stages:
-        (folder / stage.name).mkdir()
+        stage_folder = run.stage(stage.name)
+        stage_folder.path.mkdir()
         if done:
-            (folder / stage.name / "DONE").write_text(json.dumps({"seconds": 75.0}))
+            stage_folder.done_file.write_text(json.dumps({"seconds": 75.0}))
         if isinstance(stage, TrainStage):
-            rows = [stage.place(step) for step in range(1, stage.steps + 1)]
-            loss = floor + 2.0 * (ratio * np.array([row["flops"] for row in rows]) / 1e8) ** -0.15
-            rows = [{**row, "loss": value, "tps": 1000.0} for row, value in zip(rows, loss.tolist(), strict=True)]
-            for name, kept in (("metrics", rows), ("validation", rows[::10])):
-                (folder / stage.name / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+            records = [record(stage, step, ratio, floor) for step in range(1, stage.steps + 1)]
+            write_lines(stage_folder.metrics_file, records)
+            write_lines(stage_folder.validation_file, records[::10])
     return folder
+
+
+def record(stage: TrainStage, step: int, ratio: float, floor: float) -> dict[str, Any]:
+    place = stage.place(step)
+    loss = floor + 2.0 * (ratio * place["flops"] / 1e8) ** -0.15
+    return {**place, "loss": loss, "tps": 1000.0, "lr": stage.learning_rate(step), "grad_norm": 1 / step}
+
+
+def write_lines(file: Path, records: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in records))

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from runs_for_tests import SCRATCH, written_run
 
-from stackgrow.errors import DamagedError
-from stackgrow.report.compare import as_dict, compare, evaluation_rows, render
+from stackgrow.errors import ChangedError, DamagedError
+from stackgrow.report.benchmarks import Score, benchmark_rows
+from stackgrow.report.compare import as_dict, compare, render
 from stackgrow.report.isoflop import read_run
+from stackgrow.run_folder.folder import RunFolder
 
 NAME = ('name = "tiny"', 'name = "scratch"')
 TOOL = Path(__file__).parents[2] / "tools" / "compare_runs.py"
@@ -28,13 +30,93 @@ def test_text_states_definition_smoothing_and_the_known_speed_up(runs: list[Path
     text = render(compare(runs))
     assert "speed-up = FLOPs(baseline) / FLOPs(run) - 1 at equal smoothed loss, with the base's FLOPs" in text
     assert "straight lines over the records within 10% of a point's FLOPs" in text
-    assert "tiny against scratch" in text
-    rows = re.findall(r"^ *([0-9.]+) .* ([+-][0-9.]+)% +-? .*$", text, re.MULTILINE)
+    assert "tiny (G_stack, 2 growths, 1 seed) against scratch (from scratch, 1 seed)" in text
+    rows = re.findall(r"^ *([0-9.]+) +[0-9.e+]+ +[0-9.e+]+ +([+-][0-9.]+)% .* 1 vs 1$", text, re.MULTILINE)
     assert len(rows) == 5
     for _, percent in rows:
         assert float(percent) == pytest.approx(50, abs=0.5)
     losses = [float(loss) for loss, _ in rows]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_one_seed_has_noise_within_the_run_alone_and_no_interval(runs: list[Path]) -> None:
+    text = render(compare(runs))
+    assert "one seed: within-run noise only" in text
+    assert "95%" not in text
+    assert "noise floor" not in text
+    plain = as_dict(compare(runs))
+    assert plain["seeds"] == {"scratch": 1, "tiny": 1}
+    assert {speed_up["interval"] for speed_up in plain["speed_ups"]["tiny"]} == {None}
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> list[Path]:
+    """Three seeds each of scratch and of a run that saves a little, all of them slightly apart."""
+    runs = []
+    for number in range(3):
+        seed = ("seed = 7", f"seed = {number}")
+        apart = 1 + 0.02 * number
+        runs.append(written_run(tmp_path / f"scratch-{number}", *SCRATCH, NAME, seed, ratio=apart))
+        runs.append(written_run(tmp_path / f"tiny-{number}", seed, ratio=1.5 * apart))
+    return sorted(runs)
+
+
+def test_three_seeds_have_intervals_and_a_noise_floor(seeds: list[Path]) -> None:
+    comparison = compare(seeds)
+    text = render(comparison)
+    assert "tiny (G_stack, 2 growths, 3 seeds) against scratch (from scratch, 3 seeds)" in text
+    assert "95%: by the spread between seeds (Welch, Student's t)" in text
+    assert " 3 vs 3\n" in text
+    assert "noise floor: one seed of scratch over another of the same (3 seeds, all pairs) shows -" in text
+    middle = comparison.speed_ups["tiny"][2]
+    assert middle.in_flops == pytest.approx(0.5, abs=0.01)
+    assert middle.interval
+    low, high = middle.interval
+    # .02 apart: t(4) * .02 * sqrt(2 / 3) = .045 of log FLOPs to either side.
+    assert low == pytest.approx(1.5 / 1.045 - 1, abs=0.02)
+    assert high == pytest.approx(1.5 * 1.045 - 1, abs=0.02)
+    json.dumps(as_dict(comparison))
+
+
+def test_every_difference_of_the_recipes_is_listed(runs: list[Path]) -> None:
+    lines = render(compare(runs)).splitlines()
+    assert "  base.n_layers: - -> 2" in lines
+    assert "  growth[1].timing: - -> 40 steps" in lines
+    assert not [line for line in lines if line.startswith(("  name", "  seed", "  train."))]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("vocab_size = 256", "vocab_size = 512"), "vocabulary: 256 -> 512"),
+        (("seq_len = 64", "seq_len = 128"), "sequence length: 64 -> 128"),
+        (("[train]", "[validation]\nsequences = 3\n\n[train]"), "validation sequences: 64 -> 3"),
+    ],
+)
+def test_runs_whose_losses_are_of_different_things_are_refused(
+    runs: list[Path], tmp_path: Path, change: tuple[str, str], reason: str
+) -> None:
+    other = written_run(tmp_path / "c", change, ('name = "tiny"', 'name = "other"'))
+    with pytest.raises(ChangedError, match=rf"cannot be compared: {reason}\. Their losses are of different things"):
+        compare([runs[0], other])
+    text = render(compare([runs[0], other], force=True))
+    assert f"  NOT COMPARABLE  {reason}" in text.splitlines()
+
+
+@pytest.mark.parametrize(("key", "name"), [("tokenizer_sha256", "tokenizer"), ("validation_hash", "validation data")])
+def test_runs_on_another_tokenizer_or_held_out_text_are_refused(runs: list[Path], key: str, name: str) -> None:
+    for run, value in zip(runs, ("1" * 64, "2" * 64), strict=True):
+        RunFolder(run).provenance_file.write_text(json.dumps({"data": {key: value}}))
+    with pytest.raises(ChangedError, match=f"{name}: SHA-256 111111111111 -> SHA-256 222222222222"):
+        compare(runs)
+    RunFolder(runs[1]).provenance_file.unlink()
+    compare(runs)  # nothing is known against it
+
+
+def test_other_training_data_are_a_difference(runs: list[Path]) -> None:
+    for run, value in zip(runs, ("1" * 64, "2" * 64), strict=True):
+        RunFolder(run).provenance_file.write_text(json.dumps({"data": {"manifest_hash": value}}))
+    assert "  training data: SHA-256 111111111111 -> SHA-256 222222222222" in render(compare(runs)).splitlines()
 
 
 def test_plain_values_are_exact_and_json(runs: list[Path]) -> None:
@@ -53,14 +135,16 @@ def test_plain_values_are_exact_and_json(runs: list[Path]) -> None:
 def test_validation_loss_is_not_smoothed(runs: list[Path]) -> None:
     comparison = compare(runs, loss="validation")
     target = comparison.curves[1].target
-    assert (target.smooth == target.loss).all()
+    [seed] = target.seeds
+    assert (seed.smooth == seed.loss).all()
     assert "validation loss, the mean of the seeds, not smoothed" in render(comparison)
 
 
 def test_a_run_that_has_not_come_to_its_target_model_has_no_speed_up(runs: list[Path]) -> None:
     shutil.rmtree(sorted(runs[1].glob("stage-*"))[-1])
     for order in (runs, runs[::-1]):
-        text = render(comparison := compare(order))
+        comparison = compare(order)
+        text = render(comparison)
         assert "no speed-up: tiny has not come to its target model" in text
         assert not comparison.speed_ups
         json.dumps(as_dict(comparison))
@@ -77,18 +161,31 @@ def test_curves_that_never_meet_are_told_with_their_spans(runs: list[Path], tmp_
 
 
 def test_benchmarks_are_those_of_the_last_checkpoint(runs: list[Path]) -> None:
-    (runs[1] / "eval").mkdir()
+    run = RunFolder(runs[1])
+    run.eval.mkdir()
     for step, accuracy in ((20, 0.25), (60, 0.5)):
-        tasks = {"sciq": {"acc": 0.1, "acc_norm": accuracy}, "wikitext": {"word_perplexity": 30.0}}
+        sciq = {"acc": 0.1, "acc_norm": accuracy, "acc_norm_stderr": 0.05}
+        tasks = {"sciq": sciq, "wikitext": {"word_perplexity": 30.0}}
         record = {"stage": "s", "step": step, "tokens": 1024 * step, "tasks": tasks, "seven_task_mean": None}
-        (runs[1] / "eval" / f"s-step-{step}.json").write_text(json.dumps(record))
+        run.eval_file(f"s-step-{step}").write_text(json.dumps(record))
     comparison = compare(runs)
-    assert comparison.evaluations == {runs[1].name: {"sciq acc_norm": 0.5, "wikitext word_perplexity": 30.0}}
+    scores = {"sciq acc_norm": Score(0.5, 0.05), "wikitext word_perplexity": Score(30.0)}
+    assert comparison.evaluations == {runs[1].name: scores}
     assert "sciq acc_norm" in render(comparison)
-    head, first, second = evaluation_rows({"x": {"mean of seven": 0.5}, "y": {"other acc": 0.25}})
-    assert (head, first, second) == (
-        ("run", "mean of seven", "other acc"), ("x", "0.5000", "-"), ("y", "-", "0.2500"),
-    )  # fmt: skip
+    assert as_dict(comparison)["evaluations"][runs[1].name]["sciq acc_norm"] == {"value": 0.5, "standard_error": 0.05}
+
+
+def test_benchmarks_stand_beside_their_errors_and_what_guessing_gives() -> None:
+    rows = benchmark_rows(
+        {"x": {"mean of seven": Score(0.5)}, "y": {"sciq acc_norm": Score(0.25, 0.01), "own acc": Score(0.75)}}
+    )
+    assert rows == [
+        ("run", "mean of seven", "sciq acc_norm", "own acc"),
+        ("x", "0.5000", "-", "-"),
+        ("y", "-", "0.2500 ± 0.0100", "0.7500"),
+        ("chance", "0.2857", "0.2500", "-"),
+    ]
+    assert len(benchmark_rows({"y": {"own acc": Score(0.75)}})) == 2
 
 
 def test_tool_writes_pictures_and_a_page(runs: list[Path], tmp_path: Path) -> None:
@@ -101,7 +198,7 @@ def test_tool_writes_pictures_and_a_page(runs: list[Path], tmp_path: Path) -> No
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / "c.svg").read_text()
     assert svg.startswith("<svg")
-    assert svg.count('id="axes_') == 3
+    assert svg.count('id="axes_') == 4, "loss over FLOPs with the difference below it, over tokens, the speed-up"
     assert "currentColor" in svg
     assert "#1b1f23" not in svg, "ink is the page's"
     assert len(svg) < 400_000

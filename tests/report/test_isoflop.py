@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,44 @@ def test_scaling_law() -> None:
         assert abs(law.values[name] - true) < 3 * law.errors[name]
         assert law.errors[name] < 0.2 * abs(true)
     assert fit_law(runs[:1]) is None
+
+
+def test_scaling_law_is_the_least_squares_of_the_losses() -> None:
+    """As the paper fits it: through losses that no power law goes through, not their logarithms' fit."""
+    flops, losses = np.array([1e18, 1e20, 1e21, 1e22]), np.array([6.0, 3.2, 2.9, 2.3])
+    runs = [
+        Run(str(n), n, None, np.array([c / 2, c]), np.array([9.0, loss]))
+        for n, (c, loss) in enumerate(zip(flops, losses, strict=True))
+    ]
+    law = fit_law(runs)
+    assert law is not None
+    a, b = law.values["a"], law.values["b"]
+
+    def squares(factor: float, shift: float) -> float:
+        return float(np.square(factor * a * flops ** (b + shift) - losses).sum())
+
+    for factor, shift in ((1.001, 0.0), (0.999, 0.0), (1.0, 1e-5), (1.0, -1e-5)):
+        assert squares(factor, shift) > squares(1.0, 0.0)
+    in_logarithms = np.polyfit(np.log(flops), np.log(losses), 1)[0]
+    assert abs(b - in_logarithms) > 0.002
+    scipy = pytest.importorskip("scipy.optimize")
+    start = (a * 1e20**b, b)
+    best, covariance = scipy.curve_fit(lambda c, level, power: level * (c / 1e20) ** power, flops, losses, start)
+    assert b == pytest.approx(best[1], rel=1e-4)
+    assert law.errors["b"] == pytest.approx(math.sqrt(covariance[1, 1]), rel=1e-3)
+
+
+def test_seeds_at_one_timing_are_runs_of_their_own() -> None:
+    """Three seeds of each run say more than one: shifted alike, as one run, their refits would spread as widely."""
+    seeds = [replace(run, name=f"{run.name} {seed}") for seed in range(3) for run in sweep(0.002, seed)]
+    several, one = fit_timing(valleys(seeds, points=3)), fit_timing(valleys(sweep(0.002, 0), points=3))
+    scores = [(several.values[name] - TRUE[name]) / several.errors[name] for name in "abc"]
+    assert max(map(abs, scores)) < 3
+    noise = fit_timing(
+        valleys([replace(run, name=f"{run.name} {seed}") for seed in range(3) for run in sweep(0.002, 0)], points=3)
+    )
+    # The same runs given thrice are no more noisy, and their errors are those of a third of the variance.
+    assert noise.errors["a"] == pytest.approx(one.errors["a"] / math.sqrt(3), rel=0.35)
 
 
 def test_table_of_a_fit_is_a_recipe_s(tmp_path: Path) -> None:
