@@ -7,6 +7,7 @@ python tools/fit_guidelines.py runs/1.1b_factor_* --variable factor
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from stackgrow.cli.options import parser_of
 from stackgrow.errors import RunError, disk_error
 from stackgrow.report.guideline_table import draw_fits, render_fits, render_toml
-from stackgrow.report.isoflop import Fit, fit_law, fit_timing, read_run, read_table, valleys
+from stackgrow.report.isoflop import Fit, Run, fit_law, fit_timing, read_run, read_table, valleys
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,39 +29,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves, the fit and the laws")
     arguments = parser.parse_args(argv)
     try:
-        runs = []
-        for source in arguments.sources:
-            new = [read_run(source, arguments.variable)] if source.is_dir() else read_table(source, arguments.variable)
-            runs += new
-        found = valleys(runs, arguments.points)
-        groups = {"scratch": [r for r in runs if r.at is None], "grown": [r for r in runs if r.at]}
-        laws = {name: law for name, group in groups.items() if (law := fit_law(group))}
-        timing: Fit | str | None = None
-        if arguments.variable == "timing":
-            try:
-                timing = fit_timing(found)
-            except RunError as error:
-                timing = str(error)
-        print(render_fits(found, timing, laws))
-        fit = timing if isinstance(timing, Fit) else None
-        if fit:
-            source = f"{fit.points} valleys of {len(groups['grown'])} runs by tools/fit_guidelines.py"
-            print("\n" + render_toml(fit, found, source))
-        if arguments.out:
-            plain = {
-                "timing": dataclasses.asdict(fit) if fit else None,
-                "problem": None if fit else timing,
-                "laws": {name: dataclasses.asdict(law) for name, law in laws.items()},
-                "valleys": [dataclasses.asdict(v) for v in found],
-            }
-            arguments.out.write_text(json.dumps(plain, indent=2))
-        if arguments.plot:
-            draw_fits(runs, found, fit, laws, arguments.plot)
-    except (RunError, OSError) as error:
-        known = error if isinstance(error, RunError) else disk_error(error)
-        print(f"fit_guidelines: {known}", file=sys.stderr)
-        return known.exit_code
+        fit(arguments)
+    except RunError as error:
+        return _failed(error)
+    except OSError as error:
+        return _failed(disk_error(error))
     return 0
+
+
+def _failed(error: RunError) -> int:
+    print(f"fit_guidelines: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def fit(arguments: argparse.Namespace) -> None:
+    """Prints, and where asked for writes and draws, all that the sources tell."""
+    runs: list[Run] = []
+    for source in arguments.sources:
+        if source.is_dir():
+            runs.append(read_run(source, arguments.variable))
+        else:
+            runs.extend(read_table(source, arguments.variable))
+    grown = [run for run in runs if run.at]
+    laws = {}
+    for name, group in (("scratch", [run for run in runs if run.at is None]), ("grown", grown)):
+        law = fit_law(group)
+        if law:
+            laws[name] = law
+    curves = valleys(runs, arguments.points)
+    timing: Fit | None = None
+    problem: str | None = None
+    if arguments.variable == "timing":
+        try:
+            timing = fit_timing(curves)
+        except RunError as error:
+            problem = str(error)
+    print(render_fits(curves, timing or problem, laws))
+    if timing:
+        source = f"{timing.points} valleys of {len(grown)} runs by tools/fit_guidelines.py"
+        print("\n" + render_toml(timing, curves, source))
+    if arguments.out:
+        plain = {
+            "timing": dataclasses.asdict(timing) if timing else None,
+            "problem": problem,
+            "laws": {name: dataclasses.asdict(law) for name, law in laws.items()},
+            "valleys": [dataclasses.asdict(valley) for valley in curves],
+        }
+        arguments.out.write_text(json.dumps(plain, indent=2), encoding="utf-8")
+    if arguments.plot:
+        draw_fits(runs, curves, timing, laws, arguments.plot)
 
 
 if __name__ == "__main__":
