@@ -34,7 +34,6 @@ from torch.distributed.checkpoint import filesystem
 from stackgrow import seal
 from stackgrow.checkpoint import convert, grow
 from stackgrow.run import engine
-from stackgrow.seal import files
 from stackgrow.titan.checkpoint import StageCheckpoints
 from stackgrow.titan.metrics import RecordWriter
 from stackgrow.titan.trainer import StageTrainer
@@ -54,16 +53,12 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "save.metadata": (filesystem.FileSystemWriter, "finish", "<"),
     "save.rename": (filesystem.FileSystem, "rename", "<"),
     "save.committed": (filesystem.FileSystemWriter, "finish", ">"),
-    "seal.hash": (seal, "file_records", "<"),
     "seal.hashed": (seal, "seal", "<"),
-    "seal.write": (files.json, "dump", "<"),
     "seal.sealed": (seal, "seal", ">"),
     "purge.unsealed": (shutil, "rmtree", "<"),
     "grow.begin": (convert, "begin", ">"),
-    "grow.read": (convert, "read_tensor", "<"),
     "grow.computed": (convert, "_compute", ">"),
     "grow.written": (convert, "write_part", ">"),
-    "grow.link": (convert, "_link", "<"),
     "grow.committed": (convert, "commit", ">"),
     "grow.sealed": (grow, "seal_grown", ">"),
     "found": (engine, "write_found", ">"),

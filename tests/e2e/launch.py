@@ -16,11 +16,13 @@ from warm import REPOSITORY, Warm
 
 from stackgrow import seal
 from stackgrow.audit.chain import audit_run
+from stackgrow.run_folder.folder import METRICS, RunFolder, StageFolder
 from stackgrow.run_folder.lines import read_records
 
 FAULTY = Path(__file__).with_name("faulty.py")
 RUN_RECIPE = str(REPOSITORY / "tools" / "run_recipe.py")
 VOCABULARY = 512
+BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
 
 # 20 base steps, growth, 20 target steps; a checkpoint every 4 steps, so that kills fall between checkpoints.
 RECIPE = """
@@ -139,15 +141,22 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
-def records(run: Path, name: str = "metrics.jsonl") -> dict[tuple[str, int], dict]:
+def stage_of(run: Path, name: str) -> StageFolder:
+    return RunFolder(run).stage(name)
+
+
+def records(run: Path, name: str = METRICS) -> dict[tuple[str, int], dict]:
     """(stage, step) -> record, over all stages of a run; every step stands there once."""
-    rows = [r for file in sorted(run.glob(f"stage-*/{name}")) for r in read_records(file)]
-    keyed = {(r["stage"], r["step"]): r for r in rows}
-    assert len(keyed) == len(rows), "a step was logged twice"
+    keyed: dict[tuple[str, int], dict] = {}
+    for stage in RunFolder(run).stages():
+        for record in read_records(stage.record_file(name)):
+            key = record["stage"], record["step"]
+            assert key not in keyed, "a step was logged twice"
+            keyed[key] = record
     return keyed
 
 
-def losses(run: Path, name: str = "metrics.jsonl") -> dict[tuple[str, int], float]:
+def losses(run: Path, name: str = METRICS) -> dict[tuple[str, int], float]:
     return {key: r["loss"] for key, r in records(run, name).items()}
 
 
@@ -165,4 +174,4 @@ def assert_audited(run: Path) -> None:
 
 
 def steps_logged(run: Path, stage: str) -> int:
-    return len(read_records(run / stage / "metrics.jsonl"))
+    return len(read_records(RunFolder(run).stage(stage).metrics_file))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import Workplace, run_tool
+from launch import BASE, GROW, TARGET, Workplace, run_tool, stage_of
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from stackgrow import seal
@@ -26,8 +26,6 @@ from stackgrow.errors import LockedError
 from stackgrow.run.claim import run_lock
 from stackgrow.run_folder.folder import RunFolder
 
-BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
-
 
 @pytest.fixture
 def run(workplace: Workplace, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -38,13 +36,13 @@ def run(workplace: Workplace, reference: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert old in text, f"{old!r} is not in {path}"
     path.write_text(text.replace(old, new, 1))
 
 
 def edit_json(path: Path, change: Callable[[dict], object]) -> None:
-    value = json.loads(path.read_text())
+    value = json.loads(path.read_text(encoding="utf-8"))
     change(value)
     path.write_text(json.dumps(value, indent=1) + "\n")
 
@@ -62,108 +60,124 @@ def swap(one: Path, other: Path) -> None:
     spare.rename(other)
 
 
-def data_file(run: Path, stage: str, step: str = "") -> Path:
-    return run / stage / "checkpoint" / step / "__0_0.distcp"
+def shard(checkpoint: Path) -> Path:
+    return checkpoint / "__0_0.distcp"
 
 
 def drop_line(path: Path, number: int) -> None:
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join(lines[:number] + lines[number + 1 :]))
 
 
 def reseal(checkpoint: Path, done: Path | None = None) -> None:
     """What a careful forger does: the seal, and what names it, fit the changed files."""
-    manifest = json.loads((checkpoint / seal.MANIFEST).read_text())
+    manifest = json.loads((checkpoint / seal.MANIFEST).read_text(encoding="utf-8"))
     names = list(manifest["files"])
     edit_json(checkpoint / seal.MANIFEST, lambda m: m.update(files=seal.file_records(checkpoint, names)))
     if done:
         edit_json(done, lambda d: d.update(manifest_sha256=seal.manifest_hash(checkpoint)))
 
 
-def forge_weights(run: Path) -> None:
-    file = data_file(run, TARGET, "step-20")
-    weights = read_metadata(file.parent).storage_data[MetadataIndex("output.weight", [0, 0])]
-    flip(file, (weights.offset + weights.length // 2) / file.stat().st_size)
-    reseal(run / TARGET / "checkpoint" / "step-20", run / TARGET / "DONE")
+def forge_weights(run: RunFolder) -> None:
+    last = run.stage(TARGET).checkpoint(20)
+    weights = read_metadata(last).storage_data[MetadataIndex("output.weight", [0, 0])]
+    middle = weights.offset + weights.length // 2
+    flip(shard(last), middle / shard(last).stat().st_size)
+    reseal(last, run.stage(TARGET).done_file)
 
 
-def earlier_weights_at_the_end(run: Path) -> None:
+def earlier_weights_at_the_end(run: RunFolder) -> None:
+    earlier, last = run.stage(TARGET).checkpoint(16), run.stage(TARGET).checkpoint(20)
     for name in ("__0_0.distcp", ".metadata"):
-        shutil.copy(run / TARGET / "checkpoint" / "step-16" / name, run / TARGET / "checkpoint" / "step-20" / name)
-    reseal(run / TARGET / "checkpoint" / "step-20", run / TARGET / "DONE")
+        shutil.copy(earlier / name, last / name)
+    reseal(last, run.stage(TARGET).done_file)
+
+
+def last_record_twice(run: RunFolder) -> None:
+    file = run.stage(BASE).metrics_file
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text + text.splitlines()[-1] + "\n", encoding="utf-8")
+
+
+def forged_stage_without_its_file(run: RunFolder) -> None:
+    run.stage(TARGET).stage_file.unlink()
+    edit_json(run.stage(TARGET).done_file, lambda done: done.update(parent_hash="0" * 64))
+
+
+def link_in_place_of_a_stage(run: RunFolder) -> None:
+    away = run.path.parent / "away"
+    shutil.move(run.stage(TARGET).path, away)
+    run.stage(TARGET).path.symlink_to(away)
 
 
 # what is done to the run -> a check that finds it, where, and a part of the message
-CHANGES: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
-    "flipped byte": (lambda r: flip(data_file(r, TARGET, "step-20")), "checkpoints", "step-20", "damaged (SHA-256"),
+CHANGES: dict[str, tuple[Callable[[RunFolder], object], str, str, str]] = {
+    "flipped byte": (lambda r: flip(shard(r.stage(TARGET).checkpoint(20))), "checkpoints", "step-20", "damaged (SHA-256"),
     "flipped byte, older checkpoint": (
-        lambda r: flip(data_file(r, BASE, "step-16"), 0.9), "checkpoints", f"{BASE}/checkpoint/step-16", "damaged"),
+        lambda r: flip(shard(r.stage(BASE).checkpoint(16)), 0.9), "checkpoints", f"{BASE}/checkpoint/step-16", "damaged"),
     "flipped byte in metadata": (
-        lambda r: flip(r / BASE / "checkpoint/step-20/.metadata"), "checkpoints", "step-20", ".metadata is damaged"),
+        lambda r: flip(r.stage(BASE).checkpoint(20) / ".metadata"), "checkpoints", "step-20", ".metadata is damaged"),
     "swapped shard": (
-        lambda r: swap(data_file(r, TARGET, "step-16"), data_file(r, TARGET, "step-20")),
+        lambda r: swap(shard(r.stage(TARGET).checkpoint(16)), shard(r.stage(TARGET).checkpoint(20))),
         "checkpoints", f"{TARGET}/checkpoint/step-20", "damaged"),
     "swapped checkpoint": (
-        lambda r: swap(r / TARGET / "checkpoint/step-16", r / TARGET / "checkpoint/step-20"),
+        lambda r: swap(r.stage(TARGET).checkpoint(16), r.stage(TARGET).checkpoint(20)),
         "checkpoints", "step-20", "must state"),
-    "missing file": (lambda r: data_file(r, GROW).unlink(), "checkpoints", GROW, "missing"),
+    "missing file": (lambda r: shard(r.stage(GROW).checkpoints).unlink(), "checkpoints", GROW, "missing"),
     "truncated file": (
-        lambda r: os.truncate(data_file(r, TARGET, "step-16"), 1000), "checkpoints", "step-16", "wrong size"),
-    "removed seal": (lambda r: (r / TARGET / "checkpoint/step-16/MANIFEST.json").unlink(), "checkpoints", "step-16", "no seal"),
+        lambda r: os.truncate(shard(r.stage(TARGET).checkpoint(16)), 1000), "checkpoints", "step-16", "wrong size"),
+    "removed seal": (lambda r: (r.stage(TARGET).checkpoint(16) / "MANIFEST.json").unlink(), "checkpoints", "step-16", "no seal"),
     "forged weights, sealed anew": (forge_weights, "checkpoints", f"{TARGET}/checkpoint/step-20", "output.weight is not what was sealed"),
     "earlier weights, sealed anew": (earlier_weights_at_the_end, "checkpoints", f"{TARGET}/checkpoint/step-20", "holds"),
-    "edited metric": (lambda r: edit(r / TARGET / "metrics.jsonl", '"loss": ', '"loss": 1'), "records", "metrics", "sealed"),
+    "edited metric": (lambda r: edit(r.stage(TARGET).metrics_file, '"loss": ', '"loss": 1'), "records", "metrics", "sealed"),
     "edited metric, last digit": (
-        lambda r: edit(r / BASE / "metrics.jsonl", '"tps": ', '"tps": 1'), "records", f"{BASE}/metrics.jsonl", "edited"),
+        lambda r: edit(r.stage(BASE).metrics_file, '"tps": ', '"tps": 1'), "records", f"{BASE}/metrics.jsonl", "edited"),
     "edited validation": (
-        lambda r: edit(r / TARGET / "validation.jsonl", '"loss": ', '"loss": 0'), "records", "validation.jsonl", "edited"),
-    "missing record": (lambda r: drop_line(r / BASE / "metrics.jsonl", 7), "records", "metrics.jsonl", "steps [8]"),
-    "missing last record": (lambda r: drop_line(r / TARGET / "metrics.jsonl", 19), "records", "metrics.jsonl", "steps [20]"),
-    "record twice": (
-        lambda r: (f := r / BASE / "metrics.jsonl").write_text(f.read_text() + f.read_text().splitlines()[-1] + "\n"),
-        "records", "metrics.jsonl", "step 20 follows step 20"),
+        lambda r: edit(r.stage(TARGET).validation_file, '"loss": ', '"loss": 0'), "records", "validation.jsonl", "edited"),
+    "missing record": (lambda r: drop_line(r.stage(BASE).metrics_file, 7), "records", "metrics.jsonl", "steps [8]"),
+    "missing last record": (lambda r: drop_line(r.stage(TARGET).metrics_file, 19), "records", "metrics.jsonl", "steps [20]"),
+    "record twice": (last_record_twice, "records", "metrics.jsonl", "step 20 follows step 20"),
     "tokens of a record": (
-        lambda r: edit(r / TARGET / "metrics.jsonl", '"tokens": 21504', '"tokens": 21505'), "records", "metrics", "tokens is not"),
+        lambda r: edit(r.stage(TARGET).metrics_file, '"tokens": 21504', '"tokens": 21505'), "records", "metrics", "tokens is not"),
     "changed learning rate in the recipe": (
-        lambda r: edit(r / "recipe.toml", "learning_rate = 0.003", "learning_rate = 0.002"),
+        lambda r: edit(r.recipe_file, "learning_rate = 0.003", "learning_rate = 0.002"),
         "recipe", "recipe.toml", "train.learning_rate: 0.003 -> 0.002"),
     "changed seed in the recipe": (
-        lambda r: edit(r / "recipe.toml", "seed = 3407", "seed = 3408"), "stages", f"{BASE}/stage.json", "stage hash"),
+        lambda r: edit(r.recipe_file, "seed = 3407", "seed = 3408"), "stages", f"{BASE}/stage.json", "stage hash"),
     "changed free key in the recipe": (
-        lambda r: edit(r / "recipe.toml", "keep = 2", "keep = 3"), "recipe", "recipe.toml", "checkpoint.keep: 2 -> 3"),
-    "recipe that is none": (lambda r: edit(r / "recipe.toml", "seed = 3407", "seed ="), "recipe", "", "not valid TOML"),
-    "edited DONE": (lambda r: edit(r / TARGET / "DONE", '"tokens": 20480', '"tokens": 20481'), "stages", "DONE", "tokens"),
+        lambda r: edit(r.recipe_file, "keep = 2", "keep = 3"), "recipe", "recipe.toml", "checkpoint.keep: 2 -> 3"),
+    "recipe that is none": (lambda r: edit(r.recipe_file, "seed = 3407", "seed ="), "recipe", "", "not valid TOML"),
+    "edited DONE": (lambda r: edit(r.stage(TARGET).done_file, '"tokens": 20480', '"tokens": 20481'), "stages", "DONE", "tokens"),
     "DONE that leads elsewhere": (
-        lambda r: edit_json(r / TARGET / "DONE", lambda d: d.update(checkpoint="../../../elsewhere")), "stages", "DONE", "checkpoint"),
-    "DONE that is no JSON": (lambda r: edit(r / BASE / "DONE", "{", "["), "stages", "", "DONE is damaged"),
-    "slower DONE": (lambda r: edit(r / BASE / "DONE", '"seconds": ', '"seconds": 9'), "stages", "ledger.json", "seconds"),
-    "removed DONE": (lambda r: (r / GROW / "DONE").unlink(), "stages", f"{TARGET}/DONE", "is not finished"),
+        lambda r: edit_json(r.stage(TARGET).done_file, lambda d: d.update(checkpoint="../../../elsewhere")), "stages", "DONE", "checkpoint"),
+    "DONE that is no JSON": (lambda r: edit(r.stage(BASE).done_file, "{", "["), "stages", "", "DONE is damaged"),
+    "slower DONE": (lambda r: edit(r.stage(BASE).done_file, '"seconds": ', '"seconds": 9'), "stages", "ledger.json", "seconds"),
+    "removed DONE": (lambda r: r.stage(GROW).done_file.unlink(), "stages", f"{TARGET}/DONE", "is not finished"),
     "another parent": (
-        lambda r: edit_json(r / GROW / "DONE", lambda d: d.update(parent_hash="0" * 64)), "stages", f"{GROW}/DONE", "parent_hash"),
-    "edited stage.json": (lambda r: edit(r / BASE / "stage.json", '"steps": 20', '"steps": 21'), "stages", "stage.json", "steps: 21 -> 20"),
+        lambda r: edit_json(r.stage(GROW).done_file, lambda d: d.update(parent_hash="0" * 64)), "stages", f"{GROW}/DONE", "parent_hash"),
+    "edited stage.json": (lambda r: edit(r.stage(BASE).stage_file, '"steps": 20', '"steps": 21'), "stages", "stage.json", "steps: 21 -> 20"),
     "removed stage.json, forged DONE": (
-        lambda r: ((r / TARGET / "stage.json").unlink(), edit_json(r / TARGET / "DONE", lambda d: d.update(parent_hash="0" * 64))),
-        "stages", f"{TARGET}/stage.json", "is missing"),
+        forged_stage_without_its_file, "stages", f"{TARGET}/stage.json", "is missing"),
     "edited ledger, its data": (
-        lambda r: edit_json(r / "ledger.json", lambda x: x["data"]["store"].update(epochs=9.0)), "data", "ledger.json", "9.0"),
-    "removed data of the ledger": (lambda r: edit_json(r / "ledger.json", lambda x: x.update(data={})), "data", "ledger.json", "[]"),
-    "foreign stage": (lambda r: shutil.copytree(r / GROW, r / "stage-3-grow"), "stages", "stage-3-grow", "no stage"),
-    "edited growth.json": (lambda r: edit(r / GROW / "growth.json", '"seed": ', '"seed": 1'), "records", "growth.json", "edited"),
+        lambda r: edit_json(r.ledger_file, lambda x: x["data"]["store"].update(epochs=9.0)), "data", "ledger.json", "9.0"),
+    "removed data of the ledger": (lambda r: edit_json(r.ledger_file, lambda x: x.update(data={})), "data", "ledger.json", "[]"),
+    "foreign stage": (lambda r: shutil.copytree(r.stage(GROW).path, r.path / "stage-3-grow"), "stages", "stage-3-grow", "no stage"),
+    "edited growth.json": (lambda r: edit(r.stage(GROW).growth_file, '"seed": ', '"seed": 1'), "records", "growth.json", "edited"),
     "edited growth.json, its tensors": (
-        lambda r: edit_json(r / GROW / "growth.json", lambda g: g["tensors"].update({"norm.weight": "0" * 16})),
+        lambda r: edit_json(r.stage(GROW).growth_file, lambda g: g["tensors"].update({"norm.weight": "0" * 16})),
         "growth", "growth.json", "norm.weight"),
     "edited ledger": (
-        lambda r: edit_json(r / "ledger.json", lambda x: x["total"].update(tokens=41_000)), "stages", "ledger.json", "total.tokens"),
-    "edited provenance": (lambda r: edit(r / "provenance.json", '"cpus": ', '"cpus": 9'), "provenance", "checkpoint", "no session"),
+        lambda r: edit_json(r.ledger_file, lambda x: x["total"].update(tokens=41_000)), "stages", "ledger.json", "total.tokens"),
+    "edited provenance": (lambda r: edit(r.provenance_file, '"cpus": ', '"cpus": 9'), "provenance", "checkpoint", "no session"),
     "recipe in provenance": (
-        lambda r: edit(r / "provenance.json", "micro_batch = 4", "micro_batch = 8"), "provenance", "provenance.json", "not the one that ran"),
-    "edited lock file": (lambda r: edit(r / "requirements.lock", "torch==", "torch==1"), "provenance", "requirements.lock", "last session"),
-    "link": (lambda r: (r / "logs" / "x").symlink_to("/etc/passwd"), "recipe", "", "link"),
+        lambda r: edit(r.provenance_file, "micro_batch = 4", "micro_batch = 8"), "provenance", "provenance.json", "not the one that ran"),
+    "edited lock file": (lambda r: edit(r.requirements_file, "torch==", "torch==1"), "provenance", "requirements.lock", "last session"),
+    "link": (lambda r: (r.logs / "x").symlink_to("/etc/passwd"), "recipe", "", "link"),
     "link in place of a checkpoint": (
-        lambda r: (shutil.move(r / TARGET, r.parent / "away"), (r / TARGET).symlink_to(r.parent / "away")), "recipe", "", "link"),
-    "pipe": (lambda r: os.mkfifo(r / "ledger.json.tmp"), "recipe", "", "ledger.json.tmp is a link or a special file"),
-    "endless JSON": (lambda r: os.truncate(r / "ledger.json", 1 << 40), "recipe", "", f"ledger.json has {1 << 40} bytes"),
-    "nested JSON": (lambda r: (r / GROW / "growth.json").write_text("[" * 100_000), "growth", "", "growth.json is damaged"),
+        link_in_place_of_a_stage, "recipe", "", "link"),
+    "pipe": (lambda r: os.mkfifo(r.path / "ledger.json.tmp"), "recipe", "", "ledger.json.tmp is a link or a special file"),
+    "endless JSON": (lambda r: os.truncate(r.ledger_file, 1 << 40), "recipe", "", f"ledger.json has {1 << 40} bytes"),
+    "nested JSON": (lambda r: r.stage(GROW).growth_file.write_text("[" * 100_000), "growth", "", "growth.json is damaged"),
 }  # fmt: skip
 
 
@@ -186,20 +200,20 @@ def test_the_run_itself_has_no_finding(run: Path) -> None:
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_change_is_found(run: Path, change: str) -> None:
     apply, check, where, message = CHANGES[change]
-    apply(run)
+    apply(RunFolder(run))
     found = audit(run)
     assert any(f.check == check and where in f.where and message in f.message for f in found.findings), found.render()
 
 
 def test_a_run_that_was_killed_has_no_finding(run: Path) -> None:
     """Torn line, torn checkpoint, no DONE, no ledger: what kill -9 leaves is no fault."""
-    (run / "ledger.json").unlink()
-    (run / TARGET / "DONE").unlink()
-    shutil.rmtree(run / TARGET / "checkpoint" / "step-20")
-    (run / TARGET / "checkpoint" / "step-20").mkdir()
-    (run / TARGET / "checkpoint" / "step-20" / "__0_0.distcp").write_bytes(b"half a tensor")
-    os.truncate(run / TARGET / "metrics.jsonl", (run / TARGET / "metrics.jsonl").stat().st_size - 30)
-    edit_json(run / "provenance.json", lambda p: p["sessions"][-1].pop("ended"))
+    RunFolder(run).ledger_file.unlink()
+    stage_of(run, TARGET).done_file.unlink()
+    shutil.rmtree(stage_of(run, TARGET).checkpoint(20))
+    (stage_of(run, TARGET).checkpoint(20)).mkdir()
+    (stage_of(run, TARGET).checkpoint(20) / "__0_0.distcp").write_bytes(b"half a tensor")
+    os.truncate(stage_of(run, TARGET).metrics_file, stage_of(run, TARGET).metrics_file.stat().st_size - 30)
+    edit_json(RunFolder(run).provenance_file, lambda p: p["sessions"][-1].pop("ended"))
     found = audit(run)
     assert not found.findings, found.render()
     assert found.title == "tiny, not finished"
@@ -220,7 +234,7 @@ def test_the_data_are_checked_where_they_are(run: Path, tmp_path: Path, monkeypa
     assert [(f.check, f.where) for f in found.findings] == [("data", str(shard))]
     monkeypatch.chdir(run)
     assert audit(run).checks["data"].startswith("not checked: store is not a token store")
-    edit(run / "recipe.toml", 'path = "store"', 'path = "/etc"')
+    edit(RunFolder(run).recipe_file, 'path = "store"', 'path = "/etc"')
     assert "name every store with --data" in audit(run).checks["data"]
 
 
@@ -232,7 +246,7 @@ def command_line(workplace: Workplace, *arguments: object, code: int = 0, ranks:
 
 
 def test_command_line_for_machines(workplace: Workplace, run: Path) -> None:
-    flip(data_file(run, TARGET, "step-20"))
+    flip(shard(stage_of(run, TARGET).checkpoint(20)))
     found = json.loads(command_line(workplace, run, "--json", "--against", "reference", code=65))
     damage = {"where": f"{TARGET}/checkpoint/step-20", "message": "__0_0.distcp is damaged (SHA-256 differs)"}
     assert found["findings"] == [{"check": "checkpoints", **damage}]
@@ -242,11 +256,14 @@ def test_command_line_for_machines(workplace: Workplace, run: Path) -> None:
 
 def test_two_runs_are_the_same_or_not(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, other := tmp_path / "other")
-    edit(other / "recipe.toml", "learning_rate = 0.003", "learning_rate = 0.002")
-    edit(other / TARGET / "metrics.jsonl", '"loss": ', '"loss": 1')
-    edit_json(other / "provenance.json", lambda p: p["data"].update(manifest_hash="0" * 64))
-    edit_json(other / GROW / "checkpoint" / seal.MANIFEST, lambda m: m["tensors"].update({"norm.weight": "0" * 16}))
-    shutil.rmtree(other / TARGET / "checkpoint" / "step-20")
+    edit(RunFolder(other).recipe_file, "learning_rate = 0.003", "learning_rate = 0.002")
+    edit(stage_of(other, TARGET).metrics_file, '"loss": ', '"loss": 1')
+    edit_json(RunFolder(other).provenance_file, lambda p: p["data"].update(manifest_hash="0" * 64))
+    edit_json(
+        stage_of(other, GROW).checkpoints / seal.MANIFEST,
+        lambda m: m["tensors"].update({"norm.weight": "0" * 16}),
+    )
+    shutil.rmtree(stage_of(other, TARGET).checkpoint(20))
     found = audit_run(run, further={"against": lambda case: same_run(case, open_case(other))})
     told = {f.where: f.message for f in reversed(found.findings)}
     assert told["recipe"] == f"{BASE}.train.learning_rate: 0.003 -> 0.002"
@@ -264,8 +281,8 @@ def test_replay_is_bit_for_bit(workplace: Workplace, run: Path) -> None:
 
 def test_replay_on_other_ranks_finds_a_forged_loss(workplace: Workplace, run: Path) -> None:
     """Other sums are within the stated tolerance, what was made up is not, however well it is sealed."""
-    metrics = run / BASE / "metrics.jsonl"
-    row = json.loads(metrics.read_text().splitlines()[2])
+    metrics = stage_of(run, BASE).metrics_file
+    row = json.loads(metrics.read_text(encoding="utf-8").splitlines()[2])
     edit(metrics, f'"loss": {row["loss"]}', f'"loss": {row["loss"] - 0.01}')
     output = command_line(workplace, run, "--json", "--replay", f"{BASE}:0+20", ranks=2, code=65)
     found, _ = json.JSONDecoder().raw_decode(output, output.index("\n{") + 1)
@@ -286,7 +303,7 @@ def test_replay_of_what_is_not_there(run: Path, request_: str) -> None:
 
 def test_replay_that_could_compare_nothing_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
-        drop_line(run / BASE / "metrics.jsonl", 16)
+        drop_line(stage_of(run, BASE).metrics_file, 16)
     with pytest.raises(
         WrongRequest, match=r":16\+2': there is nothing to compare with: .* and kept no checkpoint of step 18"
     ):
@@ -354,7 +371,7 @@ def test_whatever_a_file_says_it_is_a_finding(run: Path) -> None:
     before, chance, unfound = set(run.parent.rglob("*")), random.Random(7), []
     for case in range(14):
         file = files[case % len(files)]
-        content = file.read_text()
+        content = file.read_text(encoding="utf-8")
         changed = json.dumps(junk(json.loads(content), chance))
         file.write_text(changed)
         if not audit(run).findings and json.loads(changed) != json.loads(content):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch import FAULTY, REPOSITORY, Workplace, assert_audited, environment, losses, steps_logged, weights
+from launch import FAULTY, REPOSITORY, Workplace, assert_audited, environment, losses, stage_of, steps_logged, weights
 from warm import Warm
 
 from stackgrow.run.claim import run_lock
@@ -43,19 +43,20 @@ def test_a_killed_worker_is_restarted_on_both_nodes(workplace: Workplace, refere
     try:
         deadline = time.monotonic() + 300
         while steps_logged(run, TARGET) < 1:
-            assert all(n.poll() is None for n in nodes), "\n".join(log.read_text() for log in logs)
+            assert all(n.poll() is None for n in nodes), "\n".join(log.read_text(encoding="utf-8") for log in logs)
             assert time.monotonic() < deadline
             time.sleep(0.02)
         worker = next(p for p in psutil.Process(nodes[1].pid).children() if "run_recipe.py" in " ".join(p.cmdline()))
         os.kill(worker.pid, signal.SIGKILL)
-        assert [n.wait(300) for n in nodes] == [0, 0], "\n".join(log.read_text() for log in logs)
+        assert [n.wait(300) for n in nodes] == [0, 0], "\n".join(log.read_text(encoding="utf-8") for log in logs)
     finally:
         for n in nodes:
             n.kill()
     assert losses(run) == losses(reference_fsdp)
-    final = Path(TARGET) / "checkpoint" / "step-20"
-    assert weights(run / final) == weights(reference_fsdp / final)
-    assert "done before" in "".join(log.read_text() for log in logs)  # the base, in the ranks' second life
+    assert weights(stage_of(run, TARGET).checkpoint(20)) == weights(stage_of(reference_fsdp, TARGET).checkpoint(20))
+    assert "done before" in "".join(
+        log.read_text(encoding="utf-8") for log in logs
+    )  # the base, in the ranks' second life
 
 
 def test_nodes_that_would_train_different_models_are_refused(workplace: Workplace, tmp_path: Path) -> None:
@@ -68,7 +69,9 @@ def test_nodes_that_would_train_different_models_are_refused(workplace: Workplac
     finally:
         for n in nodes:
             n.kill()
-    assert "are not those of rank 0; give every node the same" in "".join(log.read_text() for log in logs)
+    assert "are not those of rank 0; give every node the same" in "".join(
+        log.read_text(encoding="utf-8") for log in logs
+    )
     assert not (run / "stage-0-train-2L").exists()
 
 
@@ -82,7 +85,7 @@ def test_nodes_end_together_where_one_is_refused(workplace: Workplace, tmp_path:
         finally:
             for n in nodes:
                 n.kill()
-    told = "".join(log.read_text() for log in logs)
+    told = "".join(log.read_text(encoding="utf-8") for log in logs)
     assert told.count("is in use by process") == 1
     assert "exitcode  : 73" in told, told  # of one node or both: torchelastic may end the other first
 
@@ -94,8 +97,7 @@ def test_a_rank_that_sees_new_names_late(workplace: Workplace, reference_fsdp: P
     process = Warm(FAULTY, arguments, workplace.folder, {**environment(), **stale}, ranks=2)
     assert process.wait(300) == 0, process.output()
     assert losses(run) == losses(reference_fsdp)
-    final = Path(TARGET) / "checkpoint" / "step-20"
-    assert weights(run / final) == weights(reference_fsdp / final)
+    assert weights(stage_of(run, TARGET).checkpoint(20)) == weights(stage_of(reference_fsdp, TARGET).checkpoint(20))
     assert_audited(run)
 
 

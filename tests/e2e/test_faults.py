@@ -2,18 +2,19 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launch import FAULTY, Workplace, environment, losses, records, weights
+from launch import BASE, FAULTY, GROW, TARGET, Workplace, environment, losses, records, stage_of, weights
 from warm import Warm
 
 from stackgrow import seal
+from stackgrow.run_folder.folder import RunFolder
 
-BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
 # 9 base steps, growth, 9 target steps; checkpoints at 3, 6 and 9, the two newest kept.
 SHORT = ["budget.tokens=18Ki", "growth[0].timing=9Ki", "checkpoint.interval=3 steps", "validation.interval=4 steps"]
 COMPUTED = ["growth[0].operator=zero"]  # a growth that writes what it computes
@@ -28,10 +29,10 @@ def run(workplace: Workplace, place: Path, *sets: str, code: int = 0, ranks: int
     return output
 
 
-def assert_same(one: Path, other: Path, final: str = f"{TARGET}/checkpoint/step-9") -> None:
+def assert_same(one: Path, other: Path) -> None:
     assert losses(one) == losses(other)
     assert losses(one, "validation.jsonl") == losses(other, "validation.jsonl")
-    assert weights(one / final) == weights(other / final)
+    assert weights(stage_of(one, TARGET).checkpoint(9)) == weights(stage_of(other, TARGET).checkpoint(9))
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,22 @@ def short_computed(workplace: Workplace) -> Path:
     return workplace.folder / "short_computed"
 
 
+def test_every_fault_point_is_a_function_that_is_there_and_used_by_a_test() -> None:
+    from faulty import PHASES, POINTS
+
+    for owner, name, place in POINTS.values():
+        assert callable(getattr(owner, name)), f"{owner.__name__}.{name}"
+        assert place in ("<", ">")
+    for owner, name in PHASES.values():
+        assert callable(getattr(owner, name)), f"{owner.__name__}.{name}"
+    tests = "".join(file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("test_*.py")))
+    unused = [point for point in POINTS if not re.search(rf"\b{re.escape(point)} [0-9]", tests)]
+    assert unused == []
+
+
 def test_training_draws_from_no_global_generator(short: Path) -> None:
     """So there is no generator state that a checkpoint would have to hold."""
-    output = (short.parent / "short.txt").read_text()
+    output = (short.parent / "short.txt").read_text(encoding="utf-8")
     for stage in (BASE, TARGET):
         assert f"{stage}: generators untouched" in output
 
@@ -65,15 +79,15 @@ def test_killed_at_every_point_of_a_save(workplace: Workplace, short: Path, tmp_
     place, sealed = tmp_path / "run", []
     for point in points:
         run(workplace, place, code=-9, FAULT=f"kill {point}")
-        steps = seal.sealed_steps(place / BASE / "checkpoint")
+        steps = stage_of(place, BASE).sealed_steps()
         sealed.append(steps[-1] if steps else 0)
         for step in steps:
-            folder = place / BASE / "checkpoint" / f"step-{step}"
+            folder = stage_of(place, BASE).checkpoint(step)
             assert not seal.damage(folder, seal.read_seal(folder) or {}), "what is sealed is whole"
     assert sealed == ([0, 0, 0, 0, 0, 3] if points == FIRST_SAVE else [3, 3, 3, 3, 9, 9])
     run(workplace, place)
     assert_same(place, short)
-    moved = {p.name for p in (place / BASE / "quarantine").iterdir()}
+    moved = {p.name for p in stage_of(place, BASE).quarantine.iterdir()}
     assert {"step-3.0", "step-3.4"} <= moved if points == FIRST_SAVE else {"step-6.0", "step-6.3"} <= moved
 
 
@@ -81,11 +95,11 @@ def test_killed_at_every_point_of_a_growth(workplace: Workplace, short_computed:
     place = tmp_path / "run"
     for point in GROWTH:
         run(workplace, place, *COMPUTED, code=-9, FAULT=f"kill {point}")
-        source = place / BASE / "checkpoint" / "step-9"
+        source = stage_of(place, BASE).checkpoint(9)
         assert not seal.damage(source, seal.read_seal(source) or {}), "the source is as it was"
     run(workplace, place, *COMPUTED)
     assert_same(place, short_computed)
-    grown = [r / GROW / "checkpoint" for r in (place, short_computed)]
+    grown = [stage_of(r, GROW).checkpoints for r in (place, short_computed)]
     files = [{n: f["sha256"] for n, f in (seal.read_seal(g) or {})["files"].items() if n != ".metadata"} for g in grown]
     assert files[0] == files[1], "byte for byte"
 
@@ -106,7 +120,7 @@ def test_sigterm_saves_and_ends_with_75(workplace: Workplace, short_computed: Pa
             assert f"{where}: stopped by SIGTERM" in output
         if "step" in where:
             stage, step = where.split(", step ")
-            assert seal.sealed_steps(place / stage / "checkpoint")[-1] == int(step)
+            assert stage_of(place, stage).sealed_steps()[-1] == int(step)
     run(workplace, place, *COMPUTED)
     assert_same(place, short_computed)
 
@@ -115,7 +129,7 @@ def test_a_request_to_one_rank_stops_all(workplace: Workplace, tmp_path: Path) -
     place = tmp_path / "run"
     output = run(workplace, place, code=75, ranks=2, FAULT="term train.step 5", FAULT_RANK="1")
     assert output.count(f"{BASE}, step 5: stopped by") == 1, "told once"
-    assert seal.sealed_steps(place / BASE / "checkpoint") == [3, 5]
+    assert stage_of(place, BASE).sealed_steps() == [3, 5]
 
 
 def test_a_rank_that_hangs_is_named(workplace: Workplace, tmp_path: Path) -> None:
@@ -145,15 +159,14 @@ def test_a_batch_that_is_not_finite_is_left_out_and_a_resume_knows(workplace: Wo
     assert repr([r["loss"] for r in rows[0].values()]) == repr([r["loss"] for r in rows[1].values()])
     assert rows[0][BASE, 5]["event"] == "nonfinite"
     assert rows[0][BASE, 6]["position"] == rows[0][BASE, 5]["position"] + 16, "the data go on"
-    final = f"{TARGET}/checkpoint/step-9"
-    assert weights(whole / final) == weights(resumed / final)
+    assert weights(stage_of(whole, TARGET).checkpoint(9)) == weights(stage_of(resumed, TARGET).checkpoint(9))
 
 
 def test_no_update_before_the_first_checkpoint(workplace: Workplace, tmp_path: Path) -> None:
     """It has AdamW's state all the same, and can be gone on from."""
     place, skip = tmp_path / "run", "train.on_nonfinite=skip"
     run(workplace, place, skip, code=75, FAULT="nan train.backward 1;term train.step 1")
-    assert seal.sealed_steps(place / BASE / "checkpoint") == [1]
+    assert stage_of(place, BASE).sealed_steps() == [1]
     run(workplace, place, skip)
     assert records(place)[BASE, 1]["event"] == "nonfinite"
 
@@ -161,7 +174,7 @@ def test_no_update_before_the_first_checkpoint(workplace: Workplace, tmp_path: P
 def test_weights_that_are_not_finite_are_never_saved(workplace: Workplace, tmp_path: Path) -> None:
     output = run(workplace, tmp_path / "run", code=76, FAULT="poison save 6")
     assert f"{BASE}: weights are not finite at step 6" in output
-    assert seal.sealed_steps(tmp_path / "run" / BASE / "checkpoint") == [3]
+    assert stage_of(tmp_path / "run", BASE).sealed_steps() == [3]
 
 
 def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before(workplace: Workplace, tmp_path: Path) -> None:
@@ -169,8 +182,8 @@ def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before(workplace: 
     place = tmp_path / "run"
     output = run(workplace, place, code=74, ranks=2, FAULT="full save.data 2", FAULT_RANK="1")
     assert "step-6 could not be written (OSError: [Errno 28] No space left on device" in output
-    assert [p.name for p in (place / BASE / "checkpoint").iterdir()] == ["step-3"]
-    folder = place / BASE / "checkpoint" / "step-3"
+    assert [p.name for p in stage_of(place, BASE).checkpoints.iterdir()] == ["step-3"]
+    folder = stage_of(place, BASE).checkpoint(3)
     assert not seal.damage(folder, seal.read_seal(folder) or {})
 
 
@@ -234,13 +247,13 @@ def test_other_versions(workplace: Workplace, short: Path, tmp_path: Path) -> No
     """Another minor version of torch is refused until it is accepted, and told then; both are on record."""
     place = tmp_path / "run"
     shutil.copytree(short, place, ignore=shutil.ignore_patterns("ledger.json", "DONE", "step-9"))
-    record = json.loads((place / "provenance.json").read_text())
+    record = json.loads(RunFolder(place).provenance_file.read_text(encoding="utf-8"))
     record["sessions"][-1]["packages"]["torch"] = "1.9.0"
-    (place / "provenance.json").write_text(json.dumps(record))
+    RunFolder(place).provenance_file.write_text(json.dumps(record))
     output = run(workplace, place, code=65)
     assert "was run with other versions: torch 1.9.0 -> " in output
     assert "--set run.accept_versions=true" in output
     output = run(workplace, place, "run.accept_versions=true")
     assert "Other versions than in the session before: torch 1.9.0 -> " in output
-    sessions = json.loads((place / "provenance.json").read_text())["sessions"]
+    sessions = json.loads(RunFolder(place).provenance_file.read_text(encoding="utf-8"))["sessions"]
     assert len({s["packages"]["torch"] for s in sessions}) == len(sessions) == 2

@@ -8,13 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from launch import RECIPE, RUN_RECIPE, Workplace, environment, steps_logged
+from launch import BASE, GROW, RECIPE, RUN_RECIPE, TARGET, Workplace, environment, stage_of, steps_logged
 from warm import Warm
 
 from stackgrow import seal
 from stackgrow.run_folder.lines import read_records
-
-BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
 
 
 def test_edited_recipe_does_not_go_on_in_the_old_folder(workplace: Workplace, reference: Path) -> None:
@@ -35,7 +33,7 @@ def test_checkpoint_of_another_recipe_is_not_taken_over(workplace: Workplace, re
 def test_done_of_another_stage_is_noticed(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(reference, run)
-    shutil.copy(run / GROW / "DONE", run / TARGET / "DONE")
+    shutil.copy(stage_of(run, GROW).done_file, stage_of(run, TARGET).done_file)
     assert "disagree" in workplace.run(f"run.folder={run}", code=65)
 
 
@@ -65,7 +63,7 @@ def test_two_runs_on_one_folder(workplace: Workplace, tmp_path: Path) -> None:
 def test_nan_stops_the_run_and_is_never_saved(workplace: Workplace, tmp_path: Path) -> None:
     output = workplace.run(f"run.folder={tmp_path}/run", "train.learning_rate=1e30", code=76)
     assert "stage-0-train-2L: loss or gradient is not finite at step" in output
-    last = read_records(tmp_path / "run" / BASE / "metrics.jsonl")[-1]
+    last = read_records(stage_of(tmp_path / "run", BASE).metrics_file)[-1]
     assert (last["event"], last["action"]) == ("nonfinite", "stop")
     assert not list(tmp_path.glob("run/**/MANIFEST.json"))
 
@@ -80,26 +78,26 @@ def test_nan_between_logged_steps_is_never_saved(workplace: Workplace, tmp_path:
 def test_lost_input_stops_the_grown_stage(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(reference, run, ignore=shutil.ignore_patterns(TARGET))
-    shutil.rmtree(run / GROW / "checkpoint")
+    shutil.rmtree(stage_of(run, GROW).checkpoints)
     output = workplace.run(f"run.folder={run}", code=65)
     assert f"{GROW}/checkpoint is missing" in output
-    assert not (run / TARGET / "metrics.jsonl").exists()
+    assert not stage_of(run, TARGET).metrics_file.exists()
 
 
 def test_exchanged_weights_are_noticed_after_loading(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
     """Valid files, a valid seal, but not the weights that growth.json and the manifest state."""
     run = tmp_path / "run"
     shutil.copytree(reference, run, ignore=shutil.ignore_patterns(TARGET))
-    grown = run / GROW / "checkpoint"
+    grown = stage_of(run, GROW).checkpoints
     manifest = seal.read_seal(grown)
     assert manifest is not None
     tensors = manifest["tensors"]
     tensors["layers.0.attention.wq.weight"] = tensors["layers.1.attention.wq.weight"]
     seal.write_json(grown / seal.MANIFEST, manifest)
-    done = seal.read_json(run / GROW / "DONE")
+    done = seal.read_json(stage_of(run, GROW).done_file)
     assert done is not None
     done["manifest_sha256"] = seal.file_records(grown, [seal.MANIFEST])[seal.MANIFEST]["sha256"]
-    seal.write_json(run / GROW / "DONE", done)
+    seal.write_json(stage_of(run, GROW).done_file, done)
     output = workplace.run(f"run.folder={run}", code=65)
     assert "layers.0.attention.wq.weight" in output
 

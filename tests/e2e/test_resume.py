@@ -5,17 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import Workplace, assert_audited, losses, records, steps_logged, weights
-
-BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
+from launch import BASE, TARGET, Workplace, assert_audited, losses, records, stage_of, steps_logged, weights
 
 
 def assert_same_run(run: Path, reference: Path) -> None:
     assert_audited(run)
     assert losses(run) == losses(reference)
     assert losses(run, "validation.jsonl") == losses(reference, "validation.jsonl")
-    final = Path(TARGET) / "checkpoint" / "step-20"
-    assert weights(run / final) == weights(reference / final)
+    assert weights(stage_of(run, TARGET).checkpoint(20)) == weights(stage_of(reference, TARGET).checkpoint(20))
 
 
 @pytest.mark.parametrize("ranks", [0, 2])  # in one process, and under torchrun
@@ -29,13 +26,13 @@ def test_killed_in_base_after_growth_and_in_target(
         workplace.kill_when(condition, *sets, ranks=ranks) if ranks else workplace.kill_at(point, *sets)
 
     kill(lambda: steps_logged(run, BASE) >= 6, "train.step 7", place)
-    assert not (run / BASE / "DONE").exists()
+    assert not stage_of(run, BASE).done_file.exists()
     # Right after growth, before the first checkpoint of the grown model: torchtitan itself would go on from
     # random weights here, since the stage's checkpoint folder may exist already.
     kill(lambda: steps_logged(run, TARGET) >= 2, "train.step 19", place, "checkpoint.interval=1000 steps")
     assert not list((run / TARGET).glob("checkpoint/*/MANIFEST.json"))
     kill(lambda: steps_logged(run, TARGET) >= 9, "train.step 10", place)
-    assert not (run / TARGET / "DONE").exists()
+    assert not stage_of(run, TARGET).done_file.exists()
     workplace.run(place, ranks=ranks)
     assert_same_run(run, reference)
 
@@ -44,13 +41,13 @@ def test_torn_first_save_of_the_grown_stage(workplace: Workplace, reference: Pat
     """A first save that was torn (data without metadata) is set aside, and the stage starts from its input."""
     run = tmp_path / "run"
     shutil.copytree(reference, run, ignore=shutil.ignore_patterns(TARGET, "ledger.json"))
-    torn = run / TARGET / "checkpoint" / "step-4"
+    torn = stage_of(run, TARGET).checkpoint(4)
     torn.mkdir(parents=True)
     (torn / "__0_0.distcp").write_bytes(b"half a tensor")
-    shutil.copy(reference / TARGET / "stage.json", run / TARGET)
+    shutil.copy(stage_of(reference, TARGET).stage_file, run / TARGET)
     output = workplace.run(f"run.folder={run}")
     assert "Incomplete checkpoint moved to" in output
-    assert (run / TARGET / "quarantine" / "step-4.0" / "__0_0.distcp").exists()
+    assert (stage_of(run, TARGET).quarantine / "step-4.0" / "__0_0.distcp").exists()
     assert_same_run(run, reference)
 
 
@@ -59,8 +56,8 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(reference, run, ignore=shutil.ignore_patterns("ledger.json"))
-    (run / TARGET / "DONE").unlink()
-    data = run / TARGET / "checkpoint" / "step-20" / "__0_0.distcp"
+    stage_of(run, TARGET).done_file.unlink()
+    data = stage_of(run, TARGET).checkpoint(20) / "__0_0.distcp"
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.unlink()

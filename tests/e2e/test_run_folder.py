@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 
 import pytest
-from launch import Workplace, losses, records, weights
+from launch import BASE, GROW, TARGET, Workplace, losses, records, stage_of, weights
 
 from stackgrow import seal
 from stackgrow.report.isoflop import read_run
+from stackgrow.run_folder.folder import RunFolder
 
-BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
 KEYS = {"stage", "step", "position", "tokens", "flops", "loss", "grad_norm", "lr", "tps"}
 
 
@@ -35,9 +35,9 @@ def test_validation_at_start_and_end_of_every_stage_and_falling(reference: Path)
 
 
 def test_grown_stage_starts_from_the_grown_weights(reference: Path) -> None:
-    growth = json.loads((reference / GROW / "growth.json").read_text())
-    base = weights(reference / BASE / "checkpoint" / "step-20")
-    grown = weights(reference / GROW / "checkpoint")
+    growth = json.loads(stage_of(reference, GROW).growth_file.read_text(encoding="utf-8"))
+    base = weights(stage_of(reference, BASE).checkpoint(20))
+    grown = weights(stage_of(reference, GROW).checkpoints)
     assert growth["layer_map"] == [0, 1, 0, 1]
     for layer, source in enumerate([0, 1, 0, 1]):
         for name in ("attention.wq", "feed_forward.w2", "ffn_norm"):
@@ -47,13 +47,13 @@ def test_grown_stage_starts_from_the_grown_weights(reference: Path) -> None:
 
 
 def test_growth_links_the_base_checkpoint_and_moves_no_weights(reference: Path) -> None:
-    for name in json.loads((reference / GROW / "growth.json").read_text())["linked_files"]:
-        source = reference / BASE / "checkpoint" / "step-20" / name
-        assert (reference / GROW / "checkpoint" / name).samefile(source)
+    for name in json.loads(stage_of(reference, GROW).growth_file.read_text(encoding="utf-8"))["linked_files"]:
+        source = stage_of(reference, BASE).checkpoint(20) / name
+        assert (stage_of(reference, GROW).checkpoints / name).samefile(source)
 
 
 def test_done_names_the_stage_its_parent_and_its_result(reference: Path) -> None:
-    done = {s: json.loads((reference / s / "DONE").read_text()) for s in (BASE, GROW, TARGET)}
+    done = {s: json.loads(stage_of(reference, s).done_file.read_text(encoding="utf-8")) for s in (BASE, GROW, TARGET)}
     assert done[BASE]["parent_hash"] is None
     assert done[GROW]["parent_hash"] == done[BASE]["stage_hash"]
     assert done[TARGET]["parent_hash"] == done[GROW]["stage_hash"]
@@ -65,7 +65,7 @@ def test_done_names_the_stage_its_parent_and_its_result(reference: Path) -> None
 
 
 def test_ledger_adds_up_to_the_budget(reference: Path) -> None:
-    ledger = json.loads((reference / "ledger.json").read_text())
+    ledger = json.loads(RunFolder(reference).ledger_file.read_text(encoding="utf-8"))
     assert sum(s["tokens"] for s in ledger["stages"]) == ledger["total"]["tokens"] == 40 * 1024
     assert ledger["budget_tokens"] == 40 * 1024
     assert ledger["data"]["store"]["tokens"] == 40 * 1024
@@ -76,15 +76,15 @@ def test_ledger_adds_up_to_the_budget(reference: Path) -> None:
 def test_boundary_checkpoint_is_full_and_kept(reference: Path) -> None:
     from stackgrow.checkpoint.dcp import read_metadata
 
-    checkpoints = {p.name for p in (reference / BASE / "checkpoint").iterdir()}
+    checkpoints = {p.name for p in stage_of(reference, BASE).checkpoints.iterdir()}
     assert checkpoints == {"step-16", "step-20"}, "keep = 2, and the boundary is one of them"
-    names = read_metadata(reference / BASE / "checkpoint" / "step-20").state_dict_metadata
+    names = read_metadata(stage_of(reference, BASE).checkpoint(20)).state_dict_metadata
     assert {"train_state.step", "dataloader.position"} <= names.keys()
     assert any(n.startswith("optimizer.state.layers.1.") and n.endswith("exp_avg_sq") for n in names)
 
 
 def test_terminal_output_tells_progress_growth_and_where_things_lie(reference: Path) -> None:
-    output = (reference.parent / "reference.txt").read_text()
+    output = (reference.parent / "reference.txt").read_text(encoding="utf-8")
     assert "stage-0-train-2L  step 20/20 (100%)" in output
     assert "ETA" in output
     assert "stack 2 -> 4 layers" in output
@@ -94,7 +94,7 @@ def test_terminal_output_tells_progress_growth_and_where_things_lie(reference: P
     for name in ("recipe.toml", "provenance.json", "ledger.json", "tensorboard --logdir", "report.html"):
         assert name in output
     assert list(reference.glob("stage-*/tb/**/events.out.tfevents.*"))
-    assert "stage-1-grow: 2 -&gt; 4 layers" in (reference / "report.html").read_text()
+    assert "stage-1-grow: 2 -&gt; 4 layers" in RunFolder(reference).report_file.read_text(encoding="utf-8")
 
 
 def test_second_call_does_nothing(workplace: Workplace, reference: Path) -> None:
@@ -108,6 +108,6 @@ def test_a_run_is_a_point_of_a_sweep(reference: Path) -> None:
     """What tools/fit_guidelines.py takes from a run: its timing or factor, and C = 6 N D, base included."""
     timing, factor = (read_run(reference, variable) for variable in ("timing", "factor"))
     assert (timing.at, factor.at) == (20 * 1024, 2)
-    spent = json.loads((reference / "ledger.json").read_text())["total"]["flops"]
+    spent = json.loads(RunFolder(reference).ledger_file.read_text(encoding="utf-8"))["total"]["flops"]
     assert timing.flops[-1] == pytest.approx(spent * timing.parameters / (timing.parameters - 512 * 64))
     assert timing.loss[-1] < timing.loss[0]

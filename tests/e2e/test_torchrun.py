@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from launch import Workplace, environment, losses, steps_logged, weights
-
-from stackgrow import seal
+from launch import Workplace, environment, losses, stage_of, steps_logged, weights
 
 BASE, TARGET = "stage-0-train-2L", "stage-2-train-4L"
 
@@ -49,16 +47,15 @@ def test_a_dead_rank_is_restarted_and_a_request_is_passed_on(
         assert torchrun.wait(300) != 0
     finally:
         torchrun.kill()
-    output = (tmp_path / "output.txt").read_text()
+    output = (tmp_path / "output.txt").read_text(encoding="utf-8")
     assert "waited in vain for another rank; silent: 1" in output
     assert f"{TARGET}, step " in output
     assert "stopped by SIGTERM" in output
-    saved = seal.sealed_steps(place / TARGET / "checkpoint")[-1]
+    saved = stage_of(place, TARGET).sealed_steps()[-1]
     assert saved == steps_logged(place, TARGET), "every step that was done is saved"
     workplace.run(f"run.folder={place}", warm_ranks=2)
     assert losses(place) == losses(reference_fsdp)
-    final = f"{TARGET}/checkpoint/step-20"
-    assert weights(place / final) == weights(reference_fsdp / final)
+    assert weights(stage_of(place, TARGET).checkpoint(20)) == weights(stage_of(reference_fsdp, TARGET).checkpoint(20))
 
 
 def test_workers_die_with_torchrun(workplace: Workplace, tmp_path: Path) -> None:

@@ -25,10 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from faulty import PHASES
-from launch import FAULTY, RECIPE, REPOSITORY, VOCABULARY, environment, losses, weights
+from launch import FAULTY, RECIPE, REPOSITORY, TARGET, VOCABULARY, environment, losses, stage_of, weights
 from warm import Warm
 
-FINAL = "stage-2-train-4L/checkpoint/step-12"
+from stackgrow.run_folder.folder import METRICS, VALIDATION, RunFolder
+
+LAST_STEP = 12
 SHORTER = ("budget.tokens=24Ki", "growth[0].timing=12Ki", "checkpoint.interval=3 steps", "log.tensorboard=false")
 TARGETS = ["start", "base train", "target train", *PHASES]
 TORCHRUN = 0.05  # the share of attempts that start torchrun for real
@@ -107,8 +109,8 @@ class Torture:
     def wait_for_lock(self, run: Path) -> None:
         """The lock is free as soon as no worker is left."""
         deadline = time.monotonic() + 60
-        while (run / "run.lock").exists():
-            with (run / "run.lock").open() as lock:
+        while (RunFolder(run).lock_file).exists():
+            with (RunFolder(run).lock_file).open() as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     return
@@ -151,8 +153,9 @@ def table(counter: Counter[str]) -> str:
 
 
 def check(run: Path, reference: Path) -> None:
-    assert weights(run / FINAL) == weights(reference / FINAL), f"{run}: weights differ"
-    for name in ("metrics.jsonl", "validation.jsonl"):
+    last, due = (stage_of(folder, TARGET).checkpoint(LAST_STEP) for folder in (run, reference))
+    assert weights(last) == weights(due), f"{run}: weights differ"
+    for name in (METRICS, VALIDATION):
         assert losses(run, name) == losses(reference, name), f"{run}: {name} differs"
 
 

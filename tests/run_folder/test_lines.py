@@ -22,7 +22,7 @@ def test_torn_last_line_is_left_out(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert read_records(path) == [{"step": 1}, {"step": 2}]
     RecordWriter(path, 9).close()
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert path.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_an_endless_line_is_not_read_whole(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def order(tmp_path: Path) -> Order:
 
 
 def read(run: Path) -> dict:
-    return json.loads((run / "provenance.json").read_text())
+    return json.loads((RunFolder(run).provenance_file).read_text(encoding="utf-8"))
 
 
 def test_sessions_are_appended_and_tell_how_they_ended(tmp_path: Path, order: Order) -> None:
@@ -51,7 +51,9 @@ def test_sessions_are_appended_and_tell_how_they_ended(tmp_path: Path, order: Or
     assert two["stages"] == {"stage-0-train-2L": {"start_step": 12}}
     assert record["texts"][two["texts"]["recipe_file"]] == RECIPE
     assert len(record["texts"]) == 4, "what did not change is written once"
-    assert record["texts"][two["texts"]["packages"]] == (tmp_path / "requirements.lock").read_text()
+    assert record["texts"][two["texts"]["packages"]] == (RunFolder(tmp_path).requirements_file).read_text(
+        encoding="utf-8"
+    )
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -73,7 +75,7 @@ def test_no_secret_of_the_environment_is_written_down() -> None:
 def test_lock_file_states_what_is_installed_in_a_form_that_pip_takes(tmp_path: Path) -> None:
     lock = requirements()
     assert f"torch=={metadata.version('torch')}" in lock.splitlines()
-    (tmp_path / "requirements.lock").write_text(lock)
+    (RunFolder(tmp_path).requirements_file).write_text(lock)
     pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-index", "-r", "requirements.lock"]
     done = subprocess.run(pip, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
