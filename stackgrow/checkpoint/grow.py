@@ -12,11 +12,12 @@ from stackgrow import seal
 from stackgrow.checkpoint import convert
 from stackgrow.checkpoint.dcp import is_model_key
 from stackgrow.checkpoint.verified import read_sealed
+from stackgrow.growth import own
 from stackgrow.growth.learned import HyperNetwork
 from stackgrow.growth.learned_shapes import matrix_names, shapes
 from stackgrow.growth.moments import with_moments
 from stackgrow.growth.noise import noisy_rules
-from stackgrow.growth.operators import growth_rules
+from stackgrow.growth.operators import growth_rules, operator_named
 from stackgrow.growth.rules import Alias, Moment, Rules
 from stackgrow.plan.stages import GrowStage
 from stackgrow.recipe.keys import Model
@@ -85,11 +86,21 @@ def rules_of(stage: GrowStage, network: Path | None = None) -> Rules:
     """The rule of every target tensor of a stage."""
     learned = None
     if network is not None:
-        learned = read_network(network, stage.source, stage.target)
+        learned = read_network(network, stage.source, stage.target, stage.maps)
 
     def rules(moment: Moment | None = None) -> Rules:
         """Of the weights, or of one of AdamW's moments."""
-        made = growth_rules(stage.operator, stage.source, stage.target, stage.layer_map, stage.seed, learned, moment)
+        made = growth_rules(
+            stage.operator,
+            stage.source,
+            stage.target,
+            stage.layer_map,
+            stage.seed,
+            network=learned,
+            moment=moment,
+            norm=stage.norm,
+            maps=stage.maps,
+        )
         if stage.noise:
             made = noisy_rules(made, stage.target.n_layers, stage.noise, stage.seed, moment)
         return made
@@ -144,6 +155,11 @@ def growth_record(
     }
     if moments:
         growth["moments"] = moments
+    for name in operator_named(stage.operator).options:
+        if name in ("norm", "maps"):
+            growth[name] = getattr(stage, name)
+    if own.is_own(stage.operator):
+        growth["operator_file_sha256"] = own.file_hash(stage.operator)
     return growth
 
 
@@ -166,9 +182,9 @@ def seal_grown(
     seal.seal(target, records, stated)
 
 
-def read_network(checkpoint: Path, source: Model, target: Model) -> HyperNetwork:
+def read_network(checkpoint: Path, source: Model, target: Model, maps: str = "paper") -> HyperNetwork:
     """The matrices in a learn stage's sealed checkpoint. Raises DamagedError where one is not what was sealed."""
-    names = matrix_names(shapes(source, target))
+    names = matrix_names(shapes(source, target, maps))
     parts: dict[str, dict[str, Tensor]] = {"widths": {}, "depths": {}}
     for stored, tensor in read_sealed(checkpoint, names).items():
         part, name = names[stored]

@@ -88,9 +88,10 @@ _TABLE = (
         title="G_direct widthwise: neurons are copied and their fan-out is split; layers, if any, are stacked",
         paper="eqs. 4-11",
         directions=(WIDTH, BOTH),
-        preserves="all but RMSNorm, by its factor in eq. 10; no in depth",
+        preserves='in width yes with norm = "copied" and whole factors, else all but RMSNorm; in depth no',
         width="width:split_rules",
         depth="depth:depth_rules",
+        options=("norm",),
     ),
     Operator(
         name="zero",
@@ -124,7 +125,7 @@ _TABLE = (
         preserves="no",
         whole="learned:learned_rules",
         needs={"learn_steps": "100 steps"},
-        options=("learn",),
+        options=("learn", "maps"),
         refuses={
             "layer_map": "learns how layers mix",
             "order": "learns how layers mix",

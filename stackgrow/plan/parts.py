@@ -10,6 +10,7 @@ from typing import Any
 from stackgrow.growth.operators import Operator, operator_named
 from stackgrow.plan import guidelines
 from stackgrow.recipe.keys import Growth, Model, Parallel, Recipe, Train
+from stackgrow.recipe.values import Duration
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _part_between(recipe: Recipe, before: Hop | None, hop: Hop | None) -> Part:
 
 def _learning_part(recipe: Recipe, before: Part, hop: Hop) -> Part:
     """The stage that learns the maps of ``hop``, on the layout of the stage before it."""
-    own = {"batch_warmup": (), **hop.growth.learn}  # a few steps, all of the full batch
+    own = {**_author_settings(hop.growth), **hop.growth.learn}
     return Part(
         model=hop.target,
         train=dataclasses.replace(recipe.train, **own),
@@ -125,6 +126,20 @@ def _learning_part(recipe: Recipe, before: Part, hop: Hop) -> Part:
         hop=hop,
         learns=True,
     )
+
+
+def _author_settings(growth: Growth) -> dict[str, Any]:
+    """How LiGO's maps are trained unless the recipe says otherwise: as its author did for the paper (tongxuluo/prts,
+    issue 2: rate 7e-5 to 7e-6 in 100 steps, 50 of them warm-up, weight decay 0.1), all with the full batch."""
+    length = growth.learn_steps or Duration(0, "steps")  # where it is missing, the plan says so
+    return {
+        "batch_warmup": (),
+        "learning_rate": 7e-5,
+        "min_learning_rate": 7e-6,
+        "warmup": Duration(length.amount // 2, length.unit),
+        "horizon": "stage",
+        "weight_decay": 0.1,
+    }
 
 
 def factor_of(growth: Growth) -> int | None:

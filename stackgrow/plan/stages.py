@@ -225,6 +225,11 @@ class TrainStage:
         return peak * (floor + (1 - floor) * left)
 
 
+def _without_plain(identity: dict[str, Any], **plain: object) -> dict[str, Any]:
+    """``identity`` without the keys that have their ``plain`` value: as it was before there were such keys."""
+    return {name: value for name, value in identity.items() if name not in plain or value != plain[name]}
+
+
 @dataclass(frozen=True)
 class LearnStage(TrainStage):
     """Trains LiGO's maps from ``source``, whose weights are frozen, to ``model`` (growth/learned.py)."""
@@ -232,6 +237,7 @@ class LearnStage(TrainStage):
     kind: str = "learn"
     source: Model = field(kw_only=True)
     seed: int = field(kw_only=True)  # the recipe's, made different for every growth
+    maps: str = field(default="paper", kw_only=True)
 
     learns_maps: ClassVar[bool] = True
 
@@ -243,15 +249,18 @@ class LearnStage(TrainStage):
     def flops_per_token(self) -> float:
         """6 N of the target, and making its weights and their gradients once per step; done again for every further
         micro-batch and rank, which is not counted, as recomputed activations are not."""
-        making = learned_shapes.mapping_flops(self.source, self.model)
+        making = learned_shapes.mapping_flops(self.source, self.model, self.maps)
         return super().flops_per_token + making / self.train.global_batch_tokens
 
     def checkpoint_tensors(self) -> dict[str, tuple[int, ...]]:
-        shapes = learned_shapes.shapes(self.source, self.model)
+        shapes = learned_shapes.shapes(self.source, self.model, self.maps)
         tensors: dict[str, tuple[int, ...]] = {}
         for stored, (part, name) in learned_shapes.matrix_names(shapes).items():
             tensors[stored] = shapes[part][name]
         return tensors
+
+    def identity(self) -> dict[str, Any]:
+        return _without_plain(super().identity(), maps="paper")
 
     @property
     def made_parameters(self) -> int:
@@ -260,7 +269,7 @@ class LearnStage(TrainStage):
 
     @property
     def checkpoint_bytes(self) -> int:
-        return CHECKPOINT_BYTES * learned_shapes.parameters(self.source, self.model)
+        return CHECKPOINT_BYTES * learned_shapes.parameters(self.source, self.model, self.maps)
 
 
 @dataclass(frozen=True)
@@ -277,6 +286,8 @@ class GrowStage:
     ramp: Duration | None = None
     optimizer: str | None = None  # "copy" or "asymmetric"; None: its state is left behind
     kind: str = "grow"
+    norm: str = "scaled"
+    maps: str = "paper"
 
     trains: ClassVar[bool] = False
     learns_maps: ClassVar[bool] = False
@@ -308,7 +319,7 @@ class GrowStage:
         return dict(self.target.tensors())
 
     def identity(self) -> dict[str, Any]:
-        return dict(to_dict(self))
+        return _without_plain(to_dict(self), norm="scaled", maps="paper")
 
     @property
     def mask(self) -> GrowthMask | None:

@@ -92,6 +92,8 @@ class Timeline:
             seed=self.recipe.seed + index,
             ramp=growth.ramp,
             optimizer=None if growth.optimizer == "reset" else growth.optimizer,
+            norm=growth.norm,
+            maps=growth.maps,
         )
         self.stages.append(stage)
         self.grown = hop
@@ -160,6 +162,7 @@ class Timeline:
             document_mask=stage.document_mask,
             source=hop.source,
             seed=self.recipe.seed + stage.index,
+            maps=hop.growth.maps,
         )
 
     def _steps_to(self, part: Part, hop: Hop, timing: Duration | Share | str) -> int:

@@ -107,8 +107,9 @@ class Model:
     norm_eps: float = key(values.number(0, 1, above=True), "epsilon of RMSNorm", 1e-5)
     rope_theta: float = key(values.number(1), "base of the rotary frequencies", 10000.0)
     init: str = key(
-        values.choice("paper", "torchtitan"),
-        'initialization: "paper" N(0, sqrt(2/(5 d_in))), MLP output N(0, 1/(sqrt(d_in) L)); or torchtitan\'s',
+        values.choice("paper", "torchtitan", "torch"),
+        "initialization: \"paper\" N(0, sqrt(2/(5 d_in))), MLP output N(0, 1/(sqrt(d_in) L)); torchtitan's; or torch's "
+        "own, embedding N(0, 1), which the published base and scratch runs have",
         "paper",
     )
 
@@ -316,10 +317,22 @@ class Growth:
     )
     order: str = key(values.choice("stack", "interleave"), "with factor: 0 1 0 1, or 0 0 1 1", "stack")
     noise: float = key(
-        values.number(0, 1), "share of random weights blended into the grown ones (paper, appendix I: 0.2)", 0.0
+        values.number(0, 1), "share of random weights blended into all grown linears (paper, appendix I.2: 0.2)", 0.0
     )
     ramp: Duration | None = key(values.duration(1), 'with "random": how long the mask takes from 0 to 1', None)
     learn_steps: Duration | None = key(values.duration(1), 'with "learn": how long its maps are trained', None)
+    maps: str = key(
+        values.choice("paper", "official"),
+        'with "learn": train the maps of what grows (eqs. 37-42), or, as the official code, those of widths and depth '
+        "either way",
+        "paper",
+    )
+    norm: str = key(
+        values.choice("scaled", "copied"),
+        'with "split": RMSNorm\'s weights times sqrt(d)/sqrt(D) (eq. 10), or as they are: preserves the function at '
+        "whole factors (official code)",
+        "scaled",
+    )
     optimizer: str = key(
         values.choice("reset", "copy", "asymmetric"),
         "AdamW's moments: start afresh; grow by the same map as the weights; or only the first copy of each weight "
@@ -334,7 +347,11 @@ class Growth:
     freeze: Duration | None = key(
         values.duration(1), "how long only the new layers, the last norm and the head are trained (MSLT)", None
     )
-    learn: dict[str, Any] = overrides(Train, 'with "learn": keys of [train] that differ while its maps are trained')
+    learn: dict[str, Any] = overrides(
+        Train,
+        "with \"learn\": keys of [train] that differ while its maps are trained; unless given, LiGO's author's: rate "
+        "7e-5 to 7e-6 over the stage, half of it warm-up, weight decay 0.1",
+    )
     model: dict[str, Any] = overrides(Widths, "widths after this growth; the last growth leads to [model]")
     train: dict[str, Any] = overrides(Train, "keys of [train] that differ in the stage after this growth")
     parallel: dict[str, Any] = overrides(Parallel, "keys of [parallel] that differ in the stage after this growth")

@@ -37,6 +37,7 @@ class LigoArgs(BaseModelArgs):
 
     source: Model | None = None
     target: Model | None = None
+    maps: str = "paper"  # which are trained: growth/learned_shapes.py
     checkpoint: str = ""
     seed: int = 0
     precision: str = "float32"
@@ -54,7 +55,14 @@ class LigoArgs(BaseModelArgs):
 
 def ligo_args(stage: LearnStage, source: Path) -> LigoArgs:
     llama = model_args(stage.model, stage.seed, None, stage.train.attention, stage.train.loss_chunk)
-    return LigoArgs(source=stage.source, target=stage.model, checkpoint=str(source), seed=stage.seed, llama=llama)
+    return LigoArgs(
+        source=stage.source,
+        target=stage.model,
+        maps=stage.maps,
+        checkpoint=str(source),
+        seed=stage.seed,
+        llama=llama,
+    )
 
 
 class LigoLlama(ModelProtocol):
@@ -65,7 +73,7 @@ class LigoLlama(ModelProtocol):
         assert args.source is not None
         assert args.target is not None
         self.args, self.source, self.target = args, args.source, args.target
-        needed = shapes(self.source, self.target)
+        needed = shapes(self.source, self.target, args.maps)
         self.names = matrix_names(needed)
         self.widths, self.depths = nn.ParameterDict(), nn.ParameterDict()
         for stored, (part, name) in self.names.items():
@@ -79,7 +87,7 @@ class LigoLlama(ModelProtocol):
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        start = initial_network(self.source, self.target, self.args.seed)
+        start = initial_network(self.source, self.target, self.args.seed, self.args.maps)
         parameters = dict(self.named_parameters())
         for stored, (part, name) in self.names.items():
             shard = shard_of(parameters[stored])

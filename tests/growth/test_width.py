@@ -170,6 +170,20 @@ def test_split_to_a_multiple_is_the_source_with_its_norms_scaled(case: str) -> N
     assert deviation(grown, logits(source, small)) > 0.05
 
 
+@pytest.mark.parametrize("case", ["twice", "thrice, mha", "kv kept"])
+def test_split_to_a_multiple_preserves_the_function_where_norms_are_copied(case: str) -> None:
+    """As the official code does it, and as section 5.2 says of the operator."""
+    source, target = WIDER[case]
+    small = weights(source)
+    grown = apply(split_rules(source, target, SEED, norm="copied"), small)
+    assert deviation(logits(target, grown), logits(source, small)) < 1e-5
+    scaled = apply(split_rules(source, target, SEED), small)
+    norms = {name for name, weight in small.items() if weight.dim() == 1}
+    assert_same({n: grown[n] for n in grown.keys() - norms}, {n: scaled[n] for n in scaled.keys() - norms})
+    for name in norms:
+        assert torch.equal(grown[name], small[name].repeat(target.dim // source.dim)), name
+
+
 @pytest.mark.parametrize(("case", "low", "high"), [("twice", 0.4, 0.7), ("3/2", 0.3, 0.6)])
 def test_measured_deviation_of_a_split(case: str, low: float, high: float) -> None:
     source, target = WIDER[case]

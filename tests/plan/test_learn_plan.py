@@ -127,3 +127,30 @@ def test_planning_loads_no_torch(tmp_path: Path) -> None:
     )
     root = str(Path(__file__).parents[2])
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": root}, check=True)
+
+
+def test_maps_are_trained_with_their_authors_settings_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
+    """Rate 7e-5 to 7e-6, half of the steps warm-up, weight decay 0.1 (tongxuluo/prts, issue 2); not the stage's own."""
+    plain = edited(("[growth.learn]\n", ""), ('warmup = "2 steps"\n', ""), text=LEARN)
+    stage = plan_of(tmp_path, plain).stages[1]
+    assert isinstance(stage, LearnStage)
+    train = stage.train
+    assert (train.learning_rate, train.min_learning_rate, train.weight_decay) == (7e-5, 7e-6, 0.1)
+    assert (stage.steps, stage.warmup_steps, stage.horizon_steps) == (10, 5, 10)
+    assert stage.learning_rate(5) == 7e-5
+    told = edited(('warmup = "2 steps"', 'warmup = "2 steps"\nlearning_rate = 0.01'), text=LEARN)
+    other = plan_of(tmp_path, told).stages[1]
+    assert isinstance(other, LearnStage)
+    assert (other.train.learning_rate, other.warmup_steps, other.train.min_learning_rate) == (0.01, 2, 7e-6)
+
+
+def test_official_maps_cost_and_count_more_and_change_the_hash(tmp_path: Path) -> None:
+    paper = plan_of(tmp_path, LEARN)
+    chosen = ('learn_steps = "10 steps"', 'learn_steps = "10 steps"\nmaps = "official"')
+    official = plan_of(tmp_path, edited(chosen, text=LEARN))
+    assert official.stages[1].flops > paper.stages[1].flops
+    assert official.stages[1].checkpoint_bytes > paper.stages[1].checkpoint_bytes
+    hashes = [plan.stage_hashes("data") for plan in (paper, official)]
+    same = [name for name in hashes[0] if hashes[0][name] == hashes[1][name]]
+    assert same == ["stage-0-train-2L"]
+    assert "maps" not in paper.stages[2].identity(), "as before there was a choice"

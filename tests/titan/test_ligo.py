@@ -37,13 +37,13 @@ def sealed(state: dict[str, torch.Tensor], folder: Path) -> Path:
     return folder
 
 
-def build(target: Model, folder: Path, precision: str = "float32") -> LigoLlama:
+def build(target: Model, folder: Path, precision: str = "float32", maps: str = "paper") -> LigoLlama:
     """On the weights of ``weights(SOURCE)``, as the Trainer builds it."""
     checkpoint = folder / "source"
     if not checkpoint.exists():
         sealed(weights(SOURCE), checkpoint)
     models = {"source": SOURCE, "target": target, "llama": model_args(target, 0)}
-    args = LigoArgs(**models, checkpoint=str(checkpoint), seed=4, precision=precision)
+    args = LigoArgs(**models, maps=maps, checkpoint=str(checkpoint), seed=4, precision=precision)
     args.llama.max_seq_len = 32
     with torch.device("meta"):
         model = LigoLlama(args)
@@ -60,13 +60,15 @@ def train(model: LigoLlama, steps: int = 3) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("maps", ["paper", "official"])
 @pytest.mark.parametrize("case", TARGETS)
-def test_the_folded_checkpoint_computes_the_same(case: str, tmp_path: Path) -> None:
-    target, model = TARGETS[case], build(TARGETS[case], tmp_path)
+def test_the_folded_checkpoint_computes_the_same(case: str, maps: str, tmp_path: Path) -> None:
+    target = TARGETS[case]
+    model = build(target, tmp_path, maps=maps)
     before = model(TOKENS)
     train(model)
-    network = read_network(sealed(dict(model.state_dict()), tmp_path / "learned"), SOURCE, target)
-    folded = apply(learned_rules(SOURCE, target, network), weights(SOURCE))
+    network = read_network(sealed(dict(model.state_dict()), tmp_path / "learned"), SOURCE, target, maps)
+    folded = apply(learned_rules(SOURCE, target, network, maps), weights(SOURCE))
     with torch.no_grad():
         expected, found = model(TOKENS), llama(target, folded)(TOKENS)
     assert deviation(found, expected) < 1e-5
@@ -80,6 +82,24 @@ def test_an_untrained_depth_map_is_g_stack(tmp_path: Path) -> None:
         model = build(target, tmp_path)
         assert torch.equal(model(TOKENS), llama(target, stacked)(TOKENS))
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"depths"}
+
+
+@pytest.mark.parametrize("case", ["depth", "width"])
+def test_the_official_maps_are_of_both_directions_and_begin_where_the_papers_do(case: str, tmp_path: Path) -> None:
+    """The official code also trains B, from the identity, where only the depth grows, and D where only widths grow."""
+    with torch.no_grad():
+        paper, official = (build(TARGETS[case], tmp_path, maps=maps) for maps in ("paper", "official"))
+        assert torch.equal(official(TOKENS), paper(TOKENS))
+    names = {name for name, _ in official.named_parameters()}
+    assert {name.split(".")[0] for name in names} == {"widths", "depths"}
+    assert {name.split(".")[0] for name, _ in paper.named_parameters()} == {f"{case}s"}
+    assert len(names) == 5 + 9
+    learned = sum(parameter.numel() for parameter in official.parameters())
+    assert learned == parameters(SOURCE, TARGETS[case], "official")
+    train(official, 1)
+    network = dict(official.named_parameters())
+    start = dict(build(TARGETS[case], tmp_path, maps="official").named_parameters())
+    assert all((network[name] != start[name]).any() for name in names), "every one of them is trained"
 
 
 @pytest.mark.parametrize("case", TARGETS)

@@ -154,3 +154,21 @@ def test_draw_is_pinned() -> None:
 
 
 PINNED = [0.1986078917980194, 0.16661080718040466, 0.12599121034145355]
+
+
+def test_torchs_own_initialization_is_that_of_its_modules() -> None:
+    """What the paper's published base and scratch runs have, which never call their initialization."""
+    model = Model(family="llama2", dim=64, n_layers=1, n_heads=2, ffn_dim=96, vocab_size=500, init="torch")
+    ours = dict(build(model).named_parameters())
+    torch.manual_seed(0)
+    embedding, linear = torch.nn.Embedding(500, 64), torch.nn.Linear(96, 64, bias=False)
+    for have, want in (
+        (ours["tok_embeddings.weight"], embedding.weight),
+        (ours["layers.0.feed_forward.w2.weight"], linear.weight),
+    ):
+        assert have.mean().item() == pytest.approx(0, abs=0.02)
+        assert have.std().item() == pytest.approx(want.std().item(), rel=0.02)
+        assert have.abs().max().item() == pytest.approx(want.abs().max().item(), rel=0.2)
+    bound = 64**-0.5
+    assert 0.99 * bound < ours["output.weight"].abs().max().item() <= bound
+    assert (ours["norm.weight"] == 1).all()
