@@ -24,12 +24,13 @@ from stackgrow.audit.case import Case, open_case
 from stackgrow.audit.chain import audit_run
 from stackgrow.audit.report import Look
 from stackgrow.audit.same import same_run
-from stackgrow.cli.options import add_trust, parser_of, tell
+from stackgrow.cli.options import add_trust, parser_of, quiet_at_closed_pipe, tell
 from stackgrow.errors import DamagedError, RunError
 from stackgrow.growth import own
 from stackgrow.recipe.load import RecipeError
 
 
+@quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.trust:

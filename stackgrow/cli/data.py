@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from stackgrow.cli.options import add_set, parser_of
+from stackgrow.cli.options import add_set, parser_of, quiet_at_closed_pipe
 from stackgrow.data import inspect
 from stackgrow.data.store import read_manifest
 from stackgrow.plan.resolve import make_plan
@@ -18,6 +18,7 @@ from stackgrow.recipe.load import load_recipe
 from stackgrow.recipe.shipped import find_recipe
 
 
+@quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)

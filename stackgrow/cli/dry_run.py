@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from stackgrow.cli.options import add_set, parser_of
+from stackgrow.cli.options import add_set, parser_of, quiet_at_closed_pipe
 from stackgrow.plan.checks import world_problems
 from stackgrow.plan.resolve import make_plan
 from stackgrow.recipe.load import RecipeError, load_recipe
@@ -21,6 +21,7 @@ from stackgrow.text import aligned
 HEAD = ("stage", "parameters", "gradients", "optimizer", "equal", "working: traced", "planned", "ratio", "seconds")
 
 
+@quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stackgrow.cli.options import add_set, parser_of, tell
+from stackgrow.cli.options import add_set, parser_of, quiet_at_closed_pipe, tell
 from stackgrow.errors import RunError
 
 
@@ -22,6 +22,7 @@ def count(text: str) -> int:
     return int(text)
 
 
+@quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("source", type=Path, help="a run folder, or one of its checkpoints")

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stackgrow.cli.options import parser_of
+from stackgrow.cli.options import parser_of, quiet_at_closed_pipe
 from stackgrow.data.tokenizer import TokenizerError
 from stackgrow.errors import RunError
 
 
+@quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("source", type=Path, help="a run folder, or one of its checkpoints")

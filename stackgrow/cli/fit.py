@@ -14,12 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stackgrow.cli.options import parser_of
+from stackgrow.cli.options import parser_of, quiet_at_closed_pipe
 from stackgrow.errors import RunError, disk_error
 from stackgrow.report.guideline_table import draw_fits, render_fits, render_toml
 from stackgrow.report.isoflop import Fit, Run, fit_law, fit_timing, read_run, read_table, valleys
 
 
+@quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("sources", nargs="+", type=Path, metavar="RUN", help="run folders, or CSV files of curves")

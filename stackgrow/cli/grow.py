@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from stackgrow.cli.options import parser_of, tell
+from stackgrow.cli.options import parser_of, quiet_at_closed_pipe, tell
 from stackgrow.errors import RunError
 from stackgrow.growth import own
 from stackgrow.growth.depth import interleave_map, stack_map
@@ -31,6 +31,7 @@ from stackgrow.plan.stages import GrowStage
 from stackgrow.recipe.keys import Model
 
 
+@quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     from torch import distributed as dist

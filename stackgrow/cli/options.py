@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 
 from stackgrow.errors import RunError
+from stackgrow.process.progress import hush
 
 # torchrun kills the other ranks when one fails: they wait, so that the reason is told by then.
 TOLD_AFTER_SECONDS = 3
+
+
+CLOSED_PIPE = 141  # 128 + SIGPIPE, as of any command whose output nobody reads any more
+
+
+def quiet_at_closed_pipe(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """A page's ``main`` that ends without a word where its output is closed, as by ``| head``."""
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        try:
+            code = main(argv)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            hush(sys.stdout)
+            return CLOSED_PIPE
+        return code
+
+    return wrapped
 
 
 def parser_of(page: str | None) -> argparse.ArgumentParser:

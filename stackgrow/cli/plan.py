@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stackgrow.cli.options import add_set, parser_of
+from stackgrow.cli.options import add_set, parser_of, quiet_at_closed_pipe
 from stackgrow.errors import RunError
 from stackgrow.plan.cost import GPUS, MFU, Cluster, estimate, search
 from stackgrow.plan.resolve import make_plan
@@ -20,6 +20,7 @@ from stackgrow.recipe.values import tokens
 from stackgrow.report.cost_table import render_cost, render_cost_json
 
 
+@quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe")

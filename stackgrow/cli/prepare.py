@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from stackgrow.cli.options import quiet_at_closed_pipe
 from stackgrow.data.inspect import summary
 from stackgrow.data.prepare import PRESETS, prepare
 from stackgrow.data.read import Source, stdlib_source
@@ -61,6 +62,7 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argp
     return parser, parser.parse_args(argv)
 
 
+@quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser, args = arguments(argv)
     if not args.input and not args.stdlib:

@@ -10,11 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stackgrow.cli.options import parser_of
+from stackgrow.cli.options import parser_of, quiet_at_closed_pipe
 from stackgrow.errors import RunError
 from stackgrow.run_folder.folder import RunFolder
 
 
+@quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stackgrow.cli.options import add_set, add_trust, parser_of, tell
+from stackgrow.cli.options import add_set, add_trust, parser_of, quiet_at_closed_pipe, tell
 from stackgrow.errors import LockedError, RunError, StoppedError
 from stackgrow.growth import own
 from stackgrow.recipe.shipped import find_recipe
 
 
+@quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe")

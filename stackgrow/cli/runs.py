@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stackgrow.cli.options import parser_of
+from stackgrow.cli.options import parser_of, quiet_at_closed_pipe
 from stackgrow.errors import RunError
 from stackgrow.run_folder.state import RunState, bytes_in, delete, runs_in, spare, state_of
 from stackgrow.text import aligned, human, short
@@ -22,6 +22,7 @@ from stackgrow.text import aligned, human, short
 HEAD = ("run", "state", "stage", "step", "tokens", "of", "loss", "disk", "")
 
 
+@quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="a folder of runs, or a run")

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stackgrow.cli.options import add_set, parser_of, tell
+from stackgrow.cli.options import add_set, parser_of, quiet_at_closed_pipe, tell
 from stackgrow.errors import RunError
 from stackgrow.recipe.load import load_recipe
 from stackgrow.recipe.shipped import find_recipe
@@ -38,6 +38,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
+@quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe")

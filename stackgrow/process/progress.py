@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any, TextIO
 
 from stackgrow.text import clock, human
 
+COLUMNS = 80  # of a terminal that does not say how wide it is
 RENEW_LINE = "\r\x1b[K"  # back to its beginning, and erased
 
 
@@ -31,32 +33,64 @@ class Progress:
         step = record["step"]
         first_step, began = self._started or (0, time.monotonic())
         seconds_per_step = (time.monotonic() - began) / max(step - first_step, 1)
-        parts = [
-            self.stage,
-            f"step {step}/{self.steps} ({100 * step // self.steps}%)",
-            f"tokens {human(record['tokens'])}",
-            f"loss {record['loss']:.4f}{self.validation}",
-            f"lr {record['lr']:.2e}",
-            f"{human(record['tps'])} tok/s",
-            f"ETA {clock(seconds_per_step * (self.steps - step))}",
-        ]
-        self._show("  ".join(parts))
+        parts = {
+            "stage": self.stage,
+            "step": f"step {step}/{self.steps} ({100 * step // self.steps}%)",
+            "tokens": f"tokens {human(record['tokens'])}",
+            "loss": f"loss {record['loss']:.4f}",
+            "validation": self.validation,
+            "rate": f"lr {record['lr']:.2e}",
+            "speed": f"{human(record['tps'])} tok/s",
+            "left": f"ETA {clock(seconds_per_step * (self.steps - step))}",
+        }
+        self._show(self._fitted(parts))
+
+    def _fitted(self, parts: dict[str, str]) -> str:
+        """The parts that are there, in one line: on a terminal no more than it has room for, since a line that breaks
+        cannot be renewed."""
+        room = self._columns() - 1 if self.terminal else None
+        for least in ("", "rate", "tokens", "validation", "speed"):
+            parts.pop(least, None)
+            line = "  ".join(part for part in parts.values() if part)
+            if room is None or len(line) <= room:
+                return line
+        return line[:room]
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self.stream.fileno()).columns or COLUMNS
+        except OSError:
+            return COLUMNS
 
     def validated(self, step: int, loss: float) -> None:
         """Keeps the newest validation loss in the line; where lines do not renew themselves, says it at once."""
-        self.validation = f"  val {loss:.4f}"
+        self.validation = f"val {loss:.4f}"
         if not self.terminal:
             self._show(f"{self.stage}  step {step}/{self.steps}  validation loss {loss:.4f}")
 
     def close(self) -> None:
         """Leaves the last line standing."""
         if self.enabled and self.terminal:
-            print(file=self.stream, flush=True)
+            say("", stream=self.stream)
 
     def _show(self, line: str) -> None:
         if not self.enabled:
             return
         if self.terminal:
-            print(f"{RENEW_LINE}{line}", end="", file=self.stream, flush=True)
+            say(f"{RENEW_LINE}{line}", end="", stream=self.stream)
         else:
-            print(line, file=self.stream, flush=True)
+            say(line, stream=self.stream)
+
+
+def say(line: str, end: str = "\n", stream: TextIO | None = None) -> None:
+    """Prints a line at once. Training goes on where nobody reads any more, as in ``| head``."""
+    stream = stream or sys.stdout
+    try:
+        print(line, end=end, file=stream, flush=True)
+    except BrokenPipeError:
+        hush(stream)
+
+
+def hush(stream: TextIO) -> None:
+    """What is written to ``stream`` from now on, and what waits to be, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -28,6 +28,7 @@ from stackgrow.plan.resolve import make_plan
 from stackgrow.plan.stages import GrowStage, ImportStage, Plan, Stage, TrainStage
 from stackgrow.process import signals
 from stackgrow.process.logs import log_to
+from stackgrow.process.progress import say
 from stackgrow.process.ranks import from_rank0, wait_for
 from stackgrow.recipe.keys import Recipe
 from stackgrow.report.html import finish_report
@@ -125,8 +126,8 @@ def _run_stages(session: _Session, refusal: RunError | None) -> None:
 def _finish(session: _Session) -> None:
     run, plan = session.run, session.plan
     seal.write_json(run.ledger_file, ledger(plan, run, session.order))
-    print(render_summary(plan, run.path, session.order), flush=True)
-    print(finish_report(run.path), flush=True)
+    say(render_summary(plan, run.path, session.order))
+    say(finish_report(run.path))
 
 
 def _same_everywhere(session: _Session) -> Plan:
@@ -148,7 +149,7 @@ def _run_stage_unless_done(session: _Session, stage: Stage) -> None:
         stop_if_asked()
         _run_stage(session, stage)
     elif session.rank == 0:
-        print(f"{stage.name}  done before", flush=True)
+        say(f"{stage.name}  done before")
 
 
 def _open_stage(plan: Plan, stage: Stage, folder: StageFolder, stage_hash: str) -> None:
@@ -239,7 +240,7 @@ def _import(session: _Session, stage: ImportStage) -> Path:
     if session.rank == 0:
         write_found(folder, session.hashes[stage.name], weights_hash)
         provenance.add(session.run, stage.name, folder=stage.folder, weights_hash=weights_hash)
-        print(f"{stage.name}  {stage.change}", flush=True)
+        say(f"{stage.name}  {stage.change}")
     return output
 
 
@@ -265,7 +266,7 @@ def _grow(session: _Session, stage: GrowStage, inputs: _Inputs) -> Path:
             world_size=session.world_size,
         )
     if session.rank == 0:
-        print(line, flush=True)
+        say(line)
         manifests = {"input": inputs.source, "network": inputs.network, "output": output}
         hashes = {name: seal.manifest_hash(path) for name, path in manifests.items() if path is not None}
         provenance.add(session.run, stage.name, **hashes)

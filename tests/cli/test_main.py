@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,26 @@ def test_the_command_runs_as_a_module() -> None:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("quickstart")
+
+
+@pytest.mark.parametrize("tool", [["run_recipe.py", "recipes/7b_gstack.toml", "--plan"], ["audit_run.py", "--help"]])
+def test_a_reader_that_leaves_early_is_no_error(tool: list[str]) -> None:
+    """As in ``run_recipe ... --plan | head``: BrokenPipeError and a traceback."""
+    program = subprocess.Popen(
+        [sys.executable, REPOSITORY / "tools" / tool[0], *tool[1:]],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert program.stdout is not None
+    assert program.stderr is not None
+    program.stdout.close()
+    assert program.stderr.read() == ""
+    program.wait(timeout=60)
+
+
+def test_every_page_may_be_left_early() -> None:
+    for verb in VERBS:
+        page = import_module(f"stackgrow.cli.{verb.page}")
+        assert hasattr(page.main, "__wrapped__"), f"{verb.page}.main is without quiet_at_closed_pipe"

@@ -1,9 +1,16 @@
+import fcntl
 import io
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 from types import SimpleNamespace
 
 import pytest
 
-from stackgrow.process.progress import Progress
+from stackgrow.process.progress import RENEW_LINE, Progress
 from stackgrow.text import clock
 
 RECORD = {"step": 50, "tokens": 204_800, "loss": 5.25, "lr": 1e-3, "tps": 12_300.0}
@@ -35,6 +42,38 @@ def test_one_renewed_line_on_a_terminal() -> None:
     progress.close()
     assert stream.getvalue().count("\n") == 1
     assert stream.getvalue().count("\r") == 3
+
+
+@pytest.mark.parametrize("columns", [132, 80, 60, 20])
+def test_the_line_is_never_wider_than_the_terminal(columns: int) -> None:
+    """One that breaks is not renewed: it left a hundred rows behind in 80 columns."""
+    reader, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(terminal, "w") as stream:
+        progress = Progress("stage-10-train-24L", 1_000_000, enabled=True, stream=stream)
+        progress.start(0)
+        progress.validated(0, 7.8)
+        progress.update({**RECORD, "step": 123_456, "tokens": 204_800_000_000})
+        line = os.read(reader, 4096).decode().removeprefix(RENEW_LINE)
+    os.close(reader)
+    assert len(line) < columns
+    assert line.startswith("stage-10-train-24L")
+    assert ("step 123456/1000000 (12%)" in line) == (columns >= 60)
+    assert ("loss 5.2500" in line) == (columns >= 60)
+    assert ("lr 1.00e-03" in line) == (columns == 132)
+
+
+def test_training_goes_on_where_nobody_reads_any_more() -> None:
+    """As in ``run_recipe ... | head``."""
+    program = (
+        "from stackgrow.process.progress import Progress\n"
+        "progress = Progress('stage', 100, enabled=True)\n"
+        f"for _ in range(20_000): progress.update({RECORD})\n"
+        "import sys; print('all steps made', file=sys.stderr)\n"
+    )
+    done = subprocess.run(f'{sys.executable} -c "{program}" | head -1', shell=True, capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == "all steps made\n"
 
 
 def test_other_ranks_are_silent() -> None:
