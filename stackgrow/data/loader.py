@@ -153,10 +153,10 @@ def _as_fetched(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor,
     return batch
 
 
-def open_validation(data: Data, sequences: int) -> list[tuple[TokenStore, int]]:
+def open_validation(data: Data, sequences: int, take: str = "first") -> list[tuple[TokenStore, int]]:
     """Held-out windows of a recipe's stores, ``sequences`` in all and from each by its weight; fewer where a store
-    holds out fewer. They are spread evenly over it: documents lie in the order of their files, and the first windows
-    would be the first folder's alone. Raises StoreError."""
+    holds out fewer. ``take``: its "first" ones, or "spread" evenly over it: documents lie in the order of their files,
+    so that the first windows can be those of one folder alone. Raises StoreError."""
     paths = [path for path, _ in data.stores]
     counts = apportion([weight for _, weight in data.stores], sequences)
     rows: list[tuple[TokenStore, int]] = []
@@ -166,7 +166,9 @@ def open_validation(data: Data, sequences: int) -> list[tuple[TokenStore, int]]:
         store = TokenStore.open(path, split="validation")
         windows = store.windows(data.seq_len)
         taken = min(count, windows)
-        rows += [(store, i * windows // taken) for i in range(taken)]
+        for i in range(taken):
+            window = i * windows // taken if take == "spread" else i
+            rows.append((store, window))
     if not rows:
         raise StoreError(f"{paths[0]}: validation has no sequence of {data.seq_len}; prepare a larger --validation")
     return rows

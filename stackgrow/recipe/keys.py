@@ -378,6 +378,12 @@ class Validation:
         free=True,
     )
     sequences: int = key(values.integer(0), "held-out sequences per validation; 0: no validation", 64, free=True)
+    take: str = key(
+        values.choice("first", "spread"),
+        "which ones: the first of the held-out text, or evenly spread over all of it, as text in folders needs",
+        "first",
+        free=True,
+    )
 
 
 @dataclass(frozen=True)

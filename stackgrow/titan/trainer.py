@@ -146,7 +146,7 @@ class StageTrainer(Trainer):
         job, dims = self.stage_job, self.parallel_dims
         if job.recipe.validation.sequences == 0:
             return
-        rows = open_validation(job.recipe.data, job.recipe.validation.sequences)
+        rows = open_validation(job.recipe.data, job.recipe.validation.sequences, job.recipe.validation.take)
         ranks, rank = 1, 0
         if dims.dp_enabled:
             mesh = dims.get_mesh("batch")

@@ -29,10 +29,9 @@ def export(workplace: Workplace, *arguments: object, code: int = 0) -> str:
 
 
 def validation_loss(folder: Path, store: TokenStore) -> float:
-    """Of the run's 11 held-out sequences, which are spread over the store, through transformers."""
+    """Of the run's 11 held-out sequences, through transformers."""
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    starts = [64 * (i * store.windows(64) // 11) for i in range(11)]
-    windows = torch.tensor([store.tokens(start, start + 65).tolist() for start in starts])
+    windows = torch.tensor([store.tokens(64 * i, 64 * i + 65).tolist() for i in range(11)])
     with torch.no_grad():
         logits = model(windows[:, :-1]).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
