@@ -12,6 +12,10 @@ from stackgrow.plan.stages import Plan
 from stackgrow.recipe.keys import Recipe
 from stackgrow.recipe.load import RecipeError, load_recipe
 
+REPOSITORY = Path(__file__).parents[1]
+# The shipped ones; in results/ lie those of kept records, each as it was when its run was made.
+RECIPE_FILES = sorted(path for path in (REPOSITORY / "recipes").rglob("*.toml") if "results" not in path.parts)
+
 RECIPE = """\
 name = "tiny"
 seed = 7

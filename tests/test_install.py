@@ -59,6 +59,7 @@ def stackgrow(installed: Path, folder: Path, *arguments: str) -> subprocess.Comp
 def test_the_wheel_has_what_the_checkout_has(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "stackgrow/recipe.schema.json" in names
+    assert "stackgrow/report/page.html.jinja" in names
     modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "stackgrow").rglob("*.py")}
     assert modules <= set(names)
     recipes = {path.relative_to(REPOSITORY / "recipes") for path in (REPOSITORY / "recipes").rglob("*.toml")}

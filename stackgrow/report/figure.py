@@ -59,7 +59,10 @@ def new_figure(width: float, height: float) -> Any:
         "legend.frameon": False,
     }
     mpl.rcParams.update(settings)
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.1)  # inches: labels at the edge are whole
+    return figure
 
 
 def svg_of(figure: Any) -> str:
@@ -110,8 +113,8 @@ def panels_of(comparison: Comparison) -> list[Panel]:
 def save_figure(comparison: Comparison, file: Path) -> None:
     """All panels side by side with a legend below, as PNG or SVG by the name of ``file``."""
     panels = panels_of(comparison)
-    legend_height = 0.25 * len(comparison.curves)
-    whole = new_figure(SIZE[0] * len(panels), SIZE[1] + legend_height)
+    rows = math.ceil(len(comparison.curves) / len(panels))  # of the legend, which has a column below each panel
+    whole = new_figure(SIZE[0] * len(panels), SIZE[1] + 0.25 * rows)
     parts = whole.subfigures(1, len(panels), squeeze=False)[0]
     for part, panel in zip(parts, panels, strict=True):
         panel(part, comparison)
@@ -119,7 +122,7 @@ def save_figure(comparison: Comparison, file: Path) -> None:
 
     lines = [Line2D([], [], color=color_of(number), linewidth=2) for number in range(len(comparison.curves))]
     labels = [curve.label for curve in comparison.curves]
-    whole.legend(lines, labels, loc="outside lower center", fontsize=9)
+    whole.legend(lines, labels, loc="outside lower center", ncols=len(panels), fontsize=9)
     if file.suffix == ".svg":
         file.write_text(svg_of(whole), encoding="utf-8")
     else:

@@ -117,7 +117,9 @@ def _status(folder: RunFolder, plan: Plan, provenance: dict[str, Any]) -> str:
     sessions = sessions_of(provenance)
     ended = sessions[-1].get("ended", {}) if sessions else {}
     date = str(ended.get("at") or (sessions[-1].get("started") if sessions else "")).replace("T", " ")[:16]
-    if all(folder.stage(stage.name).is_done() for stage in plan.stages):
+    if "kept" in provenance:
+        status = "records of a run, kept without it"
+    elif all(folder.stage(stage.name).is_done() for stage in plan.stages):
         status = f"finished {date}".strip()
     elif ended:
         status = f"not finished: {ended.get('how')}, {date}"
@@ -155,8 +157,11 @@ def _size(plan: Plan) -> str:
 
 def _warnings(folder: RunFolder, plan: Plan, provenance: dict[str, Any]) -> Iterator[str]:
     """What a reader of the results should know."""
+    kept = provenance.get("kept")  # what is known and what is not of records that were kept without their run
+    if isinstance(kept, str):
+        yield kept
     unfinished = [stage.name for stage in plan.stages if not folder.stage(stage.name).is_done()]
-    if unfinished:
+    if unfinished and not kept:
         yield f"not finished: {', '.join(unfinished)}"
     sessions = sessions_of(provenance)
     if len(sessions) > 1:
@@ -170,9 +175,6 @@ def _warnings(folder: RunFolder, plan: Plan, provenance: dict[str, Any]) -> Iter
     for stage in folder.stages():
         for path in sorted(stage.quarantine.glob("*")):
             yield f"set aside as incomplete or damaged: {path.relative_to(folder.path)}"
-    unknown = provenance.get("unknown")  # of records that were kept without the run that they are of
-    if isinstance(unknown, str):
-        yield unknown
     yield from plan.notes
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from launch import REPOSITORY, VOCABULARY, Workplace, losses, weights
+from recipes_for_tests import RECIPE_FILES as FILES
 
 from stackgrow.plan.resolve import make_plan
 from stackgrow.plan.stages import GrowStage, Plan
 from stackgrow.recipe.load import load_recipe
 
 RECIPES = REPOSITORY / "recipes"
-FILES = sorted(RECIPES.rglob("*.toml"))
 BATCH, STEPS = 64, 2  # tokens per step, steps per stage
 REDUCED = (
     "data.path=store", "data.seq_len=16", f"model.vocab_size={VOCABULARY}",

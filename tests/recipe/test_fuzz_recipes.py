@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from recipes_for_tests import RECIPE_FILES as RECIPES
 
 from stackgrow.recipe import keys
 
@@ -27,7 +28,6 @@ CASES = int(os.environ.get("STACKGROW_FUZZ", "1500"))
 SEED = int(os.environ.get("STACKGROW_FUZZ_SEED", "0"))
 SHARES = 15  # tests that the cases are spread over
 LIMIT_SECONDS = 10  # of one case, on a machine that is busy with others
-RECIPES = sorted((REPOSITORY / "recipes").rglob("*.toml"))
 KEY = re.compile(r"^\s*([A-Za-z_]+)\s*=\s*(.+?)\s*(#.*)?$")
 VALUES = [
     "0", "-1", "1", "2", "3", "7", "64", "4096", "4097", "9223372036854775807", "9223372036854775808", "1e3", "1e308",

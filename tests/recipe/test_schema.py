@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import tomli
 from jsonschema import Draft202012Validator
+from recipes_for_tests import RECIPE_FILES as RECIPES
 from recipes_for_tests import edited, problems_of, recipe_of
 
 from stackgrow.recipe.schema import README_FILE, SCHEMA_FILE, recipe_schema, schema_text, with_reference
 from stackgrow.recipe.write import to_dict
 
-RECIPES = sorted(README_FILE.parent.rglob("*.toml"))
 VALIDATOR = Draft202012Validator(recipe_schema())
 
 

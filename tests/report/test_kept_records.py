@@ -1,0 +1,66 @@
+"""The records kept in the repository: runs like any other, and what recipes/README.md says of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stackgrow.report.compare import Comparison, compare, noise_floor
+from stackgrow.run_folder.folder import RunFolder
+from stackgrow.run_folder.found import plan_of_run
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+RESULTS = RECIPES / "experiments" / "results"
+OPERATORS = {"stack": "G_stack", "zero": "G_zero", "random": "G_random", "learn": "G_learn (LiGO)"}
+KEPT = sorted(RESULTS.glob("ratio_8x64_*"))
+
+
+def runs_of(name: str) -> list[Path]:
+    return [RESULTS / f"ratio_8x64_{name}-{seed}" for seed in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module", params=["train", "validation"])
+def comparison(request: pytest.FixtureRequest) -> Comparison:
+    runs = runs_of("scratch")
+    for name in OPERATORS:
+        runs += runs_of(name)
+    return compare(runs, request.param)
+
+
+@pytest.mark.parametrize("run", KEPT, ids=lambda run: run.name)
+def test_kept_records_have_their_recipe_hashes_and_what_is_known(run: Path) -> None:
+    folder = RunFolder(run)
+    plan = plan_of_run(run)
+    assert f"{plan.recipe.name}-{plan.recipe.seed}" == run.name
+    provenance = folder.provenance()
+    assert len(provenance["recipe_hash"]) == 64
+    assert len(folder.data_hash()) == 64
+    assert "Not known" in provenance["kept"]
+    for stage in plan.train_stages:
+        records = folder.stage(stage.name).metrics_file.read_text(encoding="utf-8").splitlines()
+        assert json.loads(records[-1])["tokens"] == stage.start_tokens + stage.tokens
+
+
+def test_the_readme_s_table_is_what_the_records_give(comparison: Comparison) -> None:
+    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    column = {"train": 2, "validation": 4}[comparison.loss]
+    for name, method in OPERATORS.items():
+        reached = comparison.speed_ups[f"ratio_8x64_{name}"]
+        savings = [speed_up.in_flops for speed_up in reached]
+        excluding = 0
+        for speed_up in reached:
+            assert speed_up.interval is not None
+            low, high = speed_up.interval
+            excluding += (low is not None and low > 0) or (high is not None and high < 0)
+        [row] = [line for line in text.splitlines() if line.startswith(f"  | {method} |")]
+        cells = [cell.strip() for cell in row.split("|")]
+        assert cells[column] == f"{min(savings):+.0%} to {max(savings):+.0%}"
+        assert cells[column + 1] == f"{excluding} of {len(reached)}"
+
+
+def test_the_readme_s_noise_floor_is_what_the_records_give(comparison: Comparison) -> None:
+    text = " ".join((RECIPES / "README.md").read_text(encoding="utf-8").split())
+    floor = noise_floor(comparison.baseline.target)
+    assert floor is not None
+    loss = {"train": "training", "validation": "validation"}[comparison.loss]
+    assert f"{floor.low:+.0%} to {floor.high:+.0%} by {loss} loss" in text
