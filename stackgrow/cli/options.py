@@ -42,7 +42,13 @@ def parser_of(page: str | None) -> argparse.ArgumentParser:
 
 def add_set(parser: argparse.ArgumentParser) -> None:
     """``--set KEY=VALUE``, as often as wanted."""
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a recipe key: train.compile=true, growth[0].timing=10B (the first [[growth]])",
+    )
 
 
 def tell(error: RunError) -> int:

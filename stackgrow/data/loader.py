@@ -16,6 +16,7 @@ from stackgrow.process.signals import leave_group
 from stackgrow.recipe.keys import Data
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+Rows = tuple[torch.Tensor, torch.Tensor]  # inputs and labels, int64 [b, S] both
 IGNORE = -100  # the label that torch's cross entropy skips
 
 
@@ -45,13 +46,13 @@ class WindowDataset(torch.utils.data.Dataset):
     def bos_id(self) -> int:
         return self.stores[0].manifest.bos_id
 
-    def __getitems__(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitems__(self, positions: list[int]) -> Rows:
         """A whole batch, which is how torch's fetcher asks: inputs and labels, int64 [b, S] both."""
         rows = [(self.stores[store], window) for store, window in self.order.windows(positions)]
         return _stacked(rows, self.seq_len)
 
 
-def _stacked(rows: Sequence[tuple[TokenStore, int]], seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _stacked(rows: Sequence[tuple[TokenStore, int]], seq_len: int) -> Rows:
     """Inputs and labels of these windows, int64 [b, S]; labels are the inputs shifted by one."""
     inputs = np.empty((len(rows), seq_len), np.int64)
     labels = np.empty((len(rows), seq_len), np.int64)
@@ -114,7 +115,7 @@ class TokenLoader(Stateful):
             )
         self.position = start_position
 
-    def _batches(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self) -> Iterable[Rows]:
         first = self.position + self.dp_rank * self.micro_batch
         positions = _Positions(first, self.micro_batch, self.stride)
         if self.num_workers == 0 and not self.pin_memory:
@@ -135,7 +136,7 @@ class TokenLoader(Stateful):
 
     def __iter__(self) -> Iterator[Batch]:
         reached = self.position
-        for inputs, labels in self._batches():
+        for inputs, labels in _told_in_one_line(self._batches()):
             if self.position != reached:
                 raise RuntimeError("the position was set while this iterator was live; call iter() again")
             reached += self.stride
@@ -149,7 +150,18 @@ class TokenLoader(Stateful):
         self.position = int(state_dict["position"])
 
 
-def _as_fetched(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _told_in_one_line(batches: Iterable[Rows]) -> Iterator[Rows]:
+    """The batches. A worker's StoreError comes with a traceback in its message, of which the last line is the error."""
+    try:
+        yield from batches
+    except StoreError as error:
+        *traceback, message = str(error).splitlines()
+        if not traceback:
+            raise
+        raise StoreError(message.partition("StoreError: ")[2]) from error
+
+
+def _as_fetched(batch: Rows) -> Rows:
     return batch
 
 

@@ -89,6 +89,11 @@ def resolve_growths(recipe: Recipe) -> tuple[list[Hop], list[Problem]]:
         source = hop.target
     if source.n_layers == recipe.model.n_layers:
         return hops, []
+    last = hops[-1]
+    if last.growth.layer_map is not None:
+        length = f"has {len(last.growth.layer_map)} entries, one for each layer after this growth"
+        rule = f"{length}, but model.n_layers = {recipe.model.n_layers}; change one of the two"
+        return hops, [(f"{last.where}.layer_map", rule)]
     depths = [hops[0].source.n_layers] + [hop.target.n_layers for hop in hops]
     path = " -> ".join(str(depth) for depth in depths)
     rule = f"lead {path} layers, but model.n_layers = {recipe.model.n_layers}"

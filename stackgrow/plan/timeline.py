@@ -188,6 +188,16 @@ class Timeline:
 
     def _no_room(self, part: Part) -> Problem:
         step = f"{human(Batches.of(part.train).at(1))} tokens"
+        if part.hop is None and self.grown and self.grown.growth.timing == "auto":
+            budget = human(self.recipe.budget.tokens)
+            guideline = (
+                "[guideline]" if self.recipe.guideline else "the paper's guideline, fitted on models of 410M to 3B"
+            )
+            return (
+                f"{self.grown.where}.timing",
+                f"{shown(self.recipe, self.grown)} leaves no step of a budget of {budget} tokens: it is {guideline}; "
+                'give an amount of your own, such as "10%"',
+            )
         if part.hop is None:
             return (
                 "budget.tokens",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import re
@@ -18,7 +19,7 @@ from stackgrow.recipe.keys import Recipe
 from stackgrow.recipe.write import toml_name
 
 MAX_BYTES = 1 << 17  # a recipe is a page of text: anything larger is a mistake or an attack
-SET_SYNTAX = "write it as section.key=value, for example --set parallel.tensor=2"
+SET_SYNTAX = "write it as section.key=value, for example --set parallel.tensor=2 or --set growth[0].timing=10B"
 Problem = tuple[str, str]
 
 
@@ -71,13 +72,15 @@ def _read_toml(file: Path) -> dict[str, Any]:
 def _read_bytes(file: Path) -> bytes:
     """The whole file. Raises ValueError with what is wrong with it."""
     try:
+        if file.is_fifo():
+            raise ValueError("a pipe, which would be waited for without end")
         with file.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except IsADirectoryError as error:
         raise ValueError("is a directory; name the recipe file in it") from error
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror or error})") from error
-    except ValueError as error:  # a NUL byte in the name
+    except ValueError as error:  # a pipe, or a NUL byte in the name
         raise ValueError(f"cannot be read ({error})") from error
     if len(content) > MAX_BYTES:
         raise ValueError(f"is larger than {MAX_BYTES} bytes; a recipe is a page of text")
@@ -93,10 +96,27 @@ def _parse_toml(content: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("is not valid TOML: nested too deeply") from error
     except ValueError as error:  # TOMLDecodeError is one; so is a number with too many digits
-        raise ValueError(f"is not valid TOML: {error}") from error
+        raise ValueError(f"is not valid TOML: {error}{_remedy(content.decode('utf-8-sig'), str(error))}") from error
     if not raw:
         raise ValueError("is empty; copy recipes/quickstart.toml and edit it")
     return raw
+
+
+def _remedy(text: str, error: str) -> str:
+    """What to write instead, where the line that TOML does not read has a value that only lacks its quotes."""
+    number = re.search(r"at line ([0-9]+)", error)
+    lines = text.splitlines()
+    if number and int(number[1]) <= len(lines):
+        line = lines[int(number[1]) - 1]
+    elif lines:
+        line = lines[-1]
+    match = re.fullmatch(r"\s*([A-Za-z0-9_.-]+)\s*=\s*([A-Za-z0-9][A-Za-z0-9 %._/-]{0,100}?)\s*(?:#.*)?", line)
+    if match is None:
+        return ""
+    key, value = match[1], match[2]
+    if value in ("True", "False"):
+        return f"; write {key} = {value.lower()}"
+    return f'; put the value in quotes: {key} = "{value}"'
 
 
 def _path_problems(raw: Mapping[str, Any], keys_set: Sequence[str]) -> Iterator[Problem]:
@@ -148,7 +168,7 @@ def _apply_set(raw: dict[str, Any], assignment: str) -> None:
         else:
             node = node[step]
     _require_step(node, steps[-1])
-    node[steps[-1]] = _set_value(text)
+    node[steps[-1]] = _set_value(steps, text)
 
 
 def _steps(where: str) -> list[str | int]:
@@ -166,6 +186,9 @@ def _steps(where: str) -> list[str | int]:
 
 def _require_step(node: Any, step: str | int) -> None:
     """Raises ValueError where ``step`` leads nowhere from ``node``."""
+    if isinstance(step, str) and isinstance(node, list):
+        rule = f"name one of its entries, counted from 0, as in growth[0].{step}"
+        raise ValueError(f'"{step}" cannot be set: what holds it is not a table but a list; {rule}')
     if isinstance(step, str) and not isinstance(node, dict):
         raise ValueError(f'"{step}" cannot be set: what holds it is not a table')
     if isinstance(step, int):
@@ -174,11 +197,42 @@ def _require_step(node: Any, step: str | int) -> None:
             raise ValueError(f"there is no entry [{step}]: the recipe has {entries} there, counted from 0")
 
 
-def _set_value(text: str) -> Any:
+def _set_value(steps: Sequence[str | int], text: str) -> Any:
+    """The value of a ``--set``: TOML, or else words as they stand. A name may look like a date, and is none."""
+    words = text.strip()
     try:
-        return tomli.loads(f"value = {text}")["value"]
+        value = tomli.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
-        return text.strip()
+        return words
+    if _is_text(steps) and not isinstance(value, str):
+        return words
+    return value
+
+
+def _is_text(steps: Sequence[str | int]) -> bool:
+    """Whether the key holds a name, a path or a word."""
+    spec = None
+    table: type | None = Recipe
+    for step in steps:
+        if isinstance(step, int):
+            continue
+        spec = _fields(table).get(step) if table else None
+        if spec is None:
+            return False
+        table = _table_of(spec)
+    return spec is not None and "kind" in spec.metadata and spec.metadata["kind"].is_text
+
+
+@functools.cache
+def _fields(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    """The keys of a table, as TOML spells them."""
+    return {toml_name(spec): spec for spec in dataclasses.fields(cls)}
+
+
+def _table_of(spec: dataclasses.Field[Any]) -> type | None:
+    """The class that describes the table under a key; None where it is no table."""
+    meta = spec.metadata
+    return meta.get("table") or meta.get("overrides") or meta.get("or_table")
 
 
 def _build(cls: Any, raw: Any, where: str, problems: list[Problem], *, partial: bool = False) -> Any:
@@ -190,10 +244,10 @@ def _build(cls: Any, raw: Any, where: str, problems: list[Problem], *, partial: 
             header = f"[[{array}]]"
         problems.append((where, f"{_show(raw)} must be a table {header}"))
         return None
-    fields = {toml_name(spec): spec for spec in dataclasses.fields(cls)}
+    fields = _fields(cls)
     for name in raw:
         if name not in fields:
-            problems.append((_join(where, name), _unknown(name, list(fields), where)))
+            problems.append((_join(where, name), _unknown(name, cls, where)))
     values: dict[str, Any] = {}
     for name, spec in fields.items():
         if name in raw or not partial:
@@ -253,11 +307,31 @@ def _join(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
 
 
-def _unknown(name: str, known: list[str], where: str) -> str:
+def _unknown(name: str, cls: type, where: str) -> str:
+    """What is wrong with a key that table ``where`` does not have."""
+    below, _, _ = where.partition("[")
+    homes = [header for header, table in _tables_in(cls, below) if name in _fields(table)]
+    if homes:
+        return f"unknown key; it belongs in {' or '.join(homes)}"
+    known = list(_fields(cls))
     close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
     if close:
         return f"unknown key; did you mean {_join(where, close[0])}?"
     return f"unknown key; known here: {', '.join(known)}"
+
+
+@functools.cache
+def _tables_in(cls: type, where: str) -> list[tuple[str, type]]:
+    """The headers of the tables in table ``where``, those in them too, and the class of each."""
+    tables: list[tuple[str, type]] = []
+    for name, spec in _fields(cls).items():
+        table = _table_of(spec)
+        if table is not None:
+            inner = _join(where, name)
+            header = f"[[{inner}]]" if spec.metadata.get("many") else f"[{inner}]"
+            tables.append((header, table))
+            tables += _tables_in(table, inner)
+    return tables
 
 
 def _show(value: Any) -> str:

@@ -28,11 +28,15 @@ SHARE = r"([0-9]+(?:\.[0-9]+)?) ?%"
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of value: the rule in words, the parser, and the JSON Schema of what it accepts."""
+    """One kind of value: the rule in words, the parser, and the JSON Schema of what it accepts.
+
+    ``is_text``: its values are words, which need no quotes on a command line even where TOML would read them as a date.
+    """
 
     rule: str
     parse: Callable[[Any], Any]
     schema: dict[str, Any]
+    is_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def choice(*words: str) -> Kind:
         _require(isinstance(value, str) and value in words, rule)
         return value
 
-    return Kind(rule, parse, {"enum": list(words)})
+    return Kind(rule, parse, {"enum": list(words)}, is_text=True)
 
 
 def operator(*names: str) -> Kind:
@@ -190,7 +194,7 @@ def name() -> Kind:
         _require(isinstance(value, str) and re.fullmatch(pattern, value) is not None, rule)
         return value
 
-    return Kind(rule, parse, {"type": "string", "pattern": f"^{pattern}$"})
+    return Kind(rule, parse, {"type": "string", "pattern": f"^{pattern}$"}, is_text=True)
 
 
 def sha256() -> Kind:
@@ -201,7 +205,7 @@ def sha256() -> Kind:
         _require(isinstance(value, str) and re.fullmatch(pattern, value) is not None, rule)
         return value.lower()
 
-    return Kind(rule, parse, {"type": "string", "pattern": f"^{pattern}$"})
+    return Kind(rule, parse, {"type": "string", "pattern": f"^{pattern}$"}, is_text=True)
 
 
 def names() -> Kind:
@@ -228,7 +232,7 @@ def text(rule: str = "a line of text without control or invisible characters") -
         _require(value.isprintable(), rule)
         return value
 
-    return Kind(rule, parse, {"type": "string", "minLength": 1})
+    return Kind(rule, parse, {"type": "string", "minLength": 1}, is_text=True)
 
 
 def tokens() -> Kind:

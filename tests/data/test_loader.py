@@ -211,6 +211,19 @@ def test_workers_really_load(store: TokenStore) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_store_is_told_in_one_line_by_workers_too(tmp_path: Path, workers: int) -> None:
+    folder = write_store(tmp_path / "store")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "vocab_size": 10}))
+    damaged = TokenStore.open(folder)
+    with pytest.raises(StoreError) as caught:
+        next(iter(loader(damaged, num_workers=workers)))
+    assert "beyond the vocabulary of 10" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert caught.value.exit_code == 65
+
+
 class Recorder(WindowDataset):
     """Its labels are the id of the process that reads."""
 

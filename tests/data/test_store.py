@@ -1,6 +1,8 @@
 """Token stores: what is read is what was written, and damage is found before training starts."""
 
+import hashlib
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from stackgrow.data import store as store_module
+from stackgrow.data.inspect import verify
 from stackgrow.data.prepare import Source, prepare
 from stackgrow.data.store import StoreError, TokenStore, read_manifest
 from stackgrow.data.tokenizer import Tokenizer
@@ -146,6 +149,30 @@ def test_no_manifest(tmp_path: Path, copy: Path) -> None:
     (copy / "manifest.json").write_text((copy / "manifest.json").read_text()[:-20])
     with pytest.raises(StoreError, match="cannot be read"):
         read_manifest(copy)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.model", "sources-00.json", "train-00-0000-0001.npy"])
+def test_a_pipe_in_the_place_of_a_file_is_told(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(StoreError, match=name.replace(".", r"\.")):
+        verify(str(copy))
+
+
+def test_a_token_beyond_the_vocabulary_is_told_when_it_is_read(copy: Path) -> None:
+    """The manifest agrees with the file: whoever wrote them, an embedding must not be indexed with it."""
+    path = copy / "train-00-0000-0001.npy"
+    content = bytearray(path.read_bytes())
+    content[-6:-4] = (300).to_bytes(2, "little")  # of a vocabulary of 300
+    path.write_bytes(content)
+    edit(copy, "splits", "train", "shards", 1, "sha256", value=hashlib.sha256(content).hexdigest())
+    store = TokenStore.open(copy)
+    told = r"train-00-0000-0001\.npy holds token id 300 at 997, beyond the vocabulary of 300; prepare the store again"
+    with pytest.raises(StoreError, match=told):
+        store.tokens(1900, 2100)
+    store.tokens(0, 1997)
+    with pytest.raises(StoreError, match=told):
+        store.verify()
 
 
 def test_shard_of_another_size_or_absent(copy: Path) -> None:

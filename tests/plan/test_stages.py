@@ -123,9 +123,12 @@ def test_auto_timing_tells_when_it_extrapolates(tmp_path: Path) -> None:
     assert "extrapolated: fitted on 410M to 3B, up to 1.2e21" in plan_of(tmp_path, RECIPE, sets).notes[0]
 
 
+OWN_GUIDELINE = "guideline={a=0.0,b=0.0,c=9.0,source='my sweep'}"
 CONTRADICTIONS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (("budget.tokens=30K",), "budget.tokens", ("30K leaves no step of 1.02K tokens after 41K", "raise the budget")),
     (("budget.tokens=20K",), "budget.tokens", ("20K leaves no step",)),
+    (("growth[1].timing=auto",), "growth[1].timing", ('"auto" (here ', "a budget of 100K", "guideline, fitted on models of")),
+    (("growth[1].timing=auto", OWN_GUIDELINE), "growth[1].timing", ("it is [guideline]; give an amount",)),
     (("growth[1].timing=20K",), "growth[1].timing", ('"20000 tokens"', "at 20.5K", "must rise")),
     (("growth[1].timing=10K",), "growth[1].timing", ('"10000 tokens"', "must rise")),
     (("growth[0].timing=1 token",), "growth[0].timing", ('"1 tokens" is not at least one step',)),
@@ -135,6 +138,11 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (("base.n_layers=4000",), "growth[0].factor", ("2 makes 8000 layers of 4000", "4096")),
     (("growth[1].layer_map=[0,1]",), "growth[1].layer_map", ("stands beside a factor",)),
     (("growth=[{operator='stack',timing='9K',layer_map=[0]}]",), "growth[0].layer_map", ("1 layers", "source's 2")),
+    (
+        ("growth=[{operator='stack',timing='9K',layer_map=[0,1,0,1,0,1,0]}]",),
+        "growth[0].layer_map",
+        ("has 7 entries, one for each layer", "model.n_layers = 8"),
+    ),
     (("growth=[{operator='stack',timing='9K',layer_map=[0,2]}]",), "growth[0].layer_map", ("layer 2", "0 to 1")),
     (("growth=[{operator='stack',timing='9K',layer_map=[0,1],order='interleave'}]",), "growth[0].order", ("beside",)),
     (("growth=[]",), "growth", ("is missing", "[base] needs")),

@@ -14,6 +14,7 @@ from recipes_for_tests import RECIPE, edited, plan_of, problems_of, recipe_of, w
 
 from stackgrow.plan.resolve import make_plan
 from stackgrow.recipe.load import MAX_BYTES, RecipeError, load_recipe
+from stackgrow.recipe.values import Duration
 from stackgrow.recipe.write import to_toml
 from stackgrow.report.plan_table import render_plan
 
@@ -53,6 +54,9 @@ NASTY: list[tuple[str, str, str, tuple[str, ...]]] = [
     (LR, f'{LR}\nschedule = "Cosine"', "train.schedule", ('"Cosine"', 'one of "cosine", "linear", "wsd"')),
     (LR, f"{LR}\nhorizon = 3000", "train.horizon", ("3000", '"3000 steps"')),
     (LR, f'{LR}\nhorizon = "0 steps"', "train.horizon", ('"0 steps"', "at least 1")),
+    ('timing = "40 steps"', f'timing = "40 steps"\n{LR}', "growth[1].learning_rate", ("[growth.train]",)),
+    ("seed = 7", "seed = 7\nn_layers = 4", "n_layers", ("it belongs in [model] or [base]",)),
+    ("[base]\n", "[base]\nffn_dim = 8\n", "base.ffn_dim", ("it belongs in [base.model]",)),
     (LR, f"{LR}\n[train.x]\ny = 1", "train.x", ("unknown key",)),
     (LR, f'{LR}\n[checkpoint]\ninterval = "0 steps"', "checkpoint.interval", ('"0 steps"', "at least 1")),
     (BATCH, "global_batch_tokens = 1e3", "train.global_batch_tokens", ("1000.0", '"2Mi"')),
@@ -111,6 +115,13 @@ BROKEN: list[tuple[str, str | bytes, str]] = [
     ("nested tables", "x = " + "{a=" * 5000, "nested too deeply"),
     ("key of 5000 parts", ".".join("a" * 5000) + " = 1", "nested too deeply"),
     ("5000 digits", "seed = " + "9" * 5000, "is not valid TOML"),
+    ("unquoted amount", edited(('"100K"', "600K  # tokens")), 'put the value in quotes: tokens = "600K"'),
+    ("unquoted share", edited(('"20K"', "5%")), 'put the value in quotes: timing = "5%"'),
+    ("unquoted steps", edited(('"40 steps"', "3000 steps")), 'put the value in quotes: timing = "3000 steps"'),
+    ("unquoted word", edited(("seed = 7", "seed = 7\norder = stack")), 'put the value in quotes: order = "stack"'),
+    ("unquoted at the end", RECIPE.rstrip().rpartition("\n")[0] + "\nwarmup = 4K", 'quotes: warmup = "4K"'),
+    ("unquoted with CRLF", edited(('"20K"', "5%")).replace("\n", "\r\n"), 'in quotes: timing = "5%"'),
+    ("Python's True", RECIPE + "compile = True\n", "; write compile = true"),
     ("table and array", RECIPE + "\n[growth]\nfactor = 2\n", "is not valid TOML"),
 ]
 
@@ -124,7 +135,10 @@ def test_unreadable_files(tmp_path: Path) -> None:
     huge = tmp_path / "huge.toml"
     huge.touch()
     os.truncate(huge, 50 * 2**20)
+    pipe = tmp_path / "pipe.toml"
+    os.mkfifo(pipe)
     cases = {
+        pipe: "cannot be read (a pipe, which would be waited for without end)",
         tmp_path: "is a directory; name the recipe file in it",
         tmp_path / "missing.toml": "cannot be read (No such file or directory)",
         "a\0b": "cannot be read (embedded null byte)",
@@ -183,6 +197,17 @@ SETS: list[tuple[str, tuple[str, ...], Any]] = [
     (" data.path = ../data ", ("data", "path"), "../data"),
     ('run={folder="/mnt/runs"}', ("run", "folder"), "/mnt/runs"),
     ("growth=[]", ("growth",), ()),
+    # Words stay words where the key's type is text, whatever TOML would read in them.
+    ("name=2024-01-05", ("name",), "2024-01-05"),
+    ("name=7", ("name",), "7"),
+    ("name=1e3", ("name",), "1e3"),
+    ("name=true", ("name",), "true"),
+    ("name='x'", ("name",), "x"),
+    ("data.path=2024", ("data", "path"), "2024"),
+    ("data.path = 2024-01-05 ", ("data", "path"), "2024-01-05"),
+    (f"data.tokenizer={'1' * 64}", ("data", "tokenizer"), "1" * 64),
+    ("growth[0].train.schedule=wsd", ("growth", 0, "train"), {"schedule": "wsd"}),
+    ("growth[0].timing=10K", ("growth", 0, "timing"), Duration(10_000, "tokens")),
 ]
 
 
@@ -217,6 +242,9 @@ def test_set_may_replace_a_path_that_the_file_may_not_name(tmp_path: Path) -> No
         ("growth[2].factor=2", "--set growth[2].factor=2", "no entry [2]: the recipe has 2 there"),
         ("growth[9]=2", "--set growth[9]=2", "no entry [9]"),
         ("growth.factor=2", "--set growth.factor=2", '"factor" cannot be set'),
+        ("growth.factor=2", "--set growth.factor=2", "counted from 0, as in growth[0].factor"),
+        ("timing", "--set timing", "--set growth[0].timing=10B"),
+        ("train.warmup=3000", "train.warmup", "3000 must be an amount of at least 0 with its unit"),
         ("name.x=2", "--set name.x=2", '"x" cannot be set'),
         ("evil[0].x=2", "--set evil[0].x=2", "no entry [0]: the recipe has 0 there"),
         ("train.compil=true", "train.compil", "did you mean train.compile?"),
