@@ -30,6 +30,7 @@ fuzz: $(DEV)  ## 10,000 mutated recipes: planned or refused, never a traceback, 
 
 schema: $(RUNTIME)  ## the JSON Schema and the reference in recipes/README.md, from the recipe's dataclasses
 	$(BIN)/python -m stackgrow.recipe.schema
+	$(BIN)/python -m stackgrow.growth.reference
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,10 +1,13 @@
 """Each operator in a real run: what it computes is sealed, loaded, checked and trained on, by one rank and by two."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 from launch import Workplace, assert_audited, losses, records, weights
+
+from stackgrow.run_folder.folder import RunFolder
 
 GROW, TARGET = "stage-1-grow", "stage-2-train-4L"
 NARROW = ["base.model.dim=32", "base.model.n_heads=2", "base.model.n_kv_heads=1", "base.model.ffn_dim=88"]
@@ -25,6 +28,7 @@ PRESERVING = {
     "random depth": 1e-6,
     "random both": 1e-6,
 }  # float32 rounding of a mean over 704 tokens
+README = Path(__file__).parents[2] / "recipes" / "README.md"
 STACK = ["--operator", "stack", "--factor", "2"]
 
 
@@ -84,3 +88,44 @@ def test_masked_stage_resumes_and_compiles_alike(workplace: Workplace, tmp_path:
     workplace.run(*sets, f"run.folder={compiled}", "train.compile=true")
     expected, found = losses(one), losses(compiled)
     assert max(abs(found[k] / expected[k] - 1) for k in expected) < 2e-6  # as in test_parallel.py
+
+
+def test_an_operator_of_ones_own_runs_with_trust_alone(workplace: Workplace, tmp_path: Path) -> None:
+    """The one in recipes/README.md. Without --trust nothing of it is imported, by no tool."""
+    code = README.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    ran = tmp_path / "ran"
+    module = workplace.folder / "my_operators.py"
+    module.write_text(f"import pathlib\n\npathlib.Path({str(ran)!r}).touch()\n\n{code}", encoding="utf-8")
+    run = tmp_path / "run"
+    sets = workplace.arguments("budget.tokens=24Ki", "growth[0].operator=my_operators:damped", f"run.folder={run}")
+    try:
+        status, told = workplace.tool("run_recipe", *sets)
+        assert status == 2
+        assert 'growth[0].operator: "my_operators:damped" names code' in told
+        assert "--trust" in told
+        status, told = workplace.tool("run_recipe", *sets, "--plan")
+        assert (status, "my_operators:damped" in told) == (0, True)
+        assert not ran.exists()
+        assert not run.exists()
+
+        status, told = workplace.tool("run_recipe", *sets, "--trust")
+        assert status == 0, told
+        assert ran.exists()
+        growth = json.loads(RunFolder(run).stage(GROW).growth_file.read_text(encoding="utf-8"))
+        assert growth["tensors"] == weights(run / GROW / "checkpoint")
+        assert growth["map"]["layers.2.attention.wo.weight"] == "half(layers.0.attention.wo.weight)"
+        assert growth["operator_file_sha256"] == hashlib.sha256(module.read_bytes()).hexdigest()
+        ran.unlink()
+
+        status, told = workplace.tool("audit_run", run)
+        assert status == 0, told
+        assert f"{GROW} not: my_operators:damped is code" in told
+        checkpoint = run / TARGET / "checkpoint" / "step-4"
+        status, told = workplace.tool("export_hf", checkpoint, tmp_path / "exported")
+        assert status == 0, told
+        assert not ran.exists()
+        status, told = workplace.tool("audit_run", run, "--trust")
+        assert (status, "not: my_operators" in told) == (0, False), told
+        assert ran.exists()
+    finally:
+        module.unlink()

@@ -1,18 +1,21 @@
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from growth_for_tests import apply, assert_same, deviation, logits, through_checkpoints, weights
 
+from stackgrow.growth import own
 from stackgrow.growth.depth import depth_rules, stack_map
 from stackgrow.growth.learned import initial_network, learned_rules
-from stackgrow.growth.operators import OPERATORS, compose, growth_rules
-from stackgrow.growth.rules import Alias, Compute, GrowthError
+from stackgrow.growth.operators import OPERATORS, compose, growth_rules, operator_named
+from stackgrow.growth.reference import README_FILE, with_operators
+from stackgrow.growth.rules import Alias, Compute, GrowthError, Moment
 from stackgrow.growth.width import split_rules
 from stackgrow.growth.zero import random_depth_rules, zero_depth_rules, zero_width_rules
+from stackgrow.recipe import keys
 from stackgrow.recipe.keys import Model
 
 SOURCE = Model(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=40, vocab_size=31)
@@ -130,3 +133,90 @@ REFUSED = [
 def test_refusals(name: str, target: Model, layer_map: list[int] | None, message: str) -> None:
     with pytest.raises(GrowthError, match=message):
         growth_rules(name, SOURCE, target, layer_map)
+
+
+def test_the_recipes_names_are_those_of_the_table() -> None:
+    """recipe/ must not know growth/, so that the names alone stand there too, for the schema."""
+    assert tuple(OPERATORS) == keys.OPERATORS
+
+
+def test_keys_of_operators_are_keys_of_a_growth() -> None:
+    known = {spec.name for spec in fields(keys.Growth)}
+    train, parallel = ({spec.name for spec in fields(table)} for table in (keys.Train, keys.Parallel))
+    for operator in OPERATORS.values():
+        assert operator.keys | set(operator.refuses) <= known
+        for limit in operator.forbids:
+            table, _, name = limit.key.rpartition(".")
+            assert name in (parallel if table else train)
+
+
+def test_the_table_in_the_readme_is_fresh() -> None:
+    readme = README_FILE.read_text(encoding="utf-8")
+    assert with_operators(readme) == readme, "run `make schema`"
+
+
+def test_an_unknown_operator_is_told_the_nearest_name() -> None:
+    with pytest.raises(GrowthError, match="did you mean 'stack'"):
+        operator_named("stak")
+
+
+OWN = """
+from stackgrow.growth.depth import depth_rules
+
+def stacked(layer_map, source, target):
+    return depth_rules(layer_map, source, target)
+
+def with_moments(layer_map, source, target, moment):
+    return depth_rules(layer_map, source, target)
+
+def asks_too_much(layer_map, model):
+    return None
+
+def gives_nothing(source):
+    return None
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Found in the working directory, and of another name each time, since Python keeps modules."""
+    name = f"own_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(OWN, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(own, "_trusted", False)
+    return name
+
+
+def test_an_operator_of_ones_own_is_not_imported_without_trust(own_module: str) -> None:
+    assert operator_named(f"{own_module}:stacked").directions == ("depth", "width", "both")
+    with pytest.raises(own.TrustError, match="only with --trust"):
+        growth_rules(f"{own_module}:stacked", SOURCE, DEEP, (0, 1, 0, 1))
+    assert own_module not in sys.modules
+
+
+def test_an_operator_of_ones_own_makes_the_rules(own_module: str) -> None:
+    own.trust()
+    rules = growth_rules(f"{own_module}:stacked", SOURCE, DEEP, (0, 1, 0, 1))
+    assert rules == depth_rules((0, 1, 0, 1), SOURCE, DEEP)
+    assert growth_rules(f"{own_module}:with_moments", SOURCE, DEEP, (0, 1, 0, 1), moment=Moment(2)) == rules
+
+
+@pytest.mark.parametrize(
+    ("function", "moment", "message"),
+    [
+        ("stacked", Moment(1), 'no parameter "moment"'),
+        ("asks_too_much", None, "asks for model; its parameters can be source, target, layer_map, seed, moment"),
+        ("gives_nothing", None, "gave NoneType, not"),
+        ("number", None, "is no function"),
+        ("missing", None, "cannot be loaded: module 'own_.*' has no attribute 'missing'"),
+    ],
+)
+def test_an_operator_that_is_none_is_told_why(
+    own_module: str, function: str, moment: Moment | None, message: str
+) -> None:
+    own.trust()
+    with pytest.raises(GrowthError, match=message):
+        growth_rules(f"{own_module}:{function}", SOURCE, DEEP, (0, 1, 0, 1), moment=moment)
