@@ -92,6 +92,8 @@ def _provenance(case: Case) -> Look:
             break
     if len({session["data"]["manifest_hash"] for session in sessions}) > 1:
         yield PROVENANCE, "the sessions trained on different data"
+    if len({session["data"]["validation_hash"] for session in sessions}) > 1:
+        yield PROVENANCE, "the sessions validated on different data"
     end = sessions[-1].get("ended", {}).get("how", "killed, or running")
     return f"{len(sessions)} sessions; the last: {end}"
 

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stackgrow.cli.options import add_set, parser_of, quiet_at_closed_pipe, tell
+from stackgrow.cli.options import add_set, add_trust, parser_of, quiet_at_closed_pipe, tell
 from stackgrow.errors import RunError
+from stackgrow.growth import own
 
 
 def count(text: str) -> int:
@@ -33,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=count, help="sequences in one forward pass on one rank")
     parser.add_argument("--include", help="folder with task files of your own; what they contain is run")
     add_set(parser)
+    add_trust(parser)
     arguments = parser.parse_args(argv)
+    if arguments.trust:
+        own.trust()
     names = ("tasks", "limit", "batch", "include")
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     try:

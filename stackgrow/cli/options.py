@@ -62,4 +62,5 @@ def tell(error: RunError) -> int:
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trust", action="store_true", help="run operators that the recipe names as module:function")
+    about = "run code that the recipe names: operators as module:function, and what task files contain"
+    parser.add_argument("--trust", action="store_true", help=about)

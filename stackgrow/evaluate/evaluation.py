@@ -182,6 +182,8 @@ def evaluate_run(
         what = '"start" grows the imported model before any stage trains it; export it and use lm_eval'
         raise RecipeError(folder.recipe_file, [("growth[0].timing", what)])
     wanted = dataclasses.replace(recipe.eval or Eval(tasks=("paper",)), **options)
+    if "include" not in options and (untrusted := list(tasks.trust_problems(wanted, sets))):
+        raise RecipeError(folder.recipe_file, untrusted)
     plan = chosen.plan
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if problems := [*world_problems(plan, world), *device.problems(plan), *tasks.problems(wanted)]:

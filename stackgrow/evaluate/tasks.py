@@ -15,8 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from stackgrow.growth import own
 from stackgrow.recipe.keys import Eval
-from stackgrow.recipe.load import Problem
+from stackgrow.recipe.load import Problem, is_set
 
 # Task: its folder in lm-eval, its metric.
 PAPER = {
@@ -49,6 +50,15 @@ def seven_task_mean(results: Mapping[str, Mapping[str, float]]) -> float | None:
 def task_names(tasks: Sequence[str]) -> tuple[str, ...]:
     """``tasks`` with "paper" written out, each once."""
     return tuple(dict.fromkeys(name for task in tasks for name in (PAPER if task == "paper" else [task])))
+
+
+def trust_problems(wanted: Eval | None, sets: Sequence[str]) -> Iterator[Problem]:
+    """A task file can hold code ("!function"), and one that a recipe or a run names may be a stranger's. It runs where
+    the user has named its folder, or given --trust."""
+    if wanted is None or not wanted.include or own.trusted() or is_set("eval.include", sets):
+        return
+    rule = "names task files, which can contain code; read them, then give --set eval.include=... or --trust"
+    yield "eval.include", f'"{wanted.include}" {rule}'
 
 
 def problems(wanted: Eval) -> Iterator[Problem]:

@@ -172,6 +172,9 @@ class TrainStage:
         plain["train"] = {key: value for key, value in plain["train"].items() if key not in free}
         plain.pop("start_flops")
         plain.pop("parallel")  # all of it is free
+        if self.train.on_spike != "skip":  # the weights depend on neither, and old recipes keep their hashes
+            plain["train"].pop("on_spike")
+            plain["train"].pop("spike_sigmas")
         if not self.document_mask:  # as before there was one
             plain.pop("document_mask")
         if self.until:  # where the loss decides the end, it is not known when the stage begins

@@ -219,21 +219,22 @@ class Train:
     )
     cpu_offload: bool = key(values.boolean(), "keep sharded weights and moments in host memory", False, free=True)
     deterministic: bool = key(values.boolean(), "only deterministic kernels; slower on GPUs", False, free=True)
-    # Free, so that a run that was stopped can go on without the batch: metrics.jsonl tells which were left out.
+    # Free, so that a run that was stopped can go on without the batch; up to there it took the updates that a run with
+    # "skip" takes. metrics.jsonl, whose hash each seal states, tells which were left out.
     on_nonfinite: str = key(
         values.choice("stop", "skip"),
         "at a NaN or infinite loss or gradient; skip: no update from it",
         "stop",
         free=True,
     )
+    # Not free: "skip" gives other weights than "record", and another number of sigmas skips other batches.
     on_spike: str = key(
         values.choice("record", "stop", "skip"),
         "at a loss far above those before it; skip: no update",
         "record",
-        free=True,
     )
     spike_sigmas: float = key(
-        values.number(1), "a spike is this many standard deviations above the mean of 128 losses", 6.0, free=True
+        values.number(1), "a spike is this many standard deviations above the mean of 128 losses", 6.0
     )
 
 
@@ -377,12 +378,11 @@ class Validation:
         Duration(500, "steps"),
         free=True,
     )
-    sequences: int = key(values.integer(0), "held-out sequences per validation; 0: no validation", 64, free=True)
+    sequences: int = key(values.integer(0), "held-out sequences per validation; 0: no validation", 64)
     take: str = key(
         values.choice("first", "spread"),
         "which ones: the first of the held-out text, or evenly spread over all of it, as text in folders needs",
         "first",
-        free=True,
     )
 
 

@@ -53,8 +53,7 @@ def load_recipe(file: str | Path, sets: Sequence[str] = (), *, trusted: bool = F
         except ValueError as error:
             problems.append((f"--set {assignment}", str(error)))
     if not trusted:
-        keys_set = [assignment.partition("=")[0].strip() for assignment in sets]
-        problems += _path_problems(raw, keys_set)
+        problems += _path_problems(raw, _keys(sets))
     recipe = _build(Recipe, raw, "", problems)
     if problems:
         raise RecipeError(file, problems)
@@ -131,6 +130,15 @@ def _path_problems(raw: Mapping[str, Any], keys_set: Sequence[str]) -> Iterator[
                 f"or give this one on the command line: --set {where}=..."
             )
             yield where, message
+
+
+def is_set(where: str, sets: Sequence[str]) -> bool:
+    """Whether the user has given a key on the command line, alone or with the table that it is in."""
+    return _is_within(where, _keys(sets))
+
+
+def _keys(sets: Sequence[str]) -> list[str]:
+    return [assignment.partition("=")[0].strip() for assignment in sets]
 
 
 def _is_within(where: str, keys: Sequence[str]) -> bool:

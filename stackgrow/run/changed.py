@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from stackgrow.errors import ChangedError, DamagedError
 from stackgrow.plan.stages import Plan, Stage
+from stackgrow.recipe.keys import Validation
+from stackgrow.recipe.load import load_recipe
 from stackgrow.run_folder import provenance
 from stackgrow.run_folder.folder import RunFolder, StageFolder
 from stackgrow.seal import read_json
@@ -23,6 +25,37 @@ def refuse_changed(plan: Plan, run: RunFolder, hashes: dict[str, str]) -> None:
     stages = {stage.name: stage for stage in plan.stages}
     for folder in run.stages():
         _refuse_changed_stage(plan, folder, stages.get(folder.name), hashes.get(folder.name))
+
+
+def refuse_other_validation(plan: Plan, run: RunFolder, validation_hash: str) -> None:
+    """The held-out data, and how much of them is taken, stay what they were: two curves must not stand in one file.
+    ``validation_hash``: of the held-out data that are there now.
+
+    Raises:
+        ChangedError: they do not.
+    """
+    if not run.recipe_file.is_file():
+        return
+    before = load_recipe(run.recipe_file, trusted=True).validation
+    now = plan.recipe.validation
+    changes = list(differences(_which_text(before), _which_text(now), "validation"))
+    if changes:
+        raise ChangedError(
+            f"{run.path} was begun with other held-out data: {'; '.join(changes)}. Its losses would be of other text "
+            f"from here on; undo the change, or use another folder (--set run.folder={plan.recipe.folder}-2)"
+        )
+    stated = run.provenance().get("data", {}).get("validation_hash", validation_hash)
+    if now.sequences and stated != validation_hash:
+        raise ChangedError(
+            f"{run.path} validates on other held-out data, with the hash {stated[:12]}, than "
+            f"{', '.join(path for path, _ in plan.recipe.data.stores)} holds out, {validation_hash[:12]}: its losses "
+            "would be of other text from here on. Bring the store back as it was, or use another folder "
+            f"(--set run.folder={plan.recipe.folder}-2)"
+        )
+
+
+def _which_text(validation: Validation) -> dict[str, object]:
+    return {"sequences": validation.sequences, "take": validation.take}
 
 
 def _refuse_changed_stage(plan: Plan, folder: StageFolder, stage: Stage | None, stage_hash: str | None) -> None:

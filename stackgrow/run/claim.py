@@ -18,7 +18,7 @@ from stackgrow.process.logs import log_to
 from stackgrow.process.ranks import lock
 from stackgrow.recipe.load import Problem, RecipeError
 from stackgrow.recipe.write import to_toml
-from stackgrow.run.changed import changed_versions, refuse_changed
+from stackgrow.run.changed import changed_versions, refuse_changed, refuse_other_validation
 from stackgrow.run_folder import provenance
 from stackgrow.run_folder.folder import RunFolder
 from stackgrow.run_folder.found import with_found
@@ -41,6 +41,7 @@ def claim(held: ExitStack, plan: Plan, order: Order, file: str, sets: Sequence[s
         raise RecipeError(file, problems)
     held.enter_context(run_lock(run))
     refuse_changed(plan, run, plan.stage_hashes(order.data_hash))
+    refuse_other_validation(plan, run, provenance.validation_hash(plan, order))
     changes = changed_versions(run, accept=plan.recipe.run.accept_versions)
     session = held.enter_context(provenance.session(run, plan, file, sets, order))
     _write_recipe(plan, run, sets)
@@ -68,6 +69,7 @@ def run_lock(run: RunFolder) -> Iterator[None]:
         LockedError: naming the holder.
     """
     run.path.mkdir(parents=True, exist_ok=True)
+    seal.sync_folder(run.path.parent)
     with run.lock_file.open("a+", encoding="utf-8") as file:
         try:
             lock(file)

@@ -155,6 +155,9 @@ def _run_stage_unless_done(session: _Session, stage: Stage) -> None:
 def _open_stage(plan: Plan, stage: Stage, folder: StageFolder, stage_hash: str) -> None:
     """Makes the stage's folder, and states in it what the stage is."""
     folder.path.mkdir(exist_ok=True)
+    seal.sync_folder(folder.run.path)
+    if stage.trains:
+        folder.checkpoints.mkdir(exist_ok=True)  # its name is on disk with that of stage.json
     stored = {"stage_hash": stage_hash, "seed": plan.recipe.seed, "stage": stage.identity()}
     seal.write_json(folder.stage_file, stored)
 

@@ -20,7 +20,11 @@ def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
     """The plan, checked against the token stores and the number of ranks that are there; the order of its data."""
     recipe = load_recipe(file, sets)
     plan = make_plan(recipe, file)
-    problems = [*trust_problems(recipe), *world_problems(plan, int(os.environ.get("WORLD_SIZE", "1")))]
+    problems = [
+        *trust_problems(recipe),
+        *tasks.trust_problems(recipe.eval, sets),
+        *world_problems(plan, int(os.environ.get("WORLD_SIZE", "1"))),
+    ]
     stores = [path for path, _ in recipe.data.stores]
     weights = [weight for _, weight in recipe.data.stores]
     manifests = []

@@ -130,11 +130,10 @@ def now() -> str:
 
 def data_facts(plan: Plan, order: Order) -> dict[str, Any]:
     """Where the data are, and the hashes of all tokens trained and validated on and of the tokenizer."""
-    validation_hashes = [manifest.hash("validation") for manifest in order.manifests]
     facts: dict[str, Any] = {
         "path": plan.recipe.data.path,
         "manifest_hash": order.data_hash,
-        "validation_hash": canonical_hash(validation_hashes) if plan.recipe.data.mix else validation_hashes[0],
+        "validation_hash": validation_hash(plan, order),
         "tokenizer_sha256": order.manifests[0].tokenizer_sha256,
     }
     if plan.recipe.data.mix:
@@ -143,6 +142,12 @@ def data_facts(plan: Plan, order: Order) -> dict[str, Any]:
             store = {"path": str(manifest.folder), "share": share / BLOCK, "manifest_hash": manifest_hash}
             facts["mix"].append(store)
     return facts
+
+
+def validation_hash(plan: Plan, order: Order) -> str:
+    """Of all held-out tokens of all stores."""
+    hashes = [manifest.hash("validation") for manifest in order.manifests]
+    return canonical_hash(hashes) if plan.recipe.data.mix else hashes[0]
 
 
 def mesh(plan: Plan, world_size: int) -> dict[str, dict[str, int]]:

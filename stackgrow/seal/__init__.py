@@ -12,6 +12,7 @@ from stackgrow.seal.files import (
     lack_of_space,
     manifest_hash,
     move_to_quarantine,
+    named,
     purge,
     quarantine_unsealed,
     read_json,

@@ -13,7 +13,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes ``text`` so that after a crash the file is either absent (or old) or complete."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+    with temporary.open("w", encoding="utf-8") as stream, named(path):
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -47,7 +48,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         DamagedError: the file is there but is not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with named(path):
+            value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
@@ -84,10 +86,21 @@ def file_records(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]
     return records
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An error in reading or writing an open file does not say which: now it does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with path.open("rb") as stream, named(path):
         while block := stream.read(READ_AT_ONCE):
             digest.update(block)
     return digest.hexdigest()
@@ -95,6 +108,7 @@ def sha256(path: Path) -> str:
 
 def seal(folder: Path, files: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Seals ``folder``: ``files`` are the records of its contents, ``facts`` what else the manifest states."""
+    sync_folder(folder)  # a seal that outlives a power cut must find the files that it names
     write_json(folder / MANIFEST, {**facts, "files": dict(sorted(files.items()))})
     sync_folder(folder.parent)
 
@@ -149,9 +163,13 @@ def _fault_of_file(path: Path, expected: Mapping[str, Any], hashed: bool) -> str
         return "is no plain file"  # a pipe would never end
     if path.stat().st_size != expected.get("bytes"):
         return "has the wrong size"
-    if hashed and file_records(path.parent, [path.name])[path.name] != expected:
-        return "is damaged (SHA-256 differs)"
-    return None
+    if not hashed:
+        return None
+    try:
+        is_same = file_records(path.parent, [path.name])[path.name] == expected
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    return None if is_same else "is damaged (SHA-256 differs)"
 
 
 def lack_of_space(folder: Path, needed: int) -> str | None:
@@ -207,6 +225,8 @@ def move_to_quarantine(path: Path) -> Path:
         number += 1
         target = quarantine / f"{path.name}.{number}"
     path.rename(target)
+    sync_folder(quarantine)
+    sync_folder(path.parent)
     return target
 
 

@@ -39,6 +39,7 @@ class StageCheckpoints(CheckpointManager):
 
     def __init__(self, job: StageJob, records: Callable[[], dict[str, Any]], **components: Any):
         self.job, self.records = job, records
+        self.sealed_records: dict[str, Any] | None = None  # of the stage's own checkpoint, once one was loaded
         self._unsealed: tuple[int, dict[str, Any]] | None = None
         super().__init__(
             checkpoint_config=checkpoint_config(job),
@@ -49,7 +50,8 @@ class StageCheckpoints(CheckpointManager):
 
     def load(self, step: int = -1) -> bool:
         """Loads the newest verified checkpoint of this stage, or its input, or nothing for a base stage."""
-        folder = self._newest_verified() or self.job.resume
+        own = self._newest_verified()
+        folder = own or self.job.resume
         if folder is None and self.job.parent is None:
             self._begin_moments()
             return False
@@ -69,6 +71,8 @@ class StageCheckpoints(CheckpointManager):
         if grown_moments:
             self.states[OPTIMIZER].load_state_dict({**optimizer, **states[OPTIMIZER]})
         self._check_loaded(source, manifest)
+        if own is not None:
+            self.sealed_records = manifest.get("records", {})
         if folder is None and not grown_moments:
             self._begin_moments()
         logger.info("Loaded and verified %s", source)

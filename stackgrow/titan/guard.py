@@ -23,6 +23,11 @@ logger = logging.getLogger(__name__)
 
 WINDOW = 128  # losses that a spike is measured against, as in OLMo-core's SkipStepOptimizer
 LEAST = 32  # of them, before a spike can be told from noise
+# Of what can be changed in a run that has begun: on_spike = "skip" cannot, it would have left out others before.
+REMEDIES = {
+    "nonfinite": "to go on without its update, --set train.on_nonfinite=skip",
+    "spike": "to go on with its update, --set train.on_spike=record",
+}
 MAX_SKIPS = 10  # in a row: then it is not the data
 
 
@@ -85,7 +90,7 @@ class StepGuard:
         if action == "stop":
             verdict.error = DivergedError(
                 f"{line}; it was not applied, and the newest checkpoint is from before it. metrics.jsonl names the "
-                f"batch; to go on without its update, --set train.on_{event}=skip; or start anew with a lower rate"
+                f"batch; {REMEDIES[event]}; or start anew with a lower rate"
             )
         elif dist.get_rank() == 0:
             logger.warning("%s: %s", line, {"skip": "its update is left out", "record": "recorded"}[action])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -27,15 +28,15 @@ class StageMetrics(MetricsProcessor):
         self._metrics: RecordWriter | None = None
         self._validation: RecordWriter | None = None
 
-    def resume(self, step: int) -> None:
-        """Opens the records at the step that training goes on from."""
+    def resume(self, step: int, sealed: Mapping[str, Any] | None) -> None:
+        """Opens the records at the step that training goes on from; ``sealed``: what the seal of the stage's own
+        checkpoint states of them, see ``sealed()``, or None where none was loaded."""
         self.progress.start(step)
         if self.rank0:
             if self.job.on_resume:
                 self.job.on_resume(step)
-            self._metrics = RecordWriter(self.job.folder / METRICS, step)
-            # A validation belongs to the step after which it is made, and is made again when that step is.
-            self._validation = RecordWriter(self.job.folder / VALIDATION, step if step else -1)
+            self._metrics = RecordWriter(self.job.folder / METRICS, _stated(sealed, METRICS))
+            self._validation = RecordWriter(self.job.folder / VALIDATION, _stated(sealed, VALIDATION))
 
     def sealed(self) -> dict[str, Any]:
         """What the seal of a checkpoint states of the records up to its step; on rank 0."""
@@ -92,3 +93,7 @@ class StageMetrics(MetricsProcessor):
         for writer in (self._metrics, self._validation):
             if writer:
                 writer.close()
+
+
+def _stated(sealed: Mapping[str, Any] | None, name: str) -> dict[str, Any] | None:
+    return None if sealed is None else dict(sealed.get(name, {}))

@@ -65,7 +65,7 @@ class StageTrainer(Trainer):
         self.checkpointer.load()
         session.stop_if_asked()
         first = self.step + 1
-        self.metrics_processor.resume(self.step)
+        self.metrics_processor.resume(self.step, self.checkpointer.sealed_records)
         self.set_mask()
         if self.stage_job.stage.freeze:
             begin_frozen(self.model_parts[0])

@@ -5,7 +5,7 @@ SIGKILL; "term" is SIGTERM, "stop" SIGSTOP, "full" an OSError "no space left", "
 parted by semicolons; in ``FAULT_RANK`` "all", every rank has them. "poison" makes a weight NaN, "sleep" takes 15
 seconds. ``FILE_LIMIT``: bytes beyond which no file can grow. ``RNG``: tells whether training drew from any global random
 number generator. ``STALE``: what other ranks than 0 see below this folder is STALE_SECONDS old (stale.py).
-``PHASE_FILE``: rank 0 keeps the phase it is in there, at most 16 bytes.
+``DISK_LOG``: what is done to files and names is written there (disk.py). ``PHASE_FILE``: rank 0 keeps the phase it is in there, at most 16 bytes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy
 import torch
+from disk import watch
 from stale import StaleNames
 from torch.distributed.checkpoint import filesystem
 
@@ -173,6 +174,8 @@ if __name__ == "__main__":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FILE_LIMIT"]),) * 2)
     if "STALE" in os.environ and rank != "0":
         StaleNames(Path(os.environ["STALE"]), float(os.environ["STALE_SECONDS"]))
+    if "DISK_LOG" in os.environ:
+        watch(Path(os.environ["DISK_LOG"]))
     if "RNG" in os.environ:
         wrap(StageTrainer, "train", watch_generators)
     if "PHASE_FILE" in os.environ and rank == "0":

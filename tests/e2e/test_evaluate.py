@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import REPOSITORY, Workplace, environment, losses
+from launch import RECIPE, REPOSITORY, Workplace, environment, losses
 from warm import Warm
 
 from stackgrow import seal
 from stackgrow.checkpoint.export import export_run
 from stackgrow.evaluate.tasks import load_tasks
+from stackgrow.run_folder.folder import RunFolder
 
 pytest.importorskip("lm_eval")
 
@@ -149,3 +151,30 @@ def test_tool_evaluates_a_grown_checkpoint_and_adds_to_its_results(
     assert (code, "is a checkpoint already; leave out --stage and --step" in told) == (65, True)
     code, told = workplace.tool("evaluate", "store")
     assert (code, "neither a run nor a checkpoint of one" in told) == (65, True)
+
+
+def test_task_files_that_a_recipe_or_a_run_names_are_not_run_unasked(
+    workplace: Workplace, reference: Path, tmp_path: Path
+) -> None:
+    """They can be code; a folder that the user names on the command line is the user's."""
+    planted, mark = workplace.folder / "planted", tmp_path / "executed"
+    planted.mkdir()
+    (planted / "task.yaml").write_text("task: planted\ncustom_dataset: !function code.run\n", encoding="utf-8")
+    (planted / "code.py").write_text(f"open({str(mark)!r}, 'w').close()\nrun = None\n", encoding="utf-8")
+    table = '\n[eval]\ntasks = ["planted"]\ninclude = "planted"\n'
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    file = RunFolder(run).recipe_file
+    file.write_text(file.read_text(encoding="utf-8") + table, encoding="utf-8")
+    (workplace.folder / "planted.toml").write_text(RECIPE + table, encoding="utf-8")
+
+    for code, output in (
+        workplace.tool("evaluate", run),
+        workplace.tool("run_recipe", "planted.toml", "--set", f"run.folder={tmp_path}/new"),
+    ):
+        assert code == 2, output
+        assert 'eval.include: "planted" names task files, which can contain code' in output
+        assert "Traceback" not in output
+    assert not mark.exists()
+    workplace.tool("evaluate", run, "--set", "eval.include=planted")
+    assert mark.exists(), "it was named"

@@ -9,7 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launch import BASE, FAULTY, GROW, TARGET, Workplace, environment, losses, records, stage_of, weights
+from disk import faults
+from launch import (
+    BASE,
+    FAULTY,
+    GROW,
+    TARGET,
+    Workplace,
+    assert_audited,
+    environment,
+    losses,
+    records,
+    stage_of,
+    weights,
+)
 from warm import Warm
 
 from stackgrow import seal
@@ -125,6 +138,23 @@ def test_sigterm_saves_and_ends_with_75(workplace: Workplace, short_computed: Pa
     assert_same(place, short_computed)
 
 
+def test_records_edited_between_two_sessions_are_never_sealed(
+    workplace: Workplace, short: Path, tmp_path: Path
+) -> None:
+    """The file is named, nothing is overwritten, and once it is restored the run ends as an undisturbed one."""
+    place = tmp_path / "run"
+    run(workplace, place, code=75, FAULT="term train.step 7")
+    for file in (stage_of(place, BASE).metrics_file, stage_of(place, BASE).validation_file):
+        content = file.read_bytes()
+        file.write_bytes(content.replace(b'"loss": ', b'"loss": 1', 1))
+        output = run(workplace, place, code=65)
+        assert f"{file} is not what it was when the checkpoint was sealed that training goes on from" in output
+        file.write_bytes(content)
+    run(workplace, place)
+    assert_same(place, short)
+    assert_audited(place)
+
+
 def test_a_request_to_one_rank_stops_all(workplace: Workplace, tmp_path: Path) -> None:
     place = tmp_path / "run"
     output = run(workplace, place, code=75, ranks=2, FAULT="term train.step 5", FAULT_RANK="1")
@@ -204,6 +234,17 @@ def test_a_full_disk_elsewhere(workplace: Workplace, short_computed: Path, tmp_p
     )
     run(workplace, place, *COMPUTED)
     assert_same(place, short_computed)
+
+
+@pytest.mark.parametrize("sets", [[], COMPUTED], ids=["linked", "computed"])
+def test_nothing_is_relied_upon_that_a_power_cut_would_take(
+    workplace: Workplace, tmp_path: Path, sets: list[str]
+) -> None:
+    """Every file was synced before it got its name or was sealed, and every name before another file builds on it."""
+    place, log = tmp_path / "run", tmp_path / "disk.txt"
+    run(workplace, place, *sets, code=75, FAULT="term train.step 5", DISK_LOG=str(log))
+    run(workplace, place, *sets, DISK_LOG=str(log))
+    assert faults(log, place) == []
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """What a run refuses: one message, its own exit code, and nothing lost."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from launch import BASE, GROW, RECIPE, RUN_RECIPE, TARGET, Workplace, environmen
 from warm import Warm
 
 from stackgrow import seal
+from stackgrow.data.store import MANIFEST
 from stackgrow.run_folder.lines import read_records
 
 
@@ -40,6 +43,31 @@ def test_done_of_another_stage_is_noticed(workplace: Workplace, reference: Path,
 def test_free_keys_may_change(workplace: Workplace, reference: Path) -> None:
     output = workplace.run("run.folder=reference", "log.interval=5 steps", "train.compile=true")
     assert output.count("done before") == 3
+
+
+def test_held_out_data_do_not_change_within_a_run(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
+    """Neither how many sequences are taken nor the text: two curves would stand in one file."""
+    output = workplace.run("run.folder=reference", "validation.sequences=3", code=65)
+    assert "was begun with other held-out data: validation.sequences: 11 -> 3." in output
+    output = workplace.run("run.folder=reference", "validation.take=spread", code=65)
+    assert "validation.take: first -> spread" in output
+    store = tmp_path / "store"
+    shutil.copytree(workplace.folder / "store", store)
+    shard = next(store.glob("validation-*.npy"))
+    content = bytearray(shard.read_bytes())
+    content[-2] ^= 1
+    shard.write_bytes(content)
+    edit_json(store / MANIFEST, lambda m: m["splits"]["validation"]["shards"][0].update(sha256=seal.sha256(shard)))
+    output = workplace.run("run.folder=reference", f"data.path={store}", code=65)
+    assert "validates on other held-out data, with the hash" in output
+    assert "Traceback" not in output
+    assert workplace.run("run.folder=reference", "validation.interval=2 steps").count("done before") == 3
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    change(value)
+    path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def test_two_runs_on_one_folder(workplace: Workplace, tmp_path: Path) -> None:

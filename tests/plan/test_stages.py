@@ -276,8 +276,6 @@ def test_ranks_that_fit(tmp_path: Path, sets: list[str], world: int) -> None:
 
 FREE = {
     "train.on_nonfinite": "skip",
-    "train.on_spike": "stop",
-    "train.spike_sigmas": "4",
     "checkpoint.verify": "sampled",
     "run.accept_versions": "true",
     "name": "other",
@@ -299,7 +297,6 @@ FREE = {
     "parallel.async_tensor": "true",
     "parallel.reshard_after_forward": "never",
     "validation.interval": "5 steps",
-    "validation.sequences": "0",
     "checkpoint.interval": "5 steps",
     "checkpoint.keep": "5",
     "checkpoint.async_mode": "async",
@@ -316,6 +313,7 @@ FREE = {
     "run.train_timeout": "5",
 }
 DEFINING = {
+    "train.on_spike": "skip",
     "seed": "8",
     "model.dim": "32",
     "model.n_heads": "2",
@@ -364,6 +362,11 @@ def test_every_key_is_classified() -> None:
     assert {k for k, free in keys.items() if free} == {*FREE, "parallel.pipeline", "parallel.context"}
     rest = {"model.family", "model.n_layers", "budget.tokens"}
     rest |= {
+        "validation.sequences",
+        "validation.take",
+    }  # no part of what is trained, and refused all the same: run/changed.py
+    rest |= {"train.spike_sigmas"}
+    rest |= {
         f"guideline.{key}" for key in ("a", "b", "c", "source", "max_parameters", "max_flops")
     }  # in test_timing.py
     assert {k for k, free in keys.items() if not free} == {*DEFINING, *rest}
@@ -385,6 +388,12 @@ def test_defining_keys_change_every_stage_hash(tmp_path: Path, key: str) -> None
     extra = {"base.n_layers": ("model.n_layers=4",), "base.position": ("base.from=elsewhere",)}.get(key, ())
     extra = ("train.attention=flex",) if key == "data.document_mask" else extra
     assert set(hashes(tmp_path, f"{key}={DEFINING[key]}", *extra).values()).isdisjoint(hashes(tmp_path).values())
+
+
+def test_what_is_a_spike_changes_the_hashes_where_its_update_is_left_out(tmp_path: Path) -> None:
+    skip, sigmas = "train.on_spike=skip", "train.spike_sigmas=4"
+    assert set(hashes(tmp_path, skip, sigmas).values()).isdisjoint(hashes(tmp_path, skip).values())
+    assert hashes(tmp_path, "train.on_spike=stop", sigmas) == hashes(tmp_path)
 
 
 def test_the_data_change_every_stage_hash(tmp_path: Path) -> None:
