@@ -9,6 +9,10 @@ DEV := .venv/.installed-dev
 quickstart: $(RUNTIME)  ## prepare a small corpus and grow a small model on it, on any machine
 	$(BIN)/python tools/prepare_data.py --stdlib --train-tokenizer 2048 --out data/stdlib
 	$(BIN)/torchrun --standalone --nproc-per-node 1 tools/run_recipe.py recipes/quickstart.toml
+	@echo
+	@echo "Look at runs/quickstart/report.html. Did growing pay? Its twin from scratch, and the two compared:"
+	@echo "  $(BIN)/torchrun --standalone --nproc-per-node 1 tools/run_recipe.py recipes/quickstart_scratch.toml"
+	@echo "  $(BIN)/python tools/compare_runs.py runs/quickstart_scratch runs/quickstart --html compared.html"
 
 test: check  ## everything that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not slurm" -n 2 --dist loadfile
@@ -39,7 +43,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 $(RUNTIME): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -e .
+	$(BIN)/python -m pip install -e '.[report]'
 	touch $@
 
 $(DEV): pyproject.toml | $(BIN)/python

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stackgrow import seal
+from stackgrow.errors import DamagedError
 from stackgrow.evaluate.tasks import SEVEN, headline
 from stackgrow.run_folder.folder import RunFolder
 
@@ -60,11 +61,24 @@ def last_scores(run: Path) -> Scores:
 def _last_record(run: Path) -> dict[str, Any] | None:
     """Of the results for one checkpoint, those of all examples come after those of a try on a few."""
     records = []
-    for file in RunFolder(run).eval.glob("*.json"):
-        record = seal.read_json(file)
-        if record:
+    for file in sorted(RunFolder(run).eval.glob("*.json")):
+        record: Any = seal.read_json(file)
+        if record is not None:
+            _check(record, file)
             records.append(record)
     return max(records, key=lambda record: (record["tokens"], record["step"], not record.get("limit")), default=None)
+
+
+def _check(record: Any, file: Path) -> None:
+    """DamagedError for what holds no results: a stranger's file may hold anything."""
+    numbers = []
+    if isinstance(record, dict):
+        numbers = [record.get("tokens"), record.get("step"), record.get("seven_task_mean") or 0.0]
+        tasks = record.get("tasks")
+        for metrics in tasks.values() if isinstance(tasks, dict) else [None]:
+            numbers += metrics.values() if isinstance(metrics, dict) else [None]
+    if not numbers or not all(isinstance(number, int | float) for number in numbers):
+        raise DamagedError(f"{file} holds no results of benchmarks; restore it or remove it")
 
 
 def chance(benchmark: str) -> float | None:

@@ -38,7 +38,7 @@ def _basis(run: Path) -> dict[str, str]:
         "vocabulary": str(recipe.model.vocab_size),
         "sequence length": str(recipe.data.seq_len),
         "validation data": _data_hash(run, "validation_hash"),
-        "validation sequences": str(recipe.validation.sequences),
+        "validation sequences": f"{recipe.validation.sequences}, {recipe.validation.take}",
     }
 
 

@@ -112,10 +112,16 @@ def sessions_of(provenance: dict[str, Any]) -> list[dict[str, Any]]:
     return [session for session in sessions if isinstance(session, dict)]
 
 
+def table_of(entry: dict[str, Any], name: str) -> dict[str, Any]:
+    """The table ``name`` of an entry; {} where it is none."""
+    value = entry.get(name)
+    return value if isinstance(value, dict) else {}
+
+
 def _status(folder: RunFolder, plan: Plan, provenance: dict[str, Any]) -> str:
     """Whether the run is finished, since when, and its seed."""
     sessions = sessions_of(provenance)
-    ended = sessions[-1].get("ended", {}) if sessions else {}
+    ended = table_of(sessions[-1], "ended") if sessions else {}
     date = str(ended.get("at") or (sessions[-1].get("started") if sessions else "")).replace("T", " ")[:16]
     if "kept" in provenance:
         status = "records of a run, kept without it"
@@ -167,8 +173,8 @@ def _warnings(folder: RunFolder, plan: Plan, provenance: dict[str, Any]) -> Iter
     if len(sessions) > 1:
         worlds = ", ".join(str(session.get("world_size")) for session in sessions)
         yield f"{len(sessions)} sessions, on {worlds} ranks"
-    codes = [session.get("code", {}) for session in sessions]
-    if len({code.get("commit") for code in codes}) > 1:
+    codes = [table_of(session, "code") for session in sessions]
+    if len({str(code.get("commit")) for code in codes}) > 1:
         yield "the sessions ran different commits of stackgrow"
     if any("dirty_sha256" in code for code in codes):
         yield "the code had changes that are in no commit"
@@ -200,7 +206,7 @@ def _stage_row(folder: StageFolder, stage: TrainStage) -> tuple[str, ...]:
         f"{losses[-1]:.4f}" if len(losses) else "-",
         f"{validation[0]:.4f} to {validation[-1]:.4f}" if len(validation) else "-",
         human(np.median(rates)) if len(rates) else "-",
-        clock(done["seconds"]) if done else "-",
+        clock(done["seconds"]) if done and isinstance(done.get("seconds"), int | float) else "-",
     )
 
 
@@ -248,11 +254,11 @@ def _pictures(folder: RunFolder, plan: Plan) -> Iterator[Markup]:
 def _facts(provenance: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What identifies the run and where it ran, without names of machines and folders."""
     yield "recipe", f"SHA-256 {provenance.get('recipe_hash', 'unknown')}"
-    yield "data", f"SHA-256 {provenance.get('data', {}).get('manifest_hash', 'unknown')}"
+    yield "data", f"SHA-256 {table_of(provenance, 'data').get('manifest_hash', 'unknown')}"
     for number, session in enumerate(sessions_of(provenance), start=1):
-        commit = session.get("code", {}).get("commit", "unknown")
-        packages = ", ".join(f"{name} {version}" for name, version in session.get("packages", {}).items())
-        devices = _devices(session.get("hardware", {}))
+        commit = table_of(session, "code").get("commit", "unknown")
+        packages = ", ".join(f"{name} {version}" for name, version in table_of(session, "packages").items())
+        devices = _devices(table_of(session, "hardware"))
         ranks = f"ranks: {session.get('world_size')}"
         yield f"session {number}", f"{session.get('started')}; {devices}; {ranks}; commit {commit}; {packages}"
 
@@ -260,18 +266,20 @@ def _facts(provenance: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _devices(hardware: dict[str, Any]) -> str:
     """``8 x NVIDIA H100``, or the processors of a machine without GPUs."""
     gpus = hardware.get("gpus")
-    if not gpus:
+    if not isinstance(gpus, list) or not gpus:
         return f"{hardware.get('cpus')} x {hardware.get('cpu', hardware.get('machine'))}"
-    if len(gpus) == 1:
-        return str(gpus[0])
-    return ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus))
+    names = [str(name) for name in gpus]
+    if len(names) == 1:
+        return names[0]
+    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
 
 
 def _overridden(provenance: dict[str, Any]) -> set[str]:
     """The keys that any session set on the command line."""
     keys = set()
     for session in sessions_of(provenance):
-        for override in session.get("overrides", []):
+        overrides = session.get("overrides")
+        for override in overrides if isinstance(overrides, list) else []:
             key, _, _ = str(override).partition("=")
             keys.add(key.strip())
     return keys

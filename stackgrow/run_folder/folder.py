@@ -208,7 +208,9 @@ class RunFolder:
 
     def data_hash(self) -> str:
         """The hash of the data that the run was begun with; "" where nothing is written down yet."""
-        data = self.provenance().get("data", {})
+        data = self.provenance().get("data")
+        if not isinstance(data, dict):
+            return ""
         return str(data.get("manifest_hash", ""))
 
 

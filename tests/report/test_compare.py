@@ -90,7 +90,7 @@ def test_every_difference_of_the_recipes_is_listed(runs: list[Path]) -> None:
     [
         (("vocab_size = 256", "vocab_size = 512"), "vocabulary: 256 -> 512"),
         (("seq_len = 64", "seq_len = 128"), "sequence length: 64 -> 128"),
-        (("[train]", "[validation]\nsequences = 3\n\n[train]"), "validation sequences: 64 -> 3"),
+        (("[train]", "[validation]\nsequences = 3\n\n[train]"), "validation sequences: 64, first -> 3, first"),
     ],
 )
 def test_runs_whose_losses_are_of_different_things_are_refused(
@@ -173,6 +173,17 @@ def test_benchmarks_are_those_of_the_last_checkpoint(runs: list[Path]) -> None:
     assert comparison.evaluations == {runs[1].name: scores}
     assert "sciq acc_norm" in render(comparison)
     assert as_dict(comparison)["evaluations"][runs[1].name]["sciq acc_norm"] == {"value": 0.5, "standard_error": 0.05}
+
+
+@pytest.mark.parametrize("record", [5, {"tasks": 5}, {"tokens": 1, "step": 1, "tasks": {"sciq": {"acc": "high"}}}])
+def test_results_that_are_none_are_named(runs: list[Path], record: object) -> None:
+    run = RunFolder(runs[1])
+    run.eval.mkdir()
+    run.eval_file("s").write_text(json.dumps(record))
+    with pytest.raises(
+        DamagedError, match=r"s\.json (holds no results of benchmarks|is damaged: not a JSON object); restore it or"
+    ):
+        compare(runs)
 
 
 def test_benchmarks_stand_beside_their_errors_and_what_guessing_gives() -> None:

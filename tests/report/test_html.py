@@ -14,6 +14,7 @@ import stackgrow
 from stackgrow.errors import ChangedError, MissingExtraError
 from stackgrow.report import figure, html
 from stackgrow.report.html import write_report
+from stackgrow.report.run_page import run_page
 from stackgrow.run_folder.folder import RunFolder
 
 pytest.importorskip("matplotlib")
@@ -158,6 +159,22 @@ def test_runs_that_cannot_be_compared_are_on_one_page_by_force_alone(runs: list[
         write_report([runs[0], other], tmp_path / "report.html")
     write_report([runs[0], other], tmp_path / "report.html", force=True)
     assert "<li>other: vocabulary: 256 -&gt; 512</li>" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"sessions": 5},
+        {"sessions": [5, {"code": 5, "packages": [1], "hardware": {"gpus": 8}, "overrides": 5, "ended": "now"}]},
+        {"data": "data", "sessions": [{"code": {"commit": [1]}}, {"code": {"commit": {}}}]},
+    ],
+)
+def test_a_provenance_that_holds_anything_is_shown_as_far_as_it_goes(tmp_path: Path, provenance: object) -> None:
+    folder = RunFolder(written_run(tmp_path / "run"))
+    folder.provenance_file.write_text(json.dumps(provenance))
+    page = run_page(folder.path)
+    assert page.status.startswith("finished")
+    assert dict(page.facts)["data"] == "SHA-256 unknown"
 
 
 def test_the_template_is_installed_with_the_package() -> None:
