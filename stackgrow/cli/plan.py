@@ -12,8 +12,9 @@ from pathlib import Path
 
 from stackgrow.cli.options import add_set, parser_of, quiet_at_closed_pipe
 from stackgrow.errors import RunError
-from stackgrow.plan.cost import GPUS, MFU, Cluster, estimate, search
+from stackgrow.plan.cost import GPUS, MFU, Cluster, estimate
 from stackgrow.plan.resolve import make_plan
+from stackgrow.plan.search import search
 from stackgrow.recipe.load import load_recipe
 from stackgrow.recipe.shipped import find_recipe
 from stackgrow.recipe.values import tokens

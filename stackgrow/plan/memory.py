@@ -63,16 +63,27 @@ def stage_memory(stage: TrainStage, layout: Layout, micro_batch: int | None = No
     """The memory of a stage on ``layout``, with ``micro_batch`` sequences per forward pass (default: the recipe's)."""
     tensors = stage.checkpoint_tensors()
     elements = sum(local_elements(name, shape, layout) for name, shape in tensors.items())
-    gradients = elements
+    gradient_elements = elements
     if layout.tensor > 1 and layout.shard == 1:  # without FSDP, DTensor leaves the embedding's gradient whole
-        gradients += stage.model.vocab_size * stage.model.dim * (layout.tensor - 1) // layout.tensor
-    state = (FP32 * elements, FP32 * gradients, 2 * FP32 * elements + FP32 * len(tensors))  # AdamW counts its steps
-    tokens = (micro_batch or stage.micro_batch(layout.data_ranks)) * stage.seq_len
-    sizes = _Sizes(stage, layout, tokens)
-    kept = stage.model.n_layers * sizes.kept(stage.train.activation_checkpoint) + sizes.head()
-    working = kept + sizes.cast + max(sizes.loss() + sizes.head_weights, sizes.backward())
-    working += FP32 * stage.made_parameters
-    return Memory(*state, kept, sizes.loss(), working, host=sum(state) if stage.train.cpu_offload else 0)
+        gradient_elements += stage.model.vocab_size * stage.model.dim * (layout.tensor - 1) // layout.tensor
+    parameters = FP32 * elements
+    gradients = FP32 * gradient_elements
+    optimizer = 2 * FP32 * elements + FP32 * len(tensors)  # AdamW's two moments, and a count of steps for each tensor
+
+    sequences = micro_batch or stage.micro_batch(layout.data_ranks)
+    sizes = _Sizes(stage, layout, tokens=sequences * stage.seq_len)
+    activations = stage.model.n_layers * sizes.kept(stage.train.activation_checkpoint) + sizes.head()
+    beside = max(sizes.loss() + sizes.head_weights, sizes.backward())
+    working = activations + sizes.cast + beside + FP32 * stage.made_parameters
+    return Memory(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        loss=sizes.loss(),
+        working=working,
+        host=parameters + gradients + optimizer if stage.train.cpu_offload else 0,
+    )
 
 
 def local_elements(name: str, shape: Iterable[int], layout: Layout) -> int:
@@ -94,39 +105,57 @@ class _Sizes:
     of a micro-batch, t ranks of tensor parallel, which share what lies between its gathers and scatters."""
 
     def __init__(self, stage: TrainStage, layout: Layout, tokens: int):
-        model, self.mode = stage.model, stage.train.activation_checkpoint
+        model = stage.model
+        self.D = model.dim
+        self.K = model.kv_heads * model.head_dim
+        self.F = model.ffn_dim
+        self.V = model.vocab_size
+        self.T = tokens
+        self.t = layout.tensor
+        self.heads = model.n_heads
+        self.mode = stage.train.activation_checkpoint
         self.compiled = stage.train.compile
-        self.T, self.t, self.loss_parallel = tokens, layout.tensor, layout.loss_parallel and layout.tensor > 1
-        self.D, self.K, self.F = model.dim, model.kv_heads * model.head_dim, model.ffn_dim
-        self.V, self.heads = model.vocab_size, model.n_heads
         self.chunk = stage.train.loss_chunk
-        bf16, sharded = stage.train.precision != "fp32", layout.shard > 1  # compiled, float8 keeps less than bf16
-        self.wide = 2 if bf16 else FP32
-        layer = sum(math.prod(shape) for shape in model.layer_tensors().values()) // self.t
-        head = self.V * self.D // self.t
+        self.loss_parallel = layout.loss_parallel and layout.tensor > 1
+
+        bf16 = stage.train.precision != "fp32"  # compiled, float8 keeps less than bf16
+        sharded = layout.shard > 1
         # FSDP gathers weights in the precision of the products; what autocast makes without it lives for the step.
         self.autocast = bf16 and not sharded
-        self.stream = FP32 if self.autocast else self.wide
-        self.layer_weights, self.head_weights = (self.wide * n if sharded else 0 for n in (layer, head))
-        self.layer_scatter, self.head_scatter = (FP32 * n if sharded else 0 for n in (layer, head))
-        layers = 1 if self.compiled and self.mode != "none" else model.n_layers  # recomputed with what they are for
-        self.cast = self.wide * (layers * layer + head) if self.autocast else 0
+        self.wide = 2 if bf16 else FP32  # bytes of a number in the products
+        self.stream = FP32 if self.autocast else self.wide  # bytes of one in the residual stream
+
+        layer = sum(math.prod(shape) for shape in model.layer_tensors().values()) // self.t
+        head = self.V * self.D // self.t
+        self.layer_weights = self.wide * layer if sharded else 0  # gathered
+        self.head_weights = self.wide * head if sharded else 0
+        self.layer_scatter = FP32 * layer if sharded else 0  # gradients on their way to their shards
+        self.head_scatter = FP32 * head if sharded else 0
+        # Compiled and recomputed, a layer's casts are made again with what they are for.
+        cast_layers = 1 if self.compiled and self.mode != "none" else model.n_layers
+        self.cast = self.wide * (cast_layers * layer + head) if self.autocast else 0
 
     def kept(self, mode: str) -> int:
         """What one layer keeps for its backward pass under ``activation_checkpoint``."""
         D, K, F, t = self.D, self.K, self.F, self.t
         if mode == "full":
             return self.T * self.stream * D // t
-        streams = 1  # of the residual
-        statistics = FP32 * self.heads // t + (2 * FP32 // t if mode == "none" else 0)  # of attention; of norms
+        residual_streams = 1
+        statistics = FP32 * self.heads // t  # of attention
+        if mode == "none":
+            statistics += 2 * FP32 // t  # of norms
         if mode == "selective":  # wq, wv, w1 and w2, attention, and what tensor parallel scatters
-            own = (D + K + F + D + (2 * D if t > 1 else 0)) // t + (0 if self.compiled else D)
+            scattered = 2 * D if t > 1 else 0
+            own = (D + K + F + D + scattered) // t
+            if not self.compiled:
+                own += D
         elif self.compiled:  # q, attention and its product, k, v; gate, up, their product; the norms' outputs
             own = (3 * D + 2 * K + 3 * F) // t + 2 * D
         else:  # q, attention, k, v; gate, its SiLU, up, their product; autocast copies a norm's output for each product
-            streams, norms = 2, 5 * D if self.autocast else 2 * D
+            residual_streams = 2
+            norms = 5 * D if self.autocast else 2 * D
             own = (2 * D + 2 * K + 4 * F) // t + norms
-        return self.T * (streams * self.stream * D // t + self.wide * own + statistics)
+        return self.T * (residual_streams * self.stream * D // t + self.wide * own + statistics)
 
     def head(self) -> int:
         """The input and the output of the last norm."""
@@ -140,8 +169,11 @@ class _Sizes:
         per_logit = 2 * self.wide if self.compiled else 3 * FP32
         if not self.chunk:
             return per_logit * self.T * self.V
-        per_logit += 0 if self.compiled else self.wide
-        return per_logit * min(self.chunk, self.T) * self.V + self.T * self.wide * self.D + FP32 * self.V * self.D
+        if not self.compiled:
+            per_logit += self.wide
+        logits = per_logit * min(self.chunk, self.T) * self.V
+        gradients = self.T * self.wide * self.D + FP32 * self.V * self.D
+        return logits + gradients
 
     def backward(self) -> int:
         """The most beside ``kept`` in the backward pass of the last layer: at its start, what is recomputed, gradients
@@ -149,6 +181,7 @@ class _Sizes:
         there with its own."""
         recomputed = 0 if self.mode == "none" else self.kept("none") - self.kept(self.mode)
         products = 3 * self.F if self.mode == "full" else 3 * self.F // 2
-        start = recomputed + self.T * self.wide * (min(self.t, 2) * self.D + products // self.t) + self.head_scatter
+        gradients = self.T * self.wide * (min(self.t, 2) * self.D + products // self.t)
+        start = recomputed + gradients + self.head_scatter
         end = self.layer_weights + self.layer_scatter + 2 * self.T * self.wide * self.D
         return 2 * self.layer_weights + max(start, end)

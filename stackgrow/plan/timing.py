@@ -36,24 +36,32 @@ def shown(recipe: Recipe, hop: Hop) -> str:
     timing = hop.growth.timing
     if isinstance(timing, LossSlope):
         return f'"{timing.min}" to "{timing.max}"'
-    tokens = due(recipe, hop, timing)
-    return f'"{timing}"' + ("" if timing == tokens else f" (here {human(tokens.amount)})")
+    length = due(recipe, hop, timing)
+    if timing == length:
+        return f'"{timing}"'
+    return f'"{timing}" (here {human(length.amount)})'
 
 
 def timing_note(recipe: Recipe, hop: Hop) -> Iterator[str]:
     """What "auto" comes to, where from, and whether it is used beyond what it was fitted on."""
     if hop.growth.timing != "auto":
         return
-    n, fit = hop.target.parameters(), recipe.guideline
+    n = hop.target.parameters()
     c = guidelines.training_flops(n, recipe.budget.tokens)
-    beyond = "" if guidelines.in_fitted_range(n, c) else ", extrapolated: fitted on 410M to 3B, up to 1.2e21"
-    source = "the paper's section 4.2, eq. 2"
+    fit = recipe.guideline
+    beyond = ""
     if fit:
+        source = fit.source
         limits = ((n, fit.max_parameters), (c, fit.max_flops))
-        over = [human(limit) for value, limit in limits if limit and value > limit]
-        source, beyond = fit.source, f", extrapolated: fitted up to {', '.join(over)}" if over else ""
-    told = f"guideline d = {human(auto(recipe, hop))} tokens, {source}"
-    yield f"{hop.where}.timing: {told} (N = {human(n)}, C = 6 N D = {c:.2e}{beyond})"
+        exceeded = [human(limit) for value, limit in limits if limit and value > limit]
+        if exceeded:
+            beyond = f", extrapolated: fitted up to {', '.join(exceeded)}"
+    else:
+        source = "the paper's section 4.2, eq. 2"
+        if not guidelines.in_fitted_range(n, c):
+            beyond = ", extrapolated: fitted on 410M to 3B, up to 1.2e21"
+    guideline = f"guideline d = {human(auto(recipe, hop))} tokens, {source}"
+    yield f"{hop.where}.timing: {guideline} (N = {human(n)}, C = 6 N D = {c:.2e}{beyond})"
 
 
 def factor_note(hop: Hop) -> Iterator[str]:
@@ -72,10 +80,13 @@ def factor_note(hop: Hop) -> Iterator[str]:
 def bounds_note(latest: TrainStage, hop: Hop, flops: tuple[float, float]) -> Iterator[str]:
     """What is known beforehand of a growth whose timing the loss decides; ``flops`` are those of the run, grown at the
     earliest and at the latest."""
-    if (until := latest.until) and isinstance(hop.growth.timing, LossSlope):
-        tokens = [human(latest.start_tokens + latest.batches.tokens(n)) for n in (until.min_steps, until.max_steps)]
-        yield (
-            f"{hop.where}.timing: after {tokens[0]} to {tokens[1]} tokens, step {until.min_steps:,} to "
-            f"{until.max_steps:,} of {latest.name}, as soon as the loss falls by less than {until.slope:g} per billion "
-            f"tokens (a line over {until.window:,} steps); {flops[0]:.3g} to {flops[1]:.3g} FLOPs; here the latest"
-        )
+    until = latest.until
+    if until is None or not isinstance(hop.growth.timing, LossSlope):
+        return
+    first = human(latest.start_tokens + latest.batches.tokens(until.min_steps))
+    last = human(latest.start_tokens + latest.batches.tokens(until.max_steps))
+    yield (
+        f"{hop.where}.timing: after {first} to {last} tokens, step {until.min_steps:,} to "
+        f"{until.max_steps:,} of {latest.name}, as soon as the loss falls by less than {until.slope:g} per billion "
+        f"tokens (a line over {until.window:,} steps); {flops[0]:.3g} to {flops[1]:.3g} FLOPs; here the latest"
+    )

@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stackgrow.plan.cost import NETWORK, Choice, Cost, Saving, StageCost, model_flops, stage_disk
+from stackgrow.plan.cost import Cost, StageCost, model_flops, stage_disk
+from stackgrow.plan.saving import Saving
+from stackgrow.plan.search import NETWORK, Choice
 from stackgrow.text import aligned, human, wrapped
 
 TIME_HEAD = ("stage", "parameters", "tokens", "steps", "6ND FLOPs", "attention", "days", "GPU-hours", "disk")

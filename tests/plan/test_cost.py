@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from recipes_for_tests import RECIPE, edited, plan_of
 
-from stackgrow.plan.cost import GPUS, Cluster, estimate, expected_saving, recomputed, search, stage_disk
+from stackgrow.plan.cost import GPUS, Cluster, estimate, stage_disk
 from stackgrow.plan.resolve import make_plan
+from stackgrow.plan.saving import expected_saving
+from stackgrow.plan.search import recomputed, search
 from stackgrow.plan.stages import Plan
 from stackgrow.recipe.load import load_recipe
 from stackgrow.report.cost_table import cost_dict, render_cost, render_cost_json

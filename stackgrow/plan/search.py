@@ -1,0 +1,104 @@
+"""Layouts, micro-batches and recomputation that fit a stage into a cluster's memory, ranked by a model of what
+recomputation and communication add. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from stackgrow.plan.cost import Cluster, model_flops
+from stackgrow.plan.memory import FP32, Layout, Memory, stage_memory
+from stackgrow.plan.stages import TrainStage
+
+NETWORK = 50e9  # bytes per second and GPU between nodes, assumed: 400 Gb/s
+NODE = 8  # GPUs that share NVLink
+MODES = ("none", "selective", "full")
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run a stage. ``slowdown``: its time relative to the products alone, were those at the stated MFU."""
+
+    layout: Layout
+    micro_batch: int
+    activation_checkpoint: str
+    memory: Memory
+    slowdown: float
+
+
+def search(stage: TrainStage, cluster: Cluster, network: float = NETWORK, best: int = 3) -> list[Choice]:
+    """The fastest ways to run a stage that fit the memory; ``network``: bytes per second and GPU between nodes."""
+    fitting = []
+    for choice in _choices(stage, cluster, network):
+        if choice.memory.total <= cluster.gpu.memory:
+            fitting.append(choice)
+    fitting.sort(key=lambda choice: (round(choice.slowdown, 3), choice.memory.total))
+    return fitting[:best]
+
+
+def _choices(stage: TrainStage, cluster: Cluster, network: float) -> Iterator[Choice]:
+    modes = MODES[:1] if stage.learns_maps else MODES
+    sequences = math.gcd(*stage.batches.sizes) // stage.seq_len  # of every step
+    for layout in _layouts(stage, cluster.gpus):
+        share, rest = divmod(sequences, layout.data_ranks)
+        if rest or not share:
+            continue
+        for micro_batch in MICRO_BATCHES:
+            if share % micro_batch:
+                continue
+            for mode in modes:
+                variant = replace(stage, train=replace(stage.train, activation_checkpoint=mode))
+                memory = stage_memory(variant, layout, micro_batch)
+                slow = slowdown(variant, layout, micro_batch, cluster, network)
+                yield Choice(layout, micro_batch, mode, memory, slow)
+
+
+def _layouts(stage: TrainStage, gpus: int) -> Iterator[Layout]:
+    """FSDP, HSDP by nodes, and either with tensor parallelism inside a node, where the model divides."""
+    model = stage.model
+    must_divide = (model.n_heads, model.kv_heads, model.ffn_dim, model.vocab_size, stage.seq_len // 2)
+    no_tensor_parallel = stage.learns_maps or stage.train.loss_chunk > 0  # as checks.py has it
+    for tensor in (1, 2, 4, 8):
+        if gpus % tensor or any(size % tensor for size in must_divide):
+            continue
+        if tensor > 1 and no_tensor_parallel:
+            continue
+        for replicate in sorted({1, max(1, gpus // NODE)}):
+            shard = gpus // tensor // replicate
+            if shard * tensor * replicate == gpus and (shard > 1 or gpus == 1):
+                yield Layout(replicate, shard, tensor, loss_parallel=True)
+
+
+def slowdown(stage: TrainStage, layout: Layout, micro_batch: int, cluster: Cluster, network: float) -> float:
+    """Seconds of one micro-batch on one rank over those of its products. FSDP's traffic (weights gathered twice,
+    float32 gradients scattered once) overlaps with the products; tensor parallelism's (four gathers and four scatters
+    of a layer's bf16 stream) does not."""
+    gpu = cluster.gpu
+    tokens = micro_batch * stage.seq_len
+    weights = stage.model.parameters() / layout.tensor
+    products = model_flops(stage) / stage.tokens * tokens / layout.tensor / (gpu.flops * cluster.mfu)
+
+    wire = gpu.nvlink if layout.shard * layout.tensor <= NODE else network
+    fsdp = weights * (2 + 2 + FP32) * (1 - 1 / layout.shard) / wire
+    if layout.replicate > 1:  # the gradients of shards are summed over the nodes
+        fsdp += 2 * FP32 * weights / layout.shard / network
+    streams = 8 * stage.model.n_layers * tokens * stage.model.dim
+    tensor_parallel = streams * 2 * (1 - 1 / layout.tensor) / gpu.nvlink
+
+    overlapped = max(products * (1 + recomputed(stage)), fsdp)
+    return (overlapped + tensor_parallel) / products
+
+
+def recomputed(stage: TrainStage) -> float:
+    """What is multiplied again, over all products: the layers' forward ones, or with "selective" every second."""
+    model = stage.model
+    D, K, F = model.dim, model.kv_heads * model.head_dim, model.ffn_dim
+    again = {
+        "none": 0,
+        "selective": D * (K + D + F),  # wk, wo, w3
+        "full": D * (2 * K + 2 * D + 3 * F),
+    }
+    products = 2 * model.n_layers * again[stage.train.activation_checkpoint]  # of one token
+    return products / stage.flops_per_token
