@@ -53,7 +53,7 @@ RECIPES = {
     ),
     "learn": grown(
         "n_layers = 4",
-        'operator = "learn"\nfactor = 2\ntiming = "20K"\nlearn_steps = "10 steps"\nlearn = { warmup = "2 steps" }',
+        'operator = "learn"\nfactor = 2\ntiming = "20K"\nlearn_steps = "10 steps"\nlearn = { warmup = "2 steps", learning_rate = 1e-3, min_learning_rate = 0.0, weight_decay = 0.1 }',
     ),
     "imported base": grown(
         'n_layers = 4\nfrom = "models/base"\nposition = 5', 'operator = "stack"\nfactor = 2\ntiming = "20K"'
