@@ -192,7 +192,7 @@ def byte_level(texts: list[str], folder: Path) -> Path:
     folder.mkdir()
     model.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder / "tokenizer.json"
 
 

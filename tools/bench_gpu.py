@@ -75,7 +75,7 @@ def main() -> int:
         report["cases"].append(case | result)
         print(json.dumps(case | result), file=sys.stderr, flush=True)
         if arguments.out:
-            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(render(report))
     return 0
 
@@ -185,7 +185,7 @@ def random_store(folder: Path, vocabulary: int, tokens: int) -> None:
     (folder / "tokenizer.model").write_bytes(b"")
     tokenizer = {"file": "tokenizer.model", "sha256": hashlib.sha256(b"").hexdigest()}
     manifest = {"format": 1, "dtype": "uint16", "vocab_size": vocabulary, "bos_id": 1, "splits": splits}
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": tokenizer}))
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": tokenizer}), encoding="utf-8")
 
 
 def device_name() -> str:

@@ -55,14 +55,20 @@ def show_plan(arguments: argparse.Namespace) -> None:
     from stackgrow.plan.resolve import make_plan
     from stackgrow.recipe.load import load_recipe
     from stackgrow.report.plan_table import render_plan, render_plan_json
+    from stackgrow.text import wrapped
 
     plan = make_plan(load_recipe(arguments.recipe, arguments.set), arguments.recipe)
-    if os.environ.get("RANK", "0") == "0":
-        try:
-            order = read_order(plan.recipe.data, plan.recipe.seed)
-        except StoreError:  # not prepared yet, or wrong; running says so
-            order = None
-        print((render_plan_json if arguments.json else render_plan)(plan, order))
+    if os.environ.get("RANK", "0") != "0":
+        return
+    order, missing = None, []
+    try:
+        order = read_order(plan.recipe.data, plan.recipe.seed)
+    except StoreError as error:  # not prepared yet, or wrong: a plan does not need it
+        missing = ["", *wrapped(f"data: {error}")]
+    if arguments.json:
+        print(render_plan_json(plan, order))
+    else:
+        print("\n".join([render_plan(plan, order), *missing]))
 
 
 def show_state(arguments: argparse.Namespace) -> int:

@@ -93,6 +93,14 @@ class Manifest:
     document_ends: str = "bos"
     eos_id: int | None = None
 
+    def fits(self, vocab_size: int) -> bool:
+        """Whether a model of this vocabulary can be trained on the store: it has as many ids, or more up to a multiple
+        of 64 for the sake of fast kernels. Far more would be another tokenizer's."""
+        padding = vocab_size - self.vocab_size
+        if padding == 0:
+            return True
+        return vocab_size % 64 == 0 and 0 < padding <= max(128, self.vocab_size // 50)
+
     def hash(self, split: str) -> str:
         """SHA-256 over all that decides which token stands where in ``split``, and over nothing else."""
         shards = [shard.sha256 for shard in self.splits[split].shards]

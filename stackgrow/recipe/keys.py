@@ -103,7 +103,7 @@ class Model:
     n_heads: int = key(values.integer(1, MAX_WIDTH), "attention heads; head width is dim / n_heads")
     n_kv_heads: int = key(values.integer(0, MAX_WIDTH), "key/value heads (grouped-query attention); 0 means n_heads", 0)
     ffn_dim: int = key(values.integer(1, 4 * MAX_WIDTH), "width F of the SwiGLU layer, exactly")
-    vocab_size: int = key(values.integer(2, 2**22), "vocabulary V; must equal the token store's")
+    vocab_size: int = key(values.integer(2, 2**22), "vocabulary V: the token store's, or a multiple of 64 that pads it")
     norm_eps: float = key(values.number(0, 1, above=True), "epsilon of RMSNorm", 1e-5)
     rope_theta: float = key(values.number(1), "base of the rotary frequencies", 10000.0)
     init: str = key(

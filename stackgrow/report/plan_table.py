@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from stackgrow.plan.stages import GrowStage, Plan, TrainStage
 from stackgrow.recipe.write import recipe_hash, to_dict
-from stackgrow.text import aligned, human, wrapped
+from stackgrow.text import aligned, human, printable, wrapped
 
 if TYPE_CHECKING:
     from stackgrow.data.order import Order
+    from stackgrow.data.store import Manifest
 
 LONG_GROUP = 4  # consecutive layers from here on are shown as first-last
 MODEL_HEAD = (
@@ -59,12 +60,26 @@ def _header(plan: Plan) -> list[str]:
 
 
 def _data_lines(plan: Plan, order: Order) -> Iterator[str]:
-    """How often the plan goes over each token store."""
-    for path, seen in order.seen(plan.sequences).items():
-        line = f"         {path}: {human(seen['tokens'])} tokens, {seen['epochs']:.4g} epochs"
+    """How often the plan goes over each token store, and what is in it."""
+    for manifest, seen in zip(order.manifests, order.seen(plan.sequences).values(), strict=True):
+        line = f"         {manifest.folder}: {human(seen['tokens'])} tokens, {seen['epochs']:.4g} epochs"
         if seen["epochs"] > 1:
             line += f", beyond one epoch: its data are seen up to {math.ceil(seen['epochs'])} times"
         yield from wrapped(line)
+        yield from wrapped(f"           {_contents(manifest, plan.recipe.model.vocab_size)}")
+
+
+def _contents(manifest: Manifest, vocab_size: int) -> str:
+    train = manifest.splits["train"]
+    vocabulary = f"vocabulary {manifest.vocab_size:,}"
+    if not manifest.fits(vocab_size):
+        vocabulary += f", which model.vocab_size = {vocab_size:,} does not fit"
+    elif manifest.vocab_size < vocab_size:
+        vocabulary += f", padded to {vocab_size:,}"
+    return (
+        f"{human(train.tokens)} tokens in {train.documents:,} documents to train on; {vocabulary}; tokenizer "
+        f"{printable(manifest.tokenizer_sha256)[:12]}"
+    )
 
 
 def _model_table(plan: Plan) -> list[tuple[str, ...]]:

@@ -75,10 +75,10 @@ def _check_store(recipe: Recipe, manifest: Manifest, path: str, where: str, prob
             f"{recipe.data.tokenizer}; prepare the data with that one, or change data.tokenizer"
         )
         problems.append((where, problem))
-    if manifest.vocab_size != recipe.model.vocab_size:
+    if not manifest.fits(recipe.model.vocab_size):
         problem = (
-            f"{recipe.model.vocab_size} is not the vocabulary of the store {path}, {manifest.vocab_size}; use that, "
-            "or prepare the data with another tokenizer"
+            f"{recipe.model.vocab_size} is not the vocabulary of the store {path}, {manifest.vocab_size}; use that, or "
+            "the multiple of 64 above it, or prepare the data with another tokenizer"
         )
         problems.append(("model.vocab_size", problem))
     if manifest.splits["train"].tokens <= seq_len:

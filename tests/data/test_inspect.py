@@ -28,11 +28,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "a").mkdir()
     (root / "b").mkdir()
     for i in range(40):
-        (root / "a" / f"{i:02d}.txt").write_text(f"text number {i} " + "of many words " * (i % 5))
-    (root / "b" / "rows.jsonl").write_text("".join(f'{{"text": "row {i} of the file"}}\n' for i in range(50)))
+        (root / "a" / f"{i:02d}.txt").write_text(f"text number {i} " + "of many words " * (i % 5), encoding="utf-8")
+    (root / "b" / "rows.jsonl").write_text(
+        "".join(f'{{"text": "row {i} of the file"}}\n' for i in range(50)), encoding="utf-8"
+    )
     prepare([Source(str(root / "a"))], root / "data" / "tiny", tokenizer=300, validation=0.1, tokens_per_shard=300)
     prepare([Source(str(root / "b"))], root / "data" / "tiny", tokenizer=None, validation=0.1, append=True)
-    (root / "recipe.toml").write_text(edited(("vocab_size = 256", "vocab_size = 300")))
+    (root / "recipe.toml").write_text(edited(("vocab_size = 256", "vocab_size = 300")), encoding="utf-8")
     return root
 
 
@@ -46,7 +48,7 @@ def test_every_token_is_traced_to_its_file(folder: Path, split: str) -> None:
     for piece in found:
         text = tokenizer.decode(store.tokens(piece.start, piece.stop)[1:].tolist())
         if piece.file.endswith(".txt"):
-            assert text == Path(piece.file).read_text()
+            assert text == Path(piece.file).read_text(encoding="utf-8")
             assert piece.number == 0
         else:
             assert text.startswith("row ")
@@ -75,12 +77,12 @@ def test_tool_shows_the_sequence_that_is_trained(folder: Path) -> None:
 
 def test_nothing_of_a_strangers_manifest_steers_the_terminal(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "data" / "tiny", tmp_path / "tiny")
-    raw = json.loads((tmp_path / "tiny" / "manifest.json").read_text())
+    raw = json.loads((tmp_path / "tiny" / "manifest.json").read_text(encoding="utf-8"))
     raw["corpora"] = [
         {**raw["corpora"][0], "skipped": {"\x1b[2J": {"count": 1, "names": ["\udcff.txt"]}}},
         {"list": raw["corpora"][0]["list"]},
     ]
-    (tmp_path / "tiny" / "manifest.json").write_text(json.dumps(raw))
+    (tmp_path / "tiny" / "manifest.json").write_text(json.dumps(raw), encoding="utf-8")
     told = tool(tmp_path, "inspect", "tiny").stdout
     assert "left out, ?[2J: 1, such as ?.txt" in told
 

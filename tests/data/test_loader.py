@@ -44,7 +44,7 @@ def write_store(folder: Path, shard_tokens: int = 100) -> Path:
         splits[split] = {"tokens": len(tokens), "documents": 0, "shards": shards}
     manifest = {"format": 1, "dtype": "uint16", "vocab_size": 1000, "bos_id": 1, "splits": splits}
     manifest["tokenizer"] = {"file": "tokenizer.model", "sha256": hashlib.sha256(b"").hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
 
 
@@ -214,8 +214,8 @@ def test_workers_really_load(store: TokenStore) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_store_is_told_in_one_line_by_workers_too(tmp_path: Path, workers: int) -> None:
     folder = write_store(tmp_path / "store")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "vocab_size": 10}))
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "vocab_size": 10}), encoding="utf-8")
     damaged = TokenStore.open(folder)
     with pytest.raises(StoreError) as caught:
         next(iter(loader(damaged, num_workers=workers)))

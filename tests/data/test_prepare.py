@@ -50,7 +50,7 @@ def corpus(tmp_path: Path) -> Path:
     for i in range(60):
         path = root / f"d{i % 3}" / f"{i}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"def f{i}():\n    return {words(i, i % 7 + 1)}\n")
+        path.write_text(f"def f{i}():\n    return {words(i, i % 7 + 1)}\n", encoding="utf-8")
     return root
 
 
@@ -114,14 +114,14 @@ def test_any_number_of_workers_gives_the_same_bytes(corpus: Path, out: Path) -> 
 
 def test_documents_stand_in_order_of_their_names_in_shards_of_the_stated_size(corpus: Path, out: Path) -> None:
     manifest = made(corpus, out, validation=0)
-    expected = [(corpus / file).read_text() for _, file, *_ in listing(out)]
+    expected = [(corpus / file).read_text(encoding="utf-8") for _, file, *_ in listing(out)]
     assert texts(out) == expected
     assert [file for _, file, *_ in listing(out)] == sorted(file for _, file, *_ in listing(out))
     assert {shard.tokens for shard in manifest.splits["train"].shards[:-1]} == {500}
 
 
 def listing(store: Path) -> list[list[Any]]:
-    return json.loads((store / "sources-00.json").read_text())["files"]
+    return json.loads((store / "sources-00.json").read_text(encoding="utf-8"))["files"]
 
 
 def prepare_or_die(corpus: Path, out: Path, seed: int) -> None:
@@ -173,7 +173,7 @@ def test_killed_at_random_twenty_times(corpus: Path, out: Path, monkeypatch: pyt
 
 def test_killed_with_its_workers_and_gone_on(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(30):
-        (corpus / f"large{i}.txt").write_text(words(i, 3000))
+        (corpus / f"large{i}.txt").write_text(words(i, 3000), encoding="utf-8")
     arguments = ["--input", corpus, "--train-tokenizer", 400, "--workers", 2, "--out"]
     code = "import sys, runpy; from stackgrow.data import prepare as p; p.TASK_BYTES = 10**5; "
     code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -220,7 +220,8 @@ def test_killed_while_a_worker_starts(corpus: Path, out: Path) -> None:
         "p._start_worker = start_late\n"
         "def die():\n    while not any(pids.iterdir()):\n        time.sleep(0.01)\n    os.kill(os.getpid(), 9)\n"
         "if __name__ == '__main__':\n    threading.Thread(target=die).start()\n"
-        "    p.prepare([p.Source(sys.argv[1])], sys.argv[2], tokenizer=400, workers=2)\n"
+        "    p.prepare([p.Source(sys.argv[1])], sys.argv[2], tokenizer=400, workers=2)\n",
+        encoding="utf-8",
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     arguments = [str(corpus), str(out), str(pids)]
@@ -247,7 +248,8 @@ def test_killed_worker_is_told_of(corpus: Path, out: Path) -> None:
         "def die():\n    os.kill(os.getpid(), 9)\np._start_worker = die\n"
         "if __name__ == '__main__':\n"
         "    try:\n        p.prepare([p.Source(sys.argv[1])], sys.argv[2], tokenizer=400, workers=2)\n"
-        "    except p.PrepareError as error:\n        sys.exit(str(error))\n"
+        "    except p.PrepareError as error:\n        sys.exit(str(error))\n",
+        encoding="utf-8",
     )
     command = [sys.executable, str(script), str(corpus), str(out)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -312,7 +314,9 @@ def test_documents_end_as_asked(corpus: Path, out: Path, ends: str) -> None:
     assert manifest.document_ends == ends
     assert manifest.bos_id == (2 if ends == "eos" else 1), "what stands before a document"
     assert manifest.eos_id == 2
-    assert sorted(texts(out) + texts(out, "validation")) == sorted(path.read_text() for path in corpus.rglob("*.py"))
+    assert sorted(texts(out) + texts(out, "validation")) == sorted(
+        path.read_text(encoding="utf-8") for path in corpus.rglob("*.py")
+    )
     assert len(manifest.splits["train"].shards) > 30
     with pytest.raises(PrepareError, match="prepared from other options"):
         made(corpus, out, tokenizer=model, document_ends="eos" if ends == "bos" else "bos", tokens_per_shard=97)
@@ -340,7 +344,7 @@ def test_what_is_added_ends_as_the_stores_documents_do(corpus: Path, out: Path) 
     made(corpus, out, document_ends="eos")
     more = corpus.parent / "more"
     more.mkdir()
-    (more / "a.txt").write_text("more words")
+    (more / "a.txt").write_text("more words", encoding="utf-8")
     with pytest.raises(PrepareError, match=r"was prepared with --document-ends eos"):
         made(more, out, tokenizer=None, append=True, document_ends="bos")
     made(more, out, tokenizer=None, append=True, validation=0)
@@ -360,18 +364,18 @@ def test_split_is_by_document_and_stable(corpus: Path, out: Path) -> None:
     made(corpus, out.with_name("a"), validation=0.2, tokenizer=model)
     before = texts(out.with_name("a"), "validation")
     assert 3 <= len(before) <= 25
-    (corpus / "new.py").write_text("x = 1\n")
-    (corpus / "copy.py").write_text(before[0])
+    (corpus / "new.py").write_text("x = 1\n", encoding="utf-8")
+    (corpus / "copy.py").write_text(before[0], encoding="utf-8")
     made(corpus, out.with_name("b"), validation=0.2, tokenizer=model)
     assert sorted({*texts(out.with_name("b"), "validation")} - {"x = 1\n"}) == sorted(before), "others do not move it"
     assert before[0] not in texts(out.with_name("b")), "a copy of what is held out is held out"
 
 
 def test_patterns(corpus: Path) -> None:
-    (corpus / "top.py").write_text("top = 1\n")
+    (corpus / "top.py").write_text("top = 1\n", encoding="utf-8")
     (corpus / "d0" / "deep" / "test").mkdir(parents=True)
-    (corpus / "d0" / "deep" / "test" / "t.py").write_text("test = 1\n")
-    (corpus / "notes.txt").write_text("notes\n")
+    (corpus / "d0" / "deep" / "test" / "t.py").write_text("test = 1\n", encoding="utf-8")
+    (corpus / "notes.txt").write_text("notes\n", encoding="utf-8")
 
     def count(pattern: str, *exclude: str) -> int:
         return len(list_files([Source(str(corpus), pattern, exclude)], Skipped()))
@@ -390,7 +394,7 @@ def test_files_left_out_are_reported(corpus: Path, out: Path) -> None:
     (corpus / "dangling.py").symlink_to(corpus / "nowhere")
     (corpus / "twin.py").symlink_to(corpus / "d0" / "0.py")
     (corpus / "linked").symlink_to(corpus / "d1")
-    (corpus.parent / "elsewhere.py").write_text("real = 1\n")
+    (corpus.parent / "elsewhere.py").write_text("real = 1\n", encoding="utf-8")
     (corpus / "link.py").symlink_to(corpus.parent / "elsewhere.py")
     os.mkfifo(corpus / "pipe.py")
     manifest = made(corpus, out)
@@ -466,9 +470,9 @@ def test_a_file_that_ends_early_is_an_error_and_can_be_mended(corpus: Path, out:
 
 def test_a_long_document_is_encoded_in_parts_that_are_the_whole(corpus: Path, out: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("stackgrow.data.tokenizer.LONG", 1000)
-    (corpus / "long.txt").write_text(words("long", 2000))
+    (corpus / "long.txt").write_text(words("long", 2000), encoding="utf-8")
     made(corpus, out, validation=0)
-    assert (corpus / "long.txt").read_text() in texts(out)
+    assert (corpus / "long.txt").read_text(encoding="utf-8") in texts(out)
     monkeypatch.setattr("stackgrow.data.tokenizer.LONG", 2**20)
     made(corpus, out.with_name("whole"), validation=0)
     assert contents(out) == contents(out.with_name("whole"))
@@ -490,14 +494,14 @@ def test_http(corpus: Path, out: Path) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         prepare([Source(f"http://localhost:{server.server_port}/d0", "*.py")], out, tokenizer=300, validation=0)
         server.shutdown()
-    assert texts(out) == [path.read_text() for path in sorted(corpus.glob("d0/*.py"))] != []
+    assert texts(out) == [path.read_text(encoding="utf-8") for path in sorted(corpus.glob("d0/*.py"))] != []
 
 
 def test_no_documents(corpus: Path, out: Path) -> None:
     model = model_of(corpus, out)
     folder = corpus.parent / "rows"
     folder.mkdir()
-    (folder / "a.jsonl").write_text('{"content": "x"}\n{"content": "y"}\n')
+    (folder / "a.jsonl").write_text('{"content": "x"}\n{"content": "y"}\n', encoding="utf-8")
     with pytest.raises(PrepareError, match=r'no documents to train on.*left out: 2 no text under the key "text"'):
         made(folder, out, tokenizer=model)
     made(folder, out.with_name("right"), tokenizer=model, text_key="content", validation=0)
@@ -513,7 +517,7 @@ def test_second_run_changes_nothing_and_other_inputs_are_refused(corpus: Path, o
     assert not run()
     with pytest.raises(PrepareError, match="prepared from other options"):
         run(validation=0.3)
-    (corpus / "d0" / "0.py").write_text("changed = True\n")
+    (corpus / "d0" / "0.py").write_text("changed = True\n", encoding="utf-8")
     with pytest.raises(PrepareError, match="prepared from other files"):
         run()
     assert contents(out) == before
@@ -525,7 +529,7 @@ def test_append(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     more = corpus.parent / "more"
     more.mkdir()
     for i in range(20):
-        (more / f"{i}.txt").write_text(words(f"more {i}", 5))
+        (more / f"{i}.txt").write_text(words(f"more {i}", 5), encoding="utf-8")
     with pytest.raises(PrepareError, match="or --append"):
         made(more, out, tokenizer=out / "tokenizer.model")
     with pytest.raises(PrepareError, match="has a tokenizer of its own"):
@@ -574,7 +578,7 @@ def test_damaged_store_is_not_already_prepared(corpus: Path, out: Path) -> None:
 
 def test_something_else_in_the_way(corpus: Path, out: Path) -> None:
     out.mkdir(parents=True)
-    (out / "thesis.tex").write_text("irreplaceable")
+    (out / "thesis.tex").write_text("irreplaceable", encoding="utf-8")
     with pytest.raises(PrepareError, match="is not a token store"):
         made(corpus, out)
     assert contents(out) == {"thesis.tex": b"irreplaceable"}
@@ -585,7 +589,7 @@ def test_file_changed_after_it_was_listed(corpus: Path, out: Path, monkeypatch: 
 
     def edit_then_train(*arguments: Any) -> Tokenizer:
         trained = train(*arguments)
-        (corpus / "d0" / "0.py").write_text("changed\n")
+        (corpus / "d0" / "0.py").write_text("changed\n", encoding="utf-8")
         return trained
 
     monkeypatch.setattr(prepare_module, "train_tokenizer", edit_then_train)
@@ -663,7 +667,7 @@ def test_stdlib_source_is_code_without_its_tests() -> None:
 
 def test_manifest_names_sources_and_versions(corpus: Path, out: Path) -> None:
     prepare([Source(str(corpus), "**/*.py", ("d2/*",))], out, tokenizer=400)
-    raw = json.loads((out / "manifest.json").read_text())
+    raw = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     assert raw["corpora"][0]["sources"] == [{"root": str(corpus), "pattern": "**/*.py", "exclude": ["d2/*"]}]
     assert set(raw["versions"]) == {"python", "numpy", "sentencepiece", "datatrove", "pyarrow", "tokenizers"}
     assert sum(train + held for *_, train, held in listing(out)) == 40

@@ -81,5 +81,5 @@ def sparse_store(folder: Path, tokens: int) -> Path:
     }
     tokenizer = {"file": "tokenizer.model", "sha256": hashlib.sha256(b"").hexdigest()}
     manifest = {"format": 1, "dtype": "uint16", "vocab_size": 32000, "bos_id": 1, "tokenizer": tokenizer}
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "splits": splits}))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "splits": splits}), encoding="utf-8")
     return folder

@@ -1,5 +1,6 @@
 """Token stores: what is read is what was written, and damage is found before training starts."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ TEXTS = {f"{i:02d}.txt": f"document {i}\n" + "some words of text, " * (i + 1) fo
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("corpus")
     for name, text in TEXTS.items():
-        (root / name).write_text(text)
+        (root / name).write_text(text, encoding="utf-8")
     out = tmp_path_factory.mktemp("out") / "store"
     prepare([Source(str(root))], out, tokenizer=300, validation=0.1, tokens_per_shard=1000)
     return out
@@ -39,12 +40,12 @@ def copy(prepared: Path, tmp_path: Path) -> Path:
 
 def edit(folder: Path, *keys: Any, value: Any) -> None:
     """Sets one value of the manifest."""
-    raw = json.loads((folder / "manifest.json").read_text())
+    raw = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     node = raw
     for key in keys[:-1]:
         node = node[key]
     node[keys[-1]] = value
-    (folder / "manifest.json").write_text(json.dumps(raw))
+    (folder / "manifest.json").write_text(json.dumps(raw), encoding="utf-8")
 
 
 def test_stream_is_the_documents_in_order_each_after_bos(prepared: Path) -> None:
@@ -146,7 +147,7 @@ def test_no_manifest(tmp_path: Path, copy: Path) -> None:
     for path in (tmp_path, tmp_path / "absent", copy / "manifest.json"):
         with pytest.raises(StoreError, match="is not a token store"):
             read_manifest(path)
-    (copy / "manifest.json").write_text((copy / "manifest.json").read_text()[:-20])
+    (copy / "manifest.json").write_text((copy / "manifest.json").read_text(encoding="utf-8")[:-20], encoding="utf-8")
     with pytest.raises(StoreError, match="cannot be read"):
         read_manifest(copy)
 
@@ -173,6 +174,26 @@ def test_a_token_beyond_the_vocabulary_is_told_when_it_is_read(copy: Path) -> No
     store.tokens(0, 1997)
     with pytest.raises(StoreError, match=told):
         store.verify()
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "model", "fits"),
+    [
+        (32000, 32000, True),
+        (50257, 50304, True),  # GPT-2's, to a multiple of 128
+        (151669, 151936, True),  # Qwen's
+        (200019, 201088, True),  # gpt-oss's
+        (300, 320, True),
+        (32000, 31999, False),
+        (32000, 32001, False),  # no multiple of 64
+        (32000, 31936, False),
+        (32000, 64000, False),  # another tokenizer's
+        (300, 512, False),
+    ],
+)
+def test_a_vocabulary_may_be_padded(prepared: Path, vocabulary: int, model: int, fits: bool) -> None:
+    manifest = dataclasses.replace(read_manifest(prepared), vocab_size=vocabulary)
+    assert manifest.fits(model) == fits
 
 
 def test_shard_of_another_size_or_absent(copy: Path) -> None:

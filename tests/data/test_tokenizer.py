@@ -135,7 +135,7 @@ def test_bos_of_a_tokenizer_json_without_a_template(tmp_path: Path) -> None:
     path.write_bytes(byte_level(bos="[FIRST]", template=False))
     with pytest.raises(TokenizerError, match="no BOS token"):
         Tokenizer.load(path)
-    path.write_text("{}")
+    path.write_text("{}", encoding="utf-8")
     with pytest.raises(TokenizerError, match=r"is not a tokenizer\.json"):
         Tokenizer.load(path)
 

@@ -79,8 +79,8 @@ def test_what_a_stage_found_settles_the_later_ones(tmp_path: Path) -> None:
     assert after[base.name] == before[base.name], "its own checkpoints remain its own"
     assert all(after[s.name] != before[s.name] for s in (grow, middle, grow_2, last))
     assert settled.tokens <= plan.recipe.budget.tokens < settled.tokens + 1024
-    (run / "recipe.toml").write_text(to_toml(plan.recipe))
-    (run / "provenance.json").write_text('{"data": {"manifest_hash": "data"}}')
+    (run / "recipe.toml").write_text(to_toml(plan.recipe), encoding="utf-8")
+    (run / "provenance.json").write_text('{"data": {"manifest_hash": "data"}}', encoding="utf-8")
     assert plan_of_run(run).stages == settled.stages
 
 
@@ -124,7 +124,7 @@ def test_a_base_outside_the_working_directory_is_named_on_the_command_line(tmp_p
 
 
 def test_the_examples_of_the_readme(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[2] / "recipes" / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "recipes" / "README.md").read_text(encoding="utf-8")
     blocks = [dedent(block) for block in re.findall(r"(?:^ {4}.+\n|^\n(?= {4}))+", readme, re.MULTILINE)]
     (slope,) = (b for b in blocks if b.lstrip().startswith("timing = {"))
     (own,) = (b for b in blocks if b.lstrip().startswith("[guideline]"))

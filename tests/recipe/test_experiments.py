@@ -50,12 +50,13 @@ def test_the_corpus_is_the_chosen_files_wherever_it_lies(tmp_path: Path) -> None
     files = {"kernel/a.c": words * 40, "mm/b/c.h": words[::-1] * 40, "Documentation/d.rst": words.upper() * 40}
     for name, text in {**files, "drivers/e.c": "not taken", "kernel/f.S": "not taken"}.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_text(text)
+        (source / name).write_text(text, encoding="utf-8")
     package = tmp_path / "package"
     (package / "usr" / "src").mkdir(parents=True)
     (package / "DEBIAN").mkdir()
     (package / "DEBIAN" / "control").write_text(
-        "Package: linux-source-9.9\nVersion: 1\nArchitecture: all\nMaintainer: n <n@n>\nDescription: d\n"
+        "Package: linux-source-9.9\nVersion: 1\nArchitecture: all\nMaintainer: n <n@n>\nDescription: d\n",
+        encoding="utf-8",
     )
     archive = package / "usr" / "src" / "linux-source-9.9.tar.xz"
     subprocess.run(["tar", "-cJf", archive, "-C", source.parent, source.name], check=True)
@@ -74,7 +75,7 @@ def test_the_corpus_is_the_chosen_files_wherever_it_lies(tmp_path: Path) -> None
         told = subprocess.run([*command, *place], check=True, capture_output=True, text=True).stdout
         hashes += [line.split()[-1] for line in told.splitlines() if line.startswith("content hash")]
         assert "hash is not known" in told
-        listing = json.loads((tmp_path / where / "store" / "sources-00.json").read_text())["files"]
+        listing = json.loads((tmp_path / where / "store" / "sources-00.json").read_text(encoding="utf-8"))["files"]
         assert sorted(row[1] for row in listing) == sorted(files)
     assert len(hashes) == 2
     assert len(set(hashes)) == 1

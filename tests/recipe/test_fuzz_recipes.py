@@ -54,7 +54,7 @@ BYTES = [b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\n", b'"', b"'", b"[", b"
 
 def mutated(chance: random.Random) -> bytes:
     """A shipped recipe after one to six changes of its values, lines or bytes."""
-    text = chance.choice(RECIPES).read_text()
+    text = chance.choice(RECIPES).read_text(encoding="utf-8")
     kinds: list[Callable[[str, random.Random], str]] = (
         [other_value] * 3 + [other_amount, one_more_key] * 2 + [lines, splice]
     )
@@ -126,7 +126,7 @@ def lines(text: str, chance: random.Random) -> str:
 
 def splice(text: str, chance: random.Random) -> str:
     """A piece of another recipe in the place of a piece of this one, cut at tables or anywhere."""
-    other = chance.choice(RECIPES).read_text()
+    other = chance.choice(RECIPES).read_text(encoding="utf-8")
     if chance.random() < 0.5:
         mine, theirs = text.split("\n["), other.split("\n[")
         mine[chance.randrange(len(mine))] = chance.choice(theirs)

@@ -41,13 +41,15 @@ def test_recipe(file: Path) -> None:
     assert made.train_stages[-1].model == recipe.model
     assert 0 <= recipe.budget.tokens - made.tokens < recipe.train.global_batch_tokens
     assert recipe.name == file.stem
-    head, _, keys = file.read_text().partition("\nname = ")
+    head, _, keys = file.read_text(encoding="utf-8").partition("\nname = ")
     for word in ("torchrun", f"recipes/{file.relative_to(RECIPES)}", "needs ", "edit ", "status ", "OURS"):
         assert word in head, f"the opening comment lacks {word!r}"
     schema = head.splitlines()[0].removeprefix("#:schema ")
     assert (file.parent / schema).resolve() == RECIPES.parent / "stackgrow" / "recipe.schema.json"
     assert max(map(len, [*head.splitlines(), *keys.splitlines()])) <= 120
-    assert f"({file.relative_to(RECIPES)})" in (RECIPES / "README.md").read_text(), "recipes/README.md lists it"
+    assert f"({file.relative_to(RECIPES)})" in (RECIPES / "README.md").read_text(encoding="utf-8"), (
+        "recipes/README.md lists it"
+    )
 
 
 # Table 1 of arXiv 2405.15319 and the official code (shared/paper_facts.md): parameters in millions, all and without

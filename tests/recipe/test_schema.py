@@ -27,14 +27,18 @@ def test_it_is_a_schema() -> None:
 
 
 def test_files_are_fresh() -> None:
-    assert SCHEMA_FILE.read_text() == schema_text(), "run `make schema`"
-    assert README_FILE.read_text() == with_reference(README_FILE.read_text()), "run `make schema`"
+    assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(), "run `make schema`"
+    assert README_FILE.read_text(encoding="utf-8") == with_reference(README_FILE.read_text(encoding="utf-8")), (
+        "run `make schema`"
+    )
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=[str(f.relative_to(README_FILE.parent)) for f in RECIPES])
 def test_shipped_recipes_are_valid(file: Path) -> None:
-    assert errors(file.read_text()) == []
-    assert file.read_text().startswith("#:schema " + "../" * len(file.relative_to(README_FILE.parents[1]).parents[:-1]))
+    assert errors(file.read_text(encoding="utf-8")) == []
+    assert file.read_text(encoding="utf-8").startswith(
+        "#:schema " + "../" * len(file.relative_to(README_FILE.parents[1]).parents[:-1])
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +88,7 @@ def test_bad_recipes(tmp_path: Path, old: str, new: str, where: str) -> None:
 
 
 def test_every_key_shows_its_help_and_default() -> None:
-    properties: dict[str, Any] = json.loads(SCHEMA_FILE.read_text())["properties"]
+    properties: dict[str, Any] = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))["properties"]
     assert properties["train"]["properties"]["beta2"]["default"] == 0.95
     assert properties["train"]["properties"]["beta2"]["description"]
     assert properties["train"]["required"] == ["global_batch_tokens", "learning_rate"]

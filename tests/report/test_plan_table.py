@@ -48,9 +48,19 @@ def test_text(tmp_path: Path) -> None:
     assert f"- {plan.base_share:.1%} of the FLOPs are spent before the last growth" in lines
 
 
-def order(path: str, tokens: int) -> Order:
+def order(path: str, tokens: int, vocab_size: int = 256) -> Order:
     split = Split(tokens, 1, (Shard("x.npy", tokens, 1, "0" * 64, 2 * tokens),))
-    return Order([Manifest(Path(path), "uint16", 256, 1, "m", "t", {"train": split}, {})], [1], 64, 7)
+    return Order([Manifest(Path(path), "uint16", vocab_size, 1, "m", "t" * 64, {"train": split}, {})], [1], 64, 7)
+
+
+def test_the_plan_says_what_is_in_the_store(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    told = {size: render_plan(plan, order("data/tiny", 6401, size)) for size in (256, 250, 100, 300)}
+    start = "           6.4K tokens in 1 documents to train on; vocabulary "
+    assert f"{start}256; tokenizer tttttttttttt\n" in told[256]
+    assert f"{start}250, padded to 256; tokenizer" in told[250]
+    for other in (100, 300):
+        assert f"{start}{other}, which model.vocab_size = 256 does not fit; tokenizer" in told[other]
 
 
 def test_epochs_are_stated_where_the_store_is_there(tmp_path: Path) -> None:
