@@ -33,7 +33,7 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from stackgrow.data.read import INPUTS, File, PrepareError, Reader, Skipped, Source, list_files, read_file
+from stackgrow.data.read import INPUTS, File, PrepareError, Reader, Skipped, Source, list_files, other_names, read_file
 from stackgrow.data.store import DOCUMENT_ENDS, DTYPES, FORMAT, MANIFEST, SPLITS, Manifest, TokenStore, read_manifest
 from stackgrow.data.tokenizer import NONE, Tokenizer, store_tokenizer, train_tokenizer
 from stackgrow.data.write import PARTS, STORE, TokenWriter, fraction, write_file
@@ -96,6 +96,8 @@ def prepare(
     work = out.with_name(f".{out.name}.partial")
     skipped = Skipped()
     files = list_files(sources, skipped)
+    for warning in other_names(sources, files):
+        print(f"prepare_data: warning: {warning}", file=sys.stderr)
     before = read_manifest(out) if append else None
     document_ends = _document_ends(document_ends, before)
     known = _known_tokenizer(tokenizer, bos, document_ends, before)

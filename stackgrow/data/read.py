@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import pyarrow
+import pyarrow.parquet
 from datatrove.data import Document
 from datatrove.io import DataFolder, get_datafolder
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.readers.parquet import ParquetReader
+from fsspec.utils import glob_translate
 from loguru import logger
 
 logger.disable("datatrove")  # tracebacks and tables; its log files stay
@@ -28,6 +30,19 @@ logger.disable("datatrove")  # tracebacks and tables; its log files stay
 INPUTS = "inputs.json"
 CODECS = {".zst": "zstd", ".gz": "gzip", ".bz2": "bz2"}
 JSON_LINES = (".jsonl", ".json", ".ndjson")
+# Endings of files that are no documents, whatever is in them, and what they are.
+NO_DOCUMENTS = {
+    **dict.fromkeys((".csv", ".tsv"), "a table; write its texts as JSON lines or Parquet"),
+    **dict.fromkeys((".tar", ".tgz", ".zip", ".7z", ".rar"), "an archive; unpack it"),
+    **dict.fromkeys((".xz", ".lz4", ".lzma", ".br", ".z"), "compressed in another way than .zst, .gz and .bz2"),
+    **dict.fromkeys((".arrow", ".feather", ".avro", ".orc"), "not a format that is read; write Parquet"),
+    **dict.fromkeys((".npy", ".npz", ".bin", ".pt", ".safetensors"), "binary data"),
+}
+# What a decompressor says, and what it means.
+CAUSES = {
+    "too much memory for decoding": "it was packed with zstd --long; pack it again: zstd -d --long=31 -c FILE | zstd",
+    "zlib inflate failed": "it is not gzip, or something follows its end, such as padding; pack it again with gzip",
+}
 VERSIONS = ("mtime", "ETag", "etag", "blob_id", "LastModified", "last_modified", "updated")  # what file systems have
 SKIPPED_NAMES = 20  # names kept per reason in the manifest
 STDLIB_EXCLUDED = ("site-packages", "dist-packages", "lib2to3", "encodings", "test", "tests", "idle_test")
@@ -95,13 +110,15 @@ def _list_source(number: int, source: Source, seen: set[str], skipped: Skipped) 
     folder = get_datafolder(source.root)
     if not folder.isdir(""):
         raise PrepareError(f"{source.root} is not a folder; give one that holds the text files")
-    for name, info in sorted(folder.glob(source.pattern, detail=True).items()):
+    for name, info in sorted(_matching(folder, source.pattern).items()):
         if info["type"] == "directory" or any(fnmatchcase(name, pattern) for pattern in source.exclude):
             continue
         real = str(Path(source.root, name).resolve()) if folder.is_local() else folder.resolve_paths(name)
         if info["type"] != "file" and not folder.isfile(name):
             # Opening a pipe would wait for ever.
             skipped.add("not a regular file", name)
+        elif _kind(name) in NO_DOCUMENTS:
+            skipped.add(f"{_kind(name)} is {NO_DOCUMENTS[_kind(name)]}", name)
         elif real in seen:
             skipped.add("same file found twice", name)
         else:
@@ -109,6 +126,41 @@ def _list_source(number: int, source: Source, seen: set[str], skipped: Skipped) 
             is_whole = info["type"] == "file" and info.get("size") is not None
             yield _file(number, name, info if is_whole else _info(folder, name))
         seen.add(real)
+
+
+def _matching(folder: DataFolder, pattern: str) -> dict[str, dict[str, Any]]:
+    """What lies in the folder and matches the pattern, with what the file system says of each."""
+    if not re.search(r"[*?\[]", folder.path):
+        return folder.glob(pattern, detail=True)
+    # fsspec would read the folder's own name as a pattern, too.
+    matches = re.compile(glob_translate(pattern)).match
+    everything = folder.find("", withdirs=True, detail=True)
+    return {name: info for name, info in everything.items() if matches(name)}
+
+
+def _kind(name: str) -> str:
+    """What a file's name says that it holds: ".jsonl" of a.jsonl, A.JSONL and a.jsonl.zst."""
+    path = PurePosixPath(name.lower())
+    if path.suffix in CODECS:
+        path = path.with_suffix("")
+    return path.suffix
+
+
+def other_names(sources: Sequence[Source], files: Sequence[File]) -> Iterator[str]:
+    """Of every kind of file that is a document each, a warning where the first one looks like JSON lines."""
+    seen = set(JSON_LINES) | {".parquet"}
+    for file in files:
+        kind = _kind(file.name)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        root = sources[file.source].root
+        reader = FileReader(root, "text", (), Skipped())
+        if reader.begins(file.name).lstrip().startswith(b'{"'):
+            yield (
+                f'{root}/{file.name} begins with {{" and is one document all the same; if it holds one per line, give '
+                "it a name that ends in .jsonl"
+            )
 
 
 def _info(folder: DataFolder, name: str) -> dict[str, Any]:
@@ -123,93 +175,134 @@ def _file(source: int, name: str, info: dict[str, Any]) -> File:
     return File(source, name, info.get("size") or 0, version)
 
 
-class FileReader(ParquetReader):
+class FileReader:
     """Documents of single files, each identified by the SHA-256 of its text; ``skipped`` counts what is left out.
 
     ``drop`` leaves out documents with a value: ("meta.redpajama_set_name", "RedPajamaGithub").
     """
 
     def __init__(self, root: str, text_key: str, drop: Sequence[Sequence[str]], skipped: Skipped):
-        super().__init__(root, text_key=text_key)
+        self.folder = get_datafolder(root)
+        self.text_key = text_key
         self.drop = drop
         self.skipped = skipped
 
-    def read_file(self, filepath: str) -> Iterator[Document]:
+    def read_file(self, name: str) -> Iterator[Document]:
         """Raises PrepareError, naming the file, if it cannot be read to its end."""
-        path = PurePosixPath(filepath)
-        suffix = path.with_suffix("").suffix if path.suffix in CODECS else path.suffix
+        kind = _kind(name)
         try:
-            if suffix == ".parquet":
-                yield from super().read_file(filepath)
-            elif suffix in JSON_LINES:
-                yield from self._lines(filepath)
+            if kind == ".parquet":
+                rows = self._parquet_rows(name)
+            elif kind in JSON_LINES:
+                rows = self._json_rows(name)
             else:
-                yield from self._whole(filepath)
+                rows = self._whole_file(name)
+            for number, row in rows:
+                document = self._document(row, f"{name}:{number}")
+                if document:
+                    yield document
         except Exception as error:
-            where = self.data_folder.resolve_paths(filepath)
+            where = self.folder.resolve_paths(name)
+            for message, cause in CAUSES.items():
+                if message in str(error):
+                    raise PrepareError(f"{where}: {error}: {cause}, or leave it out with --exclude") from error
             raise PrepareError(f"{where}: {error}; fetch it again, or leave it out with --exclude") from error
 
-    def get_document_from_dict(self, data: dict, source_file: str, id_in_file: int | str) -> Document | None:
-        text = data.get(self.text_key)
-        fault = self._fault(data, text)
+    def begins(self, name: str) -> bytes:
+        """The first bytes of a file; none where it cannot be read."""
+        try:
+            with self._open(name) as stream:
+                return stream.read(64)
+        except Exception:
+            return b""
+
+    def _document(self, row: dict[str, Any], where: str) -> Document | None:
+        """The document in a row; None, and one more that is left out, where there is none."""
+        text = row.get(self.text_key)
+        fault = self._fault(row, text)
         encoded = b""
         if not fault:
             try:
-                encoded = str(text).encode()
-            except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
+                # A binary column of Parquet gives bytes.
+                encoded = text if isinstance(text, bytes) else str(text).encode()
+                text = encoded.decode()
+            except UnicodeError:  # a lone surrogate, which JSON can spell, or another encoding
                 fault = "not UTF-8"
         if fault:
-            self.skipped.add(fault, f"{source_file}:{id_in_file}")
+            self.skipped.add(fault, where)
             return None
-        return Document(text, hashlib.sha256(encoded).hexdigest())
+        return Document(str(text), hashlib.sha256(encoded).hexdigest())
 
-    def _fault(self, data: dict, text: Any) -> str:
+    def _fault(self, row: dict[str, Any], text: Any) -> str:
         """Why a row is left out; "" where it is not."""
         for key, value in reversed(self.drop):
-            if str(_nested(data, key)) == value:
+            if str(_nested(row, key)) == value:
                 return f"dropped, {key} = {value}"
-        if not isinstance(text, str):
+        if not isinstance(text, (str, bytes)):
             return f'no text under the key "{self.text_key}"'
         if not text or text.isspace():
             return "empty"
         return ""
 
-    def _open(self, path: str) -> io.BufferedReader:
-        stream = self.data_folder.open(path, "rb")
-        codec = CODECS.get(PurePosixPath(path).suffix)
+    def _open(self, name: str) -> io.BufferedReader:
+        stream = self.folder.open(name, "rb")
+        codec = CODECS.get(PurePosixPath(name).suffix.lower())
         if codec:
             # Arrow's stream goes on over the frames of a file and fails where one is cut off; zstandard's just ends.
             stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), codec)
         return io.BufferedReader(stream, 2**20)
 
-    def _lines(self, path: str) -> Iterator[Document]:
-        with self._open(path) as stream:
+    def _json_rows(self, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The objects of a file of JSON lines, each with its line's number, from 1."""
+        with self._open(name) as stream:
             for number, line in enumerate(stream, 1):
                 if not line.strip():
                     continue
+                # json.loads would guess the encoding of bytes, and find text in what is none.
+                encoding = "utf-8-sig" if number == 1 else "utf-8"
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode(encoding))
                 except UnicodeDecodeError:
-                    self.skipped.add("not UTF-8", f"{path}:{number}")
+                    self.skipped.add("not UTF-8", f"{name}:{number}")
                     continue
                 except (ValueError, RecursionError):
-                    self.skipped.add("not JSON", f"{path}:{number}")
+                    self.skipped.add("not JSON", f"{name}:{number}")
                     continue
-                document = self.get_document_from_dict(row if isinstance(row, dict) else {}, path, number)
-                if document:
-                    yield document
+                yield number, row if isinstance(row, dict) else {}
 
-    def _whole(self, path: str) -> Iterator[Document]:
-        with self._open(path) as stream:
+    def _parquet_rows(self, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows of a Parquet file, each with its number, from 0; of its columns only those that are asked for."""
+        keys = [self.text_key]
+        for key, _ in self.drop:
+            keys.append(key)
+        number = 0
+        with self.folder.open(name, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
+            for batch in file.iter_batches(1000, columns=keys):
+                for index in range(batch.num_rows):
+                    row = _parquet_row(batch.slice(index, 1))
+                    if row is None:
+                        self.skipped.add("not UTF-8", f"{name}:{number}")
+                    else:
+                        yield number, row
+                    number += 1
+
+    def _whole_file(self, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The file as one row."""
+        with self._open(name) as stream:
             content = stream.read()
         try:
-            text = content.decode()
+            yield 1, {self.text_key: content.decode()}
         except UnicodeDecodeError:
-            self.skipped.add("not UTF-8", path)
-            return
-        document = self.get_document_from_dict({self.text_key: text}, path, 1)
-        if document:
-            yield document
+            self.skipped.add("not UTF-8", name)
+
+
+def _parquet_row(row: pyarrow.RecordBatch) -> dict[str, Any] | None:
+    """A batch of one row as plain values; None where a text in it is not UTF-8, which Parquet does not check."""
+    try:
+        [values] = row.to_pylist() or [{}]
+    except UnicodeDecodeError:
+        return None
+    return values
 
 
 def _nested(data: Any, key: str) -> Any:
@@ -245,6 +338,6 @@ def read_file(inputs: dict[str, Any], file: File, skipped: Skipped) -> Iterator[
     root = inputs["sources"][file.source]["root"]
     options = inputs["options"]
     reader = FileReader(root, options["text_key"], options["drop"], skipped)
-    if _file(file.source, file.name, _info(reader.data_folder, file.name)) != file:
+    if _file(file.source, file.name, _info(reader.folder, file.name)) != file:
         raise PrepareError(f"{root}/{file.name} changed while it was being prepared; run again")
     yield from reader.read_file(file.name)

@@ -445,6 +445,113 @@ def test_rows_are_read_or_counted(tmp_path: Path, out: Path, kind: str) -> None:
     assert names[0].startswith(f"train/chunk1/a.{kind}:")
 
 
+def test_json_lines_are_utf_8_or_counted(tmp_path: Path, out: Path) -> None:
+    """json.loads guesses the encoding of bytes, and took UTF-16 apart line by line."""
+    rows = "".join(json.dumps({"text": words(i, 5)}) + "\n" for i in range(3))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("\ufeff" + rows, encoding="utf-8")
+    (folder / "b.jsonl").write_text(rows, encoding="utf-16")
+    (folder / "c.jsonl").write_text(rows, encoding="utf-16-le")
+    (folder / "d.jsonl").write_text('{"text": "gr\xf6\xdfer"}\n', encoding="latin-1")
+    (folder / "UPPER.JSONL").write_text(json.dumps({"text": words("upper", 5)}) + "\n", encoding="utf-8")
+    (folder / "UPPER.JSONL.GZ").write_bytes(gzip.compress(json.dumps({"text": words("gz", 5)}).encode()))
+    manifest, _ = prepare([Source(str(folder))], out, tokenizer=300, validation=0)
+    assert manifest is not None
+    assert texts(out) == [words("upper", 5), words("gz", 5), *(words(i, 5) for i in range(3))]
+    left_out = skipped(manifest)
+    assert left_out["not UTF-8"] == 2, "UTF-16's first line, whose BOM is none of UTF-8's, and Latin-1's"
+    assert left_out["not JSON"] >= 5
+
+
+def test_files_that_are_no_documents_are_left_out_by_name(corpus: Path, out: Path) -> None:
+    for name in ("a.csv", "b.tar.gz", "c.ZIP", "d.safetensors", "e.jsonl.xz"):
+        (corpus / name).write_bytes(gzip.compress(b"1,2\n") if name.endswith("gz") else b"1,2\n")
+    done = tool("--input", corpus, "--train-tokenizer", 400, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert sum(split.documents for split in read_manifest(out).splits.values()) == 60
+    assert "left out, .csv is a table; write its texts as JSON lines or Parquet: 1, such as a.csv" in done.stdout
+    for kind in (
+        ".tar is an archive",
+        ".zip is an archive",
+        ".safetensors is binary",
+        ".xz is compressed in another way",
+    ):
+        assert f"left out, {kind}" in done.stdout
+
+
+def test_json_lines_by_another_name_are_warned_of(corpus: Path, out: Path) -> None:
+    for i in range(3):
+        content = "".join(json.dumps({"text": words(i, 5)}) + "\n" for i in range(3))
+        (corpus / f"part-0000{i}").write_text(content, encoding="utf-8")
+    done = tool("--input", corpus, "--train-tokenizer", 400, "--out", out)
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert 'part-00000 begins with {" and is one document all the same' in warnings[0]
+    assert "a name that ends in .jsonl" in warnings[0]
+
+
+def test_a_folder_whose_name_is_a_pattern(corpus: Path, out: Path) -> None:
+    folder = corpus.parent / "corpus [2024] *" / "more?"
+    shutil.copytree(corpus, folder)
+    store = out.parent / "store [1]"
+    for pattern, count in (("**/*", 60), ("d1/*.py", 20), ("*.py", 0)):
+        files = list_files([Source(str(folder), pattern), Source(str(corpus / "d0"))], Skipped())
+        assert len(files) == count + 20
+    manifest, _ = prepare([Source(str(folder), "**/*.py")], store, tokenizer=400, workers=2)
+    assert manifest is not None
+    assert sum(split.documents for split in manifest.splits.values()) == 60
+    assert not prepare([Source(str(folder), "**/*.py")], store, tokenizer=400)[1]
+
+
+@pytest.mark.parametrize("type_", [pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary()])
+def test_rows_of_parquet_whose_bytes_are_not_utf_8_are_counted(tmp_path: Path, out: Path, type_: Any) -> None:
+    """In a column of text too, for Parquet does not look; and what nobody asked for is not even read."""
+    values = [words(0, 5).encode(), b"gr\xf6\xdfer", words(1, 5).encode(), b"", None]
+    binary = pyarrow.array(values, pyarrow.large_binary() if "large" in str(type_) else pyarrow.binary())
+    column = binary.view(type_)
+    damaged = pyarrow.array([b"\xff"] * 5, pyarrow.binary()).view(pyarrow.string())
+    (tmp_path / "in").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"url": damaged, "text": column}), tmp_path / "in" / "a.parquet")
+    manifest, _ = prepare([Source(str(tmp_path / "in"))], out, tokenizer=300, validation=0)
+    assert manifest is not None
+    assert texts(out) == [words(0, 5), words(1, 5)]
+    assert skipped(manifest) == {"not UTF-8": 1, "empty": 1, 'no text under the key "text"': 1}
+    names = manifest.raw["corpora"][0]["skipped"]["not UTF-8"]["names"]
+    assert names == ["a.parquet:1"]
+
+
+def test_parquet_without_the_column_of_text(tmp_path: Path, out: Path) -> None:
+    (tmp_path / "in").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a", "b"]}), tmp_path / "in" / "a.parquet")
+    with pytest.raises(PrepareError, match=r'left out: 2 no text under the key "text"'):
+        prepare([Source(str(tmp_path / "in"))], out, tokenizer=train_tokenizer_file(tmp_path))
+    prepare([Source(str(tmp_path / "in"))], out.with_name("b"), tokenizer=tmp_path / "t.model", text_key="body")
+
+
+def train_tokenizer_file(folder: Path) -> Path:
+    (folder / "t.model").write_bytes(train_tokenizer([words("any", 500)], 300).model)
+    return folder / "t.model"
+
+
+def test_why_a_compressed_file_cannot_be_read_is_told(corpus: Path, out: Path) -> None:
+    model = train_tokenizer_file(corpus.parent)
+    padded = corpus / "padded.txt.gz"
+    padded.write_bytes(gzip.compress(b"words") + b"\0" * 512)
+    with pytest.raises(PrepareError, match=r"padded\.txt\.gz: .*something follows its end, such as padding"):
+        made(corpus, out, tokenizer=model)
+    shutil.rmtree(out.with_name(".store.partial"))
+    padded.unlink()
+    # A frame that asks for a window of 2 GiB, as zstd --long=31 makes it: magic, descriptor, window, one raw block.
+    content = b"\x28\xb5\x2f\xfd" + bytes([0, (31 - 10) << 3]) + ((5 << 3) | 1).to_bytes(3, "little") + b"words"
+    (corpus / "long.txt.zst").write_bytes(content)
+    with pytest.raises(
+        PrepareError, match=r"long\.txt\.zst: .*packed with zstd --long; pack it again: zstd -d --long=31"
+    ):
+        made(corpus, out, tokenizer=model)
+
+
 @pytest.mark.parametrize("kind", ["jsonl.zst", "jsonl.gz", "parquet", "txt.zst"])
 def test_a_file_that_ends_early_is_an_error_and_can_be_mended(corpus: Path, out: Path, kind: str) -> None:
     rows = [{"text": words(i, 30)} for i in range(200)]
