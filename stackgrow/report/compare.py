@@ -60,6 +60,8 @@ def compare(runs: Sequence[Path], loss: str = "train", losses: Sequence[float] =
     """
     curves = read_curves(runs, loss)
     baseline = curves[0]
+
+    # Every other recipe's first run stands for all of its seeds, which differ in nothing that matters here.
     speed_ups_of = {}
     differences_of = {}
     unlike_of = {}
@@ -97,6 +99,7 @@ def speed_up_rows(comparison: Comparison, curve: Curve) -> list[tuple[str, ...]]
         return []
     seeds = f"{curve.seeds} vs {comparison.baseline.seeds}"
     with_interval = any(speed_up.interval for speed_up in reached)
+    # One seed has no intervals, and then there is no column of them.
     head = ["loss", "FLOPs", "baseline", "speed-up", "95%", "tokens", "baseline", "speed-up", "seeds"]
     if not with_interval:
         head.remove("95%")
@@ -143,23 +146,20 @@ def noise(comparison: Comparison) -> str:
 
 
 def outcome(comparison: Comparison, curve: Curve) -> str:
-    """One sentence for the top of a page: what the lowest loss that both reach took, and whether that is more than
-    the spread between seeds."""
+    """One sentence for the top of a page: what was saved, from the least to the most, and whether that is more than the
+    spread between seeds."""
     reached = comparison.speed_ups.get(curve.name)
     if not reached:
         return f"{curve.label}: {verdict(comparison, curve)}."
-    last = min(reached, key=lambda speed_up: speed_up.loss)
-    place = f"at {LABELS[comparison.loss]} {last.loss:.4f}, the lowest that both reach"
-    if last.interval is None:
-        return f"{curve.label}: {last.in_flops:+.1%} speed-up in FLOPs {place}; {certainty(comparison, curve)}."
-    interval = f"95%: {_interval_text(last.interval)}"
-    low, high = last.interval
-    if (low is not None and low > 0) or (high is not None and high < 0):
-        return f"{curve.label}: {last.in_flops:+.1%} speed-up in FLOPs ({interval}) {place}."
-    return (
-        f"{curve.label}: no difference beyond the spread between seeds: {last.in_flops:+.1%} speed-up in FLOPs "
-        f"({interval}) {place}."
-    )
+    savings = [speed_up.in_flops for speed_up in reached]
+    text = f"speed-up in FLOPs {min(savings):+.1%} to {max(savings):+.1%} at equal {LABELS[comparison.loss]}"
+    intervals = [speed_up.interval for speed_up in reached if speed_up.interval]
+    if not intervals:
+        return f"{curve.label}: {text}; {certainty(comparison, curve)}."
+    excluding = sum(interval.excludes_0 for interval in intervals)
+    if not excluding:
+        text = f"no difference beyond the spread between seeds: {text}"
+    return f"{curve.label}: {text}; {excluding} of {len(intervals)} 95% intervals exclude 0."
 
 
 def verdict(comparison: Comparison, curve: Curve) -> str:

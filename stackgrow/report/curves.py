@@ -74,9 +74,11 @@ def smooth(x: np.ndarray, y: np.ndarray, window: float = WINDOW) -> np.ndarray:
     count = end - first
 
     def window_mean(values: np.ndarray) -> np.ndarray:
+        """The mean over every point's window, by the difference of two running sums."""
         sums = np.concatenate([[0.0], np.cumsum(values)])
         return (sums[end] - sums[first]) / count
 
+    # The least-squares line of each window; level where all its records lie at one x.
     scaled = x / x[-1]
     mean_x = window_mean(scaled)
     mean_y = window_mean(y)
@@ -133,10 +135,13 @@ class StageCurve:
         from the start."""
         if not self.span.low <= loss <= self.span.high:
             return None
+        # A noisy curve rises at times: what counts is the lowest loss so far.
         lowest_so_far = np.minimum.accumulate(self.smooth)
         after = int(np.searchsorted(-lowest_so_far, -loss))
         if after == 0:
             return Reached(float(self.flops[0]), float(self.tokens[0]))
+
+        # Between the point before and that one, on a straight line.
         fall = lowest_so_far[after - 1] - lowest_so_far[after]
         share = (lowest_so_far[after - 1] - loss) / fall
         flops = _between(self.flops, after - 1, share)
@@ -154,6 +159,8 @@ def stage_curve(stage: str, seeds: Sequence[SeedCurve]) -> StageCurve | None:
     end = min(seed.flops[-1] for seed in seeds)
     if start > end:
         return None
+
+    # The first seed's own points, so that seeds which were logged alike are not interpolated at all.
     first = seeds[0].flops
     inside = first[(first > start) & (first < end)]
     flops = np.unique(np.concatenate([[start], inside, [end]]))
@@ -186,6 +193,11 @@ class Curve:
     def label(self) -> str:
         return f"{self.name} ({self.method}, {seeds_text(self.seeds)})"
 
+    @property
+    def legend(self) -> str:
+        """For a picture, whose reader asks what was done first and for the run last."""
+        return f"{self.method}, {seeds_text(self.seeds)} ({self.name})"
+
     def loss_at(self, flops: float) -> float:
         """The smoothed loss of whichever stage was trained at an amount of FLOPs."""
         at_that_time = self.stages[0]
@@ -208,6 +220,7 @@ def read_curves(runs: Sequence[Path], loss: str = "train") -> list[Curve]:
     Raises:
         DamagedError: a folder that is no run or has no records of this loss.
     """
+    # The runs of each recipe, and its name, by what makes them seeds of one another.
     groups: dict[str, list[Path]] = {}
     names: dict[str, str] = {}
     for run in runs:
@@ -217,6 +230,7 @@ def read_curves(runs: Sequence[Path], loss: str = "train") -> list[Curve]:
         key = _identity(run, to_dict(recipe))
         groups.setdefault(key, []).append(run)
         names.setdefault(key, recipe.name)
+
     all_names = list(names.values())
     curves = []
     for key, members in groups.items():
@@ -238,12 +252,14 @@ def _identity(run: Path, recipe: dict[str, Any]) -> str:
 
 
 def _read_curve(name: str, runs: Sequence[Path], loss: str) -> Curve:
+    # A run that has not come to a stage yet is none of that stage's seeds.
     seeds_of_stage: dict[str, list[SeedCurve]] = {}
     for run in runs:
         for folder in RunFolder(run).stages():
             seed = _read_seed(folder, loss)
             if seed is not None:
                 seeds_of_stage.setdefault(folder.name, []).append(seed)
+
     stages = []
     for stage_name, seeds in seeds_of_stage.items():
         stage = stage_curve(stage_name, seeds)
@@ -253,6 +269,7 @@ def _read_curve(name: str, runs: Sequence[Path], loss: str) -> Curve:
     if not stages:
         file = _records_file(StageFolder(runs[0]), loss).name
         raise DamagedError(f"{runs[0]} has no {file} with records")
+
     plan = plan_of_run(runs[0])
     arrived = stages[-1].stage == plan.train_stages[-1].name
     return Curve(name, tuple(stages), tuple(runs), arrived, method_of(plan))
@@ -282,6 +299,11 @@ class Interval(NamedTuple):
 
     low: float | None
     high: float | None
+
+    @property
+    def excludes_0(self) -> bool:
+        """Whether there is a difference beyond the spread between seeds."""
+        return (self.low is not None and self.low > 0) or (self.high is not None and self.high < 0)
 
 
 @dataclass(frozen=True)
@@ -332,8 +354,10 @@ def _levels(baseline: StageCurve, span: Span) -> list[float]:
     last = baseline.at_loss(span.low)
     assert first is not None
     assert last is not None
+    # Without the first, where a grown model has only begun and the losses fall most steeply.
     amounts = np.linspace(first.flops, last.flops, LEVELS + 1)[1:-1]
     losses = [baseline.loss_at(flops) for flops in amounts]
+    # A noisy curve may leave the span between its ends.
     inside = [min(span.high, max(span.low, loss)) for loss in losses]
     return [*sorted(inside, reverse=True), span.low]
 
@@ -352,20 +376,28 @@ def _interval(baseline: StageCurve, theirs: Reached, run: StageCurve, ours: Reac
     speed-ups: by Welch's test of the seeds' losses, at 5%. ``ours``: where the means are equal."""
     if min(len(baseline.seeds), len(run.seeds)) < LEAST_SEEDS:
         return None
+    # How far the run's loss is above the baseline's at each of the run's points, and the 95% interval of that.
     losses = baseline.losses_at(theirs.flops)
     difference = run.smooth - losses.mean()
     half = half_width(run.by_seed, losses[:, None])
-    middle = int(np.searchsorted(run.flops, ours.flops))
-    # Above 0 where the run is worse, below where it is better, going outwards from the middle.
-    worse = np.flatnonzero(difference[:middle] - half[:middle] > 0)
-    better = np.flatnonzero(difference[middle:] + half[middle:] < 0)
-    high = low = None
+    at_least = difference - half
+    at_most = difference + half
+
+    # From where the means are equal outwards, to the first point on either side that is told apart: to the left, with
+    # fewer FLOPs, the run is still worse there; to the right it is better.
+    middle = min(int(np.searchsorted(run.flops, ours.flops)), len(run.flops) - 1)
+    worse = np.flatnonzero(at_least[:middle] > 0)
+    better = np.flatnonzero(at_most[middle:] < 0)
+
+    # Between that point and its neighbour lies the end. A run that never gets so far leaves it open.
+    high = None
     if len(worse):
-        fewest = _crossing(run.flops, difference - half, int(worse[-1]))
+        fewest = _crossing(run.flops, at_least, before=int(worse[-1]))
         high = theirs.flops / fewest - 1
+    low = None
     if len(better):
         after = middle + int(better[0])
-        most = _crossing(run.flops, difference + half, max(after - 1, 0))
+        most = _crossing(run.flops, at_most, before=max(after - 1, 0))
         low = theirs.flops / most - 1
     return Interval(low, high)
 
@@ -382,8 +414,9 @@ def noise_floor(stage: StageCurve, losses: Sequence[float] = ()) -> Span | None:
     comparison); None for a single seed."""
     found = []
     for first, second in itertools.permutations(stage.seeds, 2):
-        alone = [stage_curve(stage.stage, [seed]) for seed in (first, second)]
-        if alone[0] is None or alone[1] is None:
-            continue
-        found += [speed_up.in_flops for speed_up in speed_ups(alone[0], alone[1], losses)]
+        baseline = stage_curve(stage.stage, [first])
+        run = stage_curve(stage.stage, [second])
+        assert baseline is not None
+        assert run is not None
+        found += [speed_up.in_flops for speed_up in speed_ups(baseline, run, losses)]
     return Span(max(found), min(found)) if found else None

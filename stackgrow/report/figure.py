@@ -113,15 +113,18 @@ def panels_of(comparison: Comparison) -> list[Panel]:
 def save_figure(comparison: Comparison, file: Path) -> None:
     """All panels side by side with a legend below, as PNG or SVG by the name of ``file``."""
     panels = panels_of(comparison)
-    rows = math.ceil(len(comparison.curves) / len(panels))  # of the legend, which has a column below each panel
-    whole = new_figure(SIZE[0] * len(panels), SIZE[1] + 0.25 * rows)
+    width, height = SIZE
+    legend_rows = math.ceil(len(comparison.curves) / len(panels))  # it has a column below each panel
+    whole = new_figure(width * len(panels), height + 0.25 * legend_rows)
     parts = whole.subfigures(1, len(panels), squeeze=False)[0]
     for part, panel in zip(parts, panels, strict=True):
         panel(part, comparison)
+
+    # The axes have no legends, which would cover curves: this one names them all.
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], color=color_of(number), linewidth=2) for number in range(len(comparison.curves))]
-    labels = [curve.label for curve in comparison.curves]
+    labels = [curve.legend for curve in comparison.curves]
     whole.legend(lines, labels, loc="outside lower center", ncols=len(panels), fontsize=9)
     if file.suffix == ".svg":
         file.write_text(svg_of(whole), encoding="utf-8")
@@ -139,21 +142,14 @@ def panel_svg(comparison: Comparison, panel: Panel) -> str:
 def draw_over_flops(figure: Any, comparison: Comparison) -> None:
     """Loss over FLOPs, base included, on a logarithmic axis, where a speed-up is a distance to the side; below it, how
     far each run is from the baseline at the same FLOPs."""
-    several = len(comparison.curves) > 1
-    if several:
+    if len(comparison.curves) > 1:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        _draw_differences(below, comparison)
     else:
         above = below = figure.subplots()
     for number, curve in enumerate(comparison.curves):
         _draw_losses(above, curve, color_of(number), lambda stage: stage.flops)
-        if several and number:
-            _draw_difference(below, comparison.baseline.target, curve.target, color_of(number))
     _limit_losses(above, comparison)
-    if several:
-        plain_axes(below)
-        below.axhline(0, color=color_of(0), linewidth=1.2)
-        below.set_ylabel("difference")
-        _limit_differences(below, comparison)
     end = max(curve.target.flops[-1] for curve in comparison.curves)
     logarithmic(below.xaxis, SHOWN * end, 1.03 * end)
     below.set_xlabel("FLOPs (6 N D), base included")
@@ -172,19 +168,18 @@ def draw_over_tokens(figure: Any, comparison: Comparison) -> None:
 def _draw_losses(axes: Any, curve: Curve, color: str, x_of: Callable[[Any], np.ndarray]) -> None:
     """All stages: dashed before the target model's, a dot where a grown one begins, the records themselves pale."""
     for stage in curve.stages:
+        # The records of every seed, as they are.
         for seed in stage.seeds:
             some = _some(len(seed.loss))
             axes.plot(x_of(seed)[some], seed.loss[some], color=color, alpha=0.18, linewidth=0.8)
+
+        # The smoothed mean of all seeds.
         x = x_of(stage)
         some = _some(len(x))
-        target = stage is curve.target
-        axes.plot(
-            x[some],
-            stage.smooth[some],
-            color=color,
-            linestyle="-" if target else "--",
-            linewidth=1.8 if target else 1.2,
-        )
+        if stage is curve.target:
+            axes.plot(x[some], stage.smooth[some], color=color, linestyle="-", linewidth=1.8)
+        else:
+            axes.plot(x[some], stage.smooth[some], color=color, linestyle="--", linewidth=1.2)
         if stage is not curve.stages[0]:
             axes.plot(x[0], stage.smooth[0], "o", color=color, markersize=5)
 
@@ -204,11 +199,23 @@ def _limit_losses(axes: Any, comparison: Comparison) -> None:
     axes.set_ylabel(LABELS[comparison.loss])
 
 
+def _draw_differences(axes: Any, comparison: Comparison) -> None:
+    for number, curve in enumerate(comparison.curves):
+        if curve is not comparison.baseline:
+            _draw_difference(axes, comparison.baseline.target, curve.target, color_of(number))
+    plain_axes(axes)
+    axes.axhline(0, color=color_of(0), linewidth=1.2)
+    axes.set_ylabel("difference")
+    _limit_differences(axes, comparison)
+
+
 def _draw_difference(axes: Any, baseline: StageCurve, run: StageCurve, color: str) -> None:
     """The run's loss less the baseline's at equal FLOPs, and its 95% interval where there are seeds enough."""
     flops = _common_flops(baseline, run)
     if not len(flops):
         return
+
+    # [seeds, points] each.
     ours = np.array([seed.smooth_at(flops) for seed in run.seeds])
     theirs = np.array([seed.smooth_at(flops) for seed in baseline.seeds])
     difference = ours.mean(axis=0) - theirs.mean(axis=0)
@@ -241,17 +248,21 @@ def draw_speed_ups(figure: Any, comparison: Comparison) -> None:
     """The speed-up over the baseline at each of its FLOPs, with the intervals that both ends bound."""
     axes = figure.subplots()
     for number, curve in enumerate(comparison.curves):
+        color = color_of(number)
         reached = comparison.speed_ups.get(curve.name, [])
         flops = [speed_up.baseline_flops for speed_up in reached]
-        axes.plot(flops, [100 * speed_up.in_flops for speed_up in reached], "o-", color=color_of(number))
+        percent = [100 * speed_up.in_flops for speed_up in reached]
+        axes.plot(flops, percent, "o-", color=color)
         for speed_up in reached:
-            if speed_up.interval and None not in speed_up.interval:
-                ends = [100 * float(end or 0) for end in speed_up.interval]
-                axes.plot([speed_up.baseline_flops] * 2, ends, color=color_of(number), alpha=0.4, linewidth=3)
+            interval = speed_up.interval
+            if interval is None or interval.low is None or interval.high is None:
+                continue
+            at = speed_up.baseline_flops
+            axes.plot([at, at], [100 * interval.low, 100 * interval.high], color=color, alpha=0.4, linewidth=3)
     plain_axes(axes)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.xaxis.set_major_formatter(amount_text)
-    axes.set_xlabel(f"FLOPs of {comparison.baseline.name}")
+    axes.set_xlabel(f"FLOPs of the baseline ({comparison.baseline.method})")
     axes.set_ylabel("iso-loss speed-up in FLOPs, %")
 
 

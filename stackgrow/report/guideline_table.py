@@ -70,6 +70,7 @@ def draw_fits(runs: Sequence[Run], found: Sequence[Valley], timing: Fit | None, 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
+    # A panel for each size, one for the guideline and one for the laws, where there are such.
     sizes = sorted({valley.parameters for valley in found})
     panels = len(sizes)
     if timing:
@@ -90,13 +91,22 @@ def draw_fits(runs: Sequence[Run], found: Sequence[Valley], timing: Fit | None, 
 def _draw_isoflop(axes: Any, curves: Sequence[Valley]) -> None:
     for number, valley in enumerate(curves):
         color = color_of(number)
-        x = np.linspace(math.log10(valley.tried[0]), math.log10(valley.tried[-1]), 100)
-        axes.plot(valley.tried, valley.losses, "o", color=color, markersize=4, label=f"{valley.flops:.2g} FLOPs")
+
+        # The losses that were measured, and the parabola through them.
+        label = f"{valley.flops:.2g} FLOPs"
+        axes.plot(valley.tried, valley.losses, "o", color=color, markersize=4, label=label)
+        first = math.log10(valley.tried[0])
+        last = math.log10(valley.tried[-1])
+        x = np.linspace(first, last, 100)
         axes.plot(10**x, np.polyval(valley.parabola, x), color=color, linewidth=1)
+
+        # A star where it is lowest.
         if valley.best:
             bottom = np.polyval(valley.parabola, math.log10(valley.best))
             axes.plot(valley.best, bottom, "*", color=INK, markersize=9)
-    axes.set(xscale="log", xlabel="growth timing, tokens (or factor)", ylabel="smoothed training loss")
+    axes.set_xscale("log")
+    axes.set_xlabel("growth timing, tokens (or factor)")
+    axes.set_ylabel("smoothed training loss")
     axes.set_title(f"{human(curves[0].parameters)} parameters")
     axes.legend(fontsize=7)
 
@@ -106,6 +116,8 @@ def _draw_timing(figure: Any, axes: Any, good: Sequence[Valley], timing: Fit) ->
     flops = [valley.flops for valley in good]
     sizes = [valley.parameters for valley in good]
     best = [valley.best or 1 for valley in good]
+
+    # The fit on a grid somewhat wider than the valleys.
     C = np.geomspace(min(flops) / 1.3, max(flops) * 1.3, 60)
     N = np.geomspace(min(sizes) / 1.3, max(sizes) * 1.3, 60)
     a_b_c = (timing.values["a"], timing.values["b"], timing.values["c"])
@@ -113,25 +125,37 @@ def _draw_timing(figure: Any, axes: Any, good: Sequence[Valley], timing: Fit) ->
     for row, parameters in enumerate(N):
         for column, amount in enumerate(C):
             fitted[row, column] = growth_timing(parameters, amount, a_b_c)
+
     low = min(fitted.min(), *best)
     high = max(fitted.max(), *best)
     scale = {"vmin": math.log10(low), "vmax": math.log10(high), "cmap": "viridis"}
     shown = axes.contourf(C, N, np.log10(fitted), 20, **scale)
     axes.scatter(flops, sizes, c=np.log10(best), edgecolors="white", **scale)
-    axes.set(xscale="log", yscale="log", xlabel="training FLOPs C", ylabel="parameters N", title="growth timing d")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("training FLOPs C")
+    axes.set_ylabel("parameters N")
+    axes.set_title("growth timing d")
     figure.colorbar(shown, ax=axes, label="log10 tokens; dots: valleys")
 
 
 def _draw_laws(axes: Any, runs: Sequence[Run], laws: Laws) -> None:
     """The runs, and the laws through their ends to ten times the FLOPs."""
+    # What was measured, pale.
     for run in runs:
         color = LAW_COLORS["scratch" if run.at is None else "grown"]
         axes.plot(run.flops, run.loss, color=color, alpha=0.3, linewidth=0.8)
+
+    # The laws, dashed.
     first = min(run.flops[0] for run in runs)
     last = max(run.flops[-1] for run in runs)
     flops = np.geomspace(first, 10 * last, 50)
     for name, law in laws.items():
         loss = law.values["a"] * flops ** law.values["b"]
         axes.plot(flops, loss, "--", color=LAW_COLORS[name], label=f"{name} law")
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="training loss", title="scaling laws, 10 x beyond")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("FLOPs")
+    axes.set_ylabel("training loss")
+    axes.set_title("scaling laws, 10 x beyond")
     axes.legend(fontsize=8)

@@ -91,8 +91,11 @@ def write_report(runs: Sequence[Path], target: Path, force: bool = False) -> Non
         comparisons.append(compare(runs, "validation", force=force))
     first = comparisons[0]
     several = len(first.curves) > 1
+    title = first.baseline.name
+    if several:
+        title = f"{', '.join(curve.name for curve in first.curves[1:])} against {title}"
     values = {
-        "title": " and ".join(curve.name for curve in first.curves),
+        "title": title,
         "comparison": _comparison_head(first) if several else None,
         "losses": [_loss_section(comparison) for comparison in comparisons],
         "benchmarks": _transposed(benchmark_rows(first.evaluations)) if first.evaluations else None,
@@ -152,7 +155,7 @@ def _loss_section(comparison: Comparison) -> LossSection:
     return LossSection(
         title=TITLES[comparison.loss],
         caption=caption,
-        legend=[LegendEntry(color_of(number), curve.label) for number, curve in enumerate(comparison.curves)],
+        legend=[LegendEntry(color_of(number), curve.legend) for number, curve in enumerate(comparison.curves)],
         pictures=[Markup(panel_svg(comparison, panel)) for panel in panels_of(comparison)],
         against=against,
     )

@@ -160,7 +160,7 @@ def _valley(
     parameters: float, flops: float, runs: Sequence[str], tried: Sequence[float], losses: Sequence[float]
 ) -> Valley:
     x = np.log10(tried)
-    curvature, slope, level = (float(coefficient) for coefficient in np.polyfit(x, losses, 2))
+    curvature, slope, level = np.polyfit(x, losses, 2).tolist()
     bottom = -slope / (2 * curvature) if curvature else math.inf
     problem = None
     if curvature <= 0:
@@ -181,12 +181,13 @@ def fit_timing(found: Sequence[Valley]) -> Fit:
         DamagedError: the valleys do not determine them.
     """
     good = [valley for valley in found if valley.best]
-    best = _solve(good)
+    best = _solve(good, np.log10([valley.best or 1 for valley in good]))
     if best is None:
         sizes = len({valley.parameters for valley in good})
         raise DamagedError(
             f"{len(good)} valleys of {sizes} sizes do not determine a, b and c: two sizes and two FLOPs do"
         )
+
     values = dict(zip(GUIDELINE, best.tolist(), strict=True))
     errors = dict.fromkeys(GUIDELINE, math.nan)
     noise, degrees = _noise(good)
@@ -215,32 +216,42 @@ def _noise(good: Sequence[Valley]) -> tuple[float, int]:
 def _refits(good: Sequence[Valley], noise: float) -> list[np.ndarray]:
     """a, b and c again and again, as they would be had every run been off by another normal number."""
     rng = np.random.default_rng(0)
+    shifts: dict[str, np.ndarray] = {}
+    for valley in good:
+        for run in valley.runs:
+            if run not in shifts:
+                shifts[run] = noise * rng.normal(size=REFITS)
+    # log10 of the timing at each valley's bottom, [valleys, refits]; NaN where a refit has no valley there.
+    bottoms = np.array([_shifted_bottoms(valley, shifts) for valley in good])
     refits = []
-    for _ in range(REFITS):
-        shifts: dict[str, float] = {}
-        again = []
-        for valley in good:
-            for run in valley.runs:
-                if run not in shifts:
-                    shifts[run] = noise * rng.normal()
-            shifted = valley.on_parabola() + [shifts[run] for run in valley.runs]
-            moved = _valley(valley.parameters, valley.flops, valley.runs, valley.tried, shifted.tolist())
-            if moved.best:
-                again.append(moved)
-        solution = _solve(again)
+    for number in range(REFITS):
+        there = np.flatnonzero(np.isfinite(bottoms[:, number]))
+        solution = _solve([good[i] for i in there], bottoms[there, number])
         if solution is not None:
             refits.append(solution)
     return refits
 
 
-def _solve(good: Sequence[Valley]) -> np.ndarray | None:
-    """a, b and c by least squares; None where the valleys do not determine them."""
+def _shifted_bottoms(valley: Valley, shifts: dict[str, np.ndarray]) -> np.ndarray:
+    """Where the parabolas through a valley's shifted losses are lowest, [refits]."""
+    x = np.log10(valley.tried)
+    losses = valley.on_parabola()[:, None] + [shifts[run] for run in valley.runs]
+    curvature, slope, _ = np.polyfit(x, losses, 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bottoms = -slope / (2 * curvature)
+    within = (curvature > 0) & (bottoms > x[0]) & (bottoms < x[-1])
+    return np.where(within, bottoms, np.nan)
+
+
+def _solve(good: Sequence[Valley], log_timings: np.ndarray) -> np.ndarray | None:
+    """a, b and c by least squares from the valleys' sizes and FLOPs, and log10 of their timings; None where they do
+    not determine them."""
     if len(good) < len(GUIDELINE):
         return None
     rows = np.array([[math.log10(valley.parameters), 1 / math.log10(valley.flops), 1.0] for valley in good])
-    timings = np.log10([valley.best or 1 for valley in good])
+    # Columns of one size, or the rank could not be told.
     scale = np.abs(rows).max(axis=0)
-    solution, _, rank, _ = np.linalg.lstsq(rows / scale, timings, rcond=1e-9)
+    solution, _, rank, _ = np.linalg.lstsq(rows / scale, log_timings, rcond=1e-9)
     return solution / scale if rank == len(GUIDELINE) else None
 
 
@@ -250,6 +261,7 @@ def fit_law(runs: Sequence[Run]) -> Fit | None:
     The squares that are least are those of the losses, as in the paper (section 4.2, Figure 7), not of their
     logarithms, which would weigh the small models' errors less.
     """
+    # Of several timings or seeds of one size, the run that came lowest.
     lowest: dict[float, Run] = {}
     for run in runs:
         if run.parameters not in lowest or run.loss[-1] < lowest[run.parameters].loss[-1]:
@@ -258,6 +270,7 @@ def fit_law(runs: Sequence[Run]) -> Fit | None:
         return None
     log_flops = np.log([run.flops[-1] for run in lowest.values()])
     losses = np.array([run.loss[-1] for run in lowest.values()])
+
     # Gauss and Newton's method for L = exp(log a + b log C), from the fit to the logarithms, which is linear. log C is
     # counted from its mean, without which the two would hardly be told apart.
     middle = log_flops.mean()
@@ -268,10 +281,12 @@ def fit_law(runs: Sequence[Run]) -> Fit | None:
         change = np.linalg.lstsq(jacobian, losses - fitted, rcond=None)[0]
         log_a += change[0]
         b += change[1]
+
     values = {"a": math.exp(log_a - b * middle), "b": float(b)}
     errors = {"a": math.nan, "b": math.nan}
     degrees = len(losses) - 2
     if degrees:
+        # The usual errors of least squares, with the scatter of the losses about the law.
         variance = np.square(losses - fitted).sum() / degrees
         covariance = variance * np.linalg.inv(jacobian.T @ jacobian)
         # log a at C = 1 is log_a - b * middle.

@@ -214,10 +214,12 @@ def _layer_map(stage: GrowStage) -> LayerMap:
     """Source layers above target layers, each target layer in the colour of the one that it is made from."""
     assert stage.layer_map is not None
     rows = [list(range(stage.source.n_layers)), list(stage.layer_map)]
+
+    # As wide as the page allows, with the longer of the two rows in it.
     longest = max(len(row) for row in rows)
     width = min(40.0, MAP_WIDTH / longest)
     cells = []
-    for y, row in zip((0, 42), rows, strict=True):
+    for y, row in zip((0, 42), rows, strict=True):  # pixels from the top
         for position, layer in enumerate(row):
             cell = Cell(
                 x=round(position * width, 2),
@@ -287,14 +289,17 @@ def _overridden(provenance: dict[str, Any]) -> set[str]:
 
 def _recipe_lines(folder: RunFolder, overridden: set[str]) -> Iterator[RecipeLine]:
     """The resolved recipe, of which each line that sets a key in ``overridden`` counts as edited."""
+    # The table that a line stands in, and how many there were so far of [[growth]] and others that are repeated.
     table = ""
-    counts: dict[str, int] = {}  # of [[growth]] and other repeated tables, so far
+    counts: dict[str, int] = {}
     for line in folder.recipe_file.read_text(encoding="utf-8").splitlines():
         heading = re.fullmatch(r"\[+([^\[\]]+)\]+", line)
         if heading:
             table = heading[1]
             if line.startswith("[["):
                 counts[table] = counts.get(table, 0) + 1
+
+        # The key's name as a user gives it to --set: growth[0].factor, train.warmup, seed.
         parent, _, rest = table.partition(".")
         if parent in counts:  # a table inside of the last [[growth]] too
             dotted = f"{parent}[{counts[parent] - 1}]" + (f".{rest}" if rest else "")

@@ -82,9 +82,8 @@ def excluded(case: Case, seeds: int, comparisons: int, seed: int = 0) -> tuple[f
         for speed_up in speed_ups(baseline, run):
             if speed_up.interval is None:
                 continue
-            low, high = speed_up.interval
             count += 1
-            wrong += (low is not None and low > 0) or (high is not None and high < 0)
+            wrong += speed_up.interval.excludes_0
     return wrong / max(count, 1), count
 
 

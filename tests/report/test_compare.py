@@ -12,7 +12,7 @@ from runs_for_tests import SCRATCH, written_run
 
 from stackgrow.errors import ChangedError, DamagedError
 from stackgrow.report.benchmarks import Score, benchmark_rows
-from stackgrow.report.compare import as_dict, compare, render
+from stackgrow.report.compare import as_dict, compare, outcome, render
 from stackgrow.report.isoflop import read_run
 from stackgrow.run_folder.folder import RunFolder
 
@@ -68,6 +68,7 @@ def test_three_seeds_have_intervals_and_a_noise_floor(seeds: list[Path]) -> None
     assert "95%: by the spread between seeds (Welch, Student's t)" in text
     assert " 3 vs 3\n" in text
     assert "noise floor: one seed of scratch over another of the same (3 seeds, all pairs) shows -" in text
+    assert outcome(comparison, comparison.curves[1]).endswith("; 5 of 5 95% intervals exclude 0.")
     middle = comparison.speed_ups["tiny"][2]
     assert middle.in_flops == pytest.approx(0.5, abs=0.01)
     assert middle.interval
@@ -76,6 +77,18 @@ def test_three_seeds_have_intervals_and_a_noise_floor(seeds: list[Path]) -> None
     assert low == pytest.approx(1.5 / 1.045 - 1, abs=0.02)
     assert high == pytest.approx(1.5 * 1.045 - 1, abs=0.02)
     json.dumps(as_dict(comparison))
+
+
+def test_a_difference_within_the_spread_between_seeds_is_said_to_be_none(tmp_path: Path) -> None:
+    runs = []
+    for number in range(3):
+        seed = ("seed = 7", f"seed = {number}")
+        runs.append(written_run(tmp_path / f"scratch-{number}", *SCRATCH, NAME, seed, ratio=1 + 0.1 * number))
+        runs.append(written_run(tmp_path / f"tiny-{number}", seed, ratio=1.05 + 0.1 * number))
+    comparison = compare(sorted(runs))
+    sentence = outcome(comparison, comparison.curves[1])
+    assert ": no difference beyond the spread between seeds: speed-up in FLOPs +" in sentence
+    assert "; 0 of 5 95% intervals exclude 0." in sentence
 
 
 def test_every_difference_of_the_recipes_is_listed(runs: list[Path]) -> None:

@@ -50,8 +50,7 @@ def test_the_readme_s_table_is_what_the_records_give(comparison: Comparison) -> 
         excluding = 0
         for speed_up in reached:
             assert speed_up.interval is not None
-            low, high = speed_up.interval
-            excluding += (low is not None and low > 0) or (high is not None and high < 0)
+            excluding += speed_up.interval.excludes_0
         [row] = [line for line in text.splitlines() if line.startswith(f"  | {method} |")]
         cells = [cell.strip() for cell in row.split("|")]
         assert cells[column] == f"{min(savings):+.0%} to {max(savings):+.0%}"
