@@ -163,6 +163,16 @@ def growth_record(
     return growth
 
 
+def growth_sentence(stage: GrowStage) -> str:
+    """A growth in words, as a model card tells it."""
+    sentence = f"Grown by `{stage.operator}`: {stage.change}"
+    if stage.layer_map:
+        sentence += f"; source layer of each layer: {' '.join(map(str, stage.layer_map))}"
+    if stage.noise:
+        sentence += f"; noise {stage.noise:g}"
+    return sentence + "."
+
+
 def seal_grown(
     target: Path, stage_hash: str, before: Mapping[str, Any], growth: Mapping[str, Any], **facts: Any
 ) -> None:

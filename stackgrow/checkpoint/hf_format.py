@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -36,20 +37,37 @@ _NUMBERS: dict[str, tuple[str, Any]] = {
     "norm_eps": ("rms_norm_eps", 1e-6),
     "rope_theta": ("rope_theta", 10000.0),
 }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a Model cannot have otherwise: the values that mean it, of which the first is what transformers takes where
+    there is none, and the remedy."""
+
+    accepted: tuple[Any, ...]
+    remedy: str
+
+
 _BEFORE = "take the weights as they were before"
-# Settings that a Model cannot have otherwise: their value, which an absent one has in transformers too, and the remedy.
-_SETTINGS: dict[str, tuple[Any, str]] = {
-    "hidden_act": ("silu", "no other activation is supported"),
-    "attention_bias": (False, "biases are not supported"),
-    "mlp_bias": (False, "biases are not supported"),
-    "tie_word_embeddings": (False, "set it to false in transformers, give lm_head a copy of the embedding, save again"),
-    "architectures": (["LlamaForCausalLM"], "save it from that class, head included"),
-    "quantization_config": (None, f"{_BEFORE} quantization"),
-    "rope_type": ("default", f"RoPE is not scaled here; {_BEFORE} the scaling"),
-    "type": ("default", f"RoPE is not scaled here; {_BEFORE} the scaling"),
-    "partial_rotary_factor": (1.0, "RoPE turns whole heads here"),
+_SETTINGS = {
+    "hidden_act": Setting(("silu", "swish"), "no other activation is supported"),
+    "attention_bias": Setting((False,), "biases are not supported"),
+    "mlp_bias": Setting((False,), "biases are not supported"),
+    "tie_word_embeddings": Setting(
+        (False,), "set it to false in transformers, give lm_head a copy of the embedding, save again"
+    ),
+    "quantization_config": Setting((None,), f"{_BEFORE} quantization"),
+    "rope_type": Setting(("default",), f"RoPE is not scaled here; {_BEFORE} the scaling"),
+    "type": Setting(("default",), f"RoPE is not scaled here; {_BEFORE} the scaling"),
+    "partial_rotary_factor": Setting((1.0,), "RoPE turns whole heads here"),
 }
-_WRITTEN = ("architectures", "hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings")
+_WRITTEN = ("hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings")
+# {model_type: the class whose head and names are Llama's, and what of its defaults is not}
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", {"num_key_value_heads": 8, "sliding_window": 4096}),
+    "Yi": ("YiForCausalLM", {}),
+}
 
 
 def hf_name(name: str) -> str:
@@ -82,14 +100,16 @@ def _regrouped(tensor: Tensor, name: str, groups: tuple[int, int]) -> Tensor:
 
 def config_of(model: Model, seq_len: int | None = None) -> dict[str, Any]:
     """config.json of a model; ``seq_len`` is the length that it was trained on."""
-    return {
-        "model_type": "llama",
-        **{theirs: getattr(model, ours) for ours, (theirs, _) in _NUMBERS.items()},
-        "head_dim": model.head_dim,
-        "rope_scaling": None,  # transformers 4 and 5 read this; 5 alone reads rope_parameters
-        **{key: _SETTINGS[key][0] for key in _WRITTEN},
-        **({"max_position_embeddings": seq_len} if seq_len else {}),
-    }
+    config: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    for ours, (theirs, _) in _NUMBERS.items():
+        config[theirs] = getattr(model, ours)
+    config["head_dim"] = model.head_dim
+    config["rope_scaling"] = None  # transformers 4 and 5 read this; 5 alone reads rope_parameters
+    for key in _WRITTEN:
+        config[key] = _SETTINGS[key].accepted[0]
+    if seq_len:
+        config["max_position_embeddings"] = seq_len
+    return config
 
 
 def model_from_config(config: Mapping[str, Any]) -> Model:
@@ -109,26 +129,47 @@ def read_config(config: Mapping[str, Any]) -> tuple[Model | None, list[str]]:
     flat = dict(config)
     for key in ("rope_parameters", "rope_scaling"):  # transformers 5 keeps there what 4 had in config.json itself
         rope = config.get(key) or {}
-        flat |= rope if isinstance(rope, Mapping) else {"rope_type": rope}
+        flat.update(rope if isinstance(rope, Mapping) else {"rope_type": rope})
+    problems = [*_family_problems(flat), *_setting_problems(flat)]
+
     values: dict[str, Any] = {}
-    problems = [*_setting_problems(flat)]
     kinds = {f.name: f.metadata["kind"] for f in dataclasses.fields(Model)}
     for ours, (key, default) in _NUMBERS.items():
+        value = default if flat.get(key) is None else flat[key]
         try:
-            values[ours] = kinds[ours].parse(default if flat.get(key) is None else flat[key])
+            values[ours] = kinds[ours].parse(value)
         except ValueError as error:
             problems.append(f"{key} is {flat.get(key)!r:.60}; it must be {error}")
     if values.keys() == _NUMBERS.keys():
         problems += _head_problems(flat, values["dim"], values["n_heads"], values["n_kv_heads"])
-    return (None, problems) if problems else (Model(family="llama2", **values), [])
+    if problems:
+        return None, problems
+    return Model(family="llama2", **values), []
+
+
+def _family_problems(flat: dict[str, Any]) -> Iterator[str]:
+    """Whether it is Llama or a family that differs in name alone, whose defaults are filled in."""
+    family = flat.get("model_type")
+    if not isinstance(family, str) or family not in _FAMILIES:
+        known = ", ".join(f'"{name}"' for name in _FAMILIES)
+        yield f"model_type is {family!r:.60}; only {known} can be read"
+        return
+    architecture, defaults = _FAMILIES[family]
+    for key, default in defaults.items():
+        flat.setdefault(key, default)
+    classes = flat.get("architectures")
+    if classes not in (None, [architecture], ["LlamaForCausalLM"]):
+        yield f"architectures is {classes!r:.60}, not [{architecture!r}]: save it from that class, head included"
+    window = flat.get("sliding_window") if "sliding_window" in defaults else None
+    if window is not None:
+        yield f"sliding_window is {window!r:.40}: attention has no window here; where texts are shorter, set it to null"
 
 
 def _setting_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    if config.get("model_type") != "llama":
-        yield f'model_type is {config.get("model_type")!r:.60}; only "llama" can be read'
-    for key, (value, remedy) in _SETTINGS.items():
-        if config.get(key) not in (None, value):
-            yield f"{key} is {config[key]!r:.60}, not {value!r}: {remedy}"
+    for key, setting in _SETTINGS.items():
+        value = config.get(key)
+        if value is not None and value not in setting.accepted:
+            yield f"{key} is {value!r:.60}, not {setting.accepted[0]!r}: {setting.remedy}"
 
 
 def _head_problems(config: Mapping[str, Any], dim: int, n_heads: int, n_kv_heads: int) -> Iterator[str]:

@@ -23,7 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("target", type=Path, help="folder to write; must not exist")
     parser.add_argument("--stage", help="of a run: stage to export (default: the last finished one)")
     parser.add_argument("--step", type=int, help="of a run: checkpoint to export (default: the stage's newest)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="default: float32; of a model that came from Hugging Face, its own",
+    )
     arguments = parser.parse_args(argv)
     try:
         from stackgrow.checkpoint.export import export_run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import pickle
@@ -15,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
-import tokenizers
 import torch
 import torch.distributed.checkpoint as dcp
 from growth_for_tests import assert_same, deviation, llama, weights
@@ -30,7 +27,6 @@ from stackgrow.checkpoint.dcp import CheckpointError, read_metadata, tensor_shap
 from stackgrow.checkpoint.direct import BLOCK
 from stackgrow.checkpoint.hf import export_hf, import_hf
 from stackgrow.checkpoint.hf_format import config_of, from_hf, hf_name, model_from_config, to_hf
-from stackgrow.data.tokenizer import HfTokenizer, SentencePiece, Tokenizer, train_tokenizer
 from stackgrow.growth.depth import depth_rules, stack_map
 from stackgrow.growth.learned import initial_network
 from stackgrow.growth.operators import OPERATORS, growth_rules
@@ -39,9 +35,6 @@ from stackgrow.recipe.keys import Model
 transformers = pytest.importorskip("transformers")
 
 MODEL = Model(family="llama2", dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=88, vocab_size=300, norm_eps=2e-5)
-TEXTS = [
-    "def f(x):\n    return x  # 1234\n\tTab", " leading", "  two  spaces  ", "naïve 😀 日本", "", "x\n\n\n  y  ", "0.5 + 17",
-]  # fmt: skip
 
 
 def saved(folder: Path, model: Model = MODEL, **more: Any) -> dict[str, Tensor]:
@@ -264,7 +257,9 @@ CONFIGS = {
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "head width": ({"head_dim": 16}, "head_dim is 16; it must be hidden_size / num_attention_heads = 12"),
     "quantized": ({"quantization_config": {"bits": 4}}, "take the weights as they were before quantization"),
-    "family": ({"model_type": "mistral"}, "model_type is 'mistral'"),
+    "family": ({"model_type": "mixtral"}, 'model_type is \'mixtral\'; only "llama", "mistral", "Yi" can be read'),
+    "window": ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is 4096: attention has no window"),
+    "default window": ({"model_type": "mistral"}, "sliding_window is 4096: attention has no window"),
     "no head": ({"architectures": ["LlamaModel"]}, "save it from that class"),
     "size": ({"hidden_size": "big"}, "hidden_size is 'big'; it must be a whole number"),
     "no size": ({"vocab_size": None}, "vocab_size is None; it must be a whole number"),
@@ -299,7 +294,18 @@ def rewritten(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], An
 
 def indexed(name: Any) -> Callable[[Path], Any]:
     weight_map = {"lm_head.weight": name}
-    return lambda source: (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    def change(source: Path) -> None:
+        (source / "model.safetensors").rename(source / "weights.safetensors")
+        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return change
+
+
+def doubled(source: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors"):
+        (source / name).write_bytes((source / "model.safetensors").read_bytes())
+    (source / "model.safetensors").unlink()
 
 
 def truncated(source: Path) -> None:
@@ -315,7 +321,7 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"\(2, 48\), in the model \(300, 48\)",
     ),
     "integers": (rewritten(lambda s: s.update({"lm_head.weight": torch.ones(300, 48, dtype=torch.int8)})), "is of I8"),
-    "twice": (lambda f: (f / "b.safetensors").write_bytes((f / "model.safetensors").read_bytes()), "is both in"),
+    "twice": (doubled, "is both in a.safetensors and in b.safetensors"),
     "truncated": (truncated, "model.safetensors cannot be read"),
     "no header": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "model.safetensors cannot be read"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "it has no .*safetensors"),
@@ -361,7 +367,8 @@ def test_nothing_is_overwritten_and_leftovers_are_replaced(source: Path, tmp_pat
     (tmp_path / "imported.tmp").mkdir()
     (tmp_path / "imported.tmp" / "torn.distcp").touch()
     model = import_hf(source, tmp_path / "imported")
-    assert sorted(f.name for f in (tmp_path / "imported").iterdir()) == [".metadata", "MANIFEST.json", "__0_0.distcp"]
+    files = [".metadata", "MANIFEST.json", "__0_0.distcp", "hf-generation_config.json"]
+    assert sorted(f.name for f in (tmp_path / "imported").iterdir()) == files
     with pytest.raises(CheckpointError, match="exists already"):
         import_hf(source, tmp_path / "imported")
     with pytest.raises(CheckpointError, match="exists already"):
@@ -390,51 +397,76 @@ def test_damage_in_a_sealed_checkpoint_is_found(tmp_path: Path, source: Path) ->
     assert not (tmp_path / "hf.tmp").exists()
 
 
-def dummy_prefix(texts: list[str]) -> Tokenizer:
-    """As Llama 2's own, which puts a space before every text."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=400, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+BESIDE = ["consolidated.safetensors", "adapter_model.safetensors", "optimizer.safetensors", "._model.safetensors"]
+
+
+@pytest.mark.parametrize("names", [["model.safetensors"], ["model-00001-of-00002.safetensors"]], ids=str)
+def test_what_stands_beside_the_model_is_no_part_of_it(source: Path, names: list[str]) -> None:
+    """A LoRA, the original's own file, an optimizer, a Mac's attributes, a copy in fp16."""
+    state = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    parts = [state]
+    if len(names) == 1 and "-of-" in names[0]:
+        names = [names[0], "model-00002-of-00002.safetensors"]
+        parts = [dict(list(state.items())[:5]), dict(list(state.items())[5:])]
+    for name, part in zip(names, parts, strict=True):
+        save_file(part, source / name)
+    for name in [*BESIDE, "model.fp16.safetensors"]:
+        save_file({name: torch.ones(3) for name in state}, source / name)
+    model = import_hf(source, source.parent / "imported")
+    wanted = {name: from_hf(state[hf_name(name)], name, model) for name in model.tensors()}
+    assert_same(loaded(source.parent / "imported", model), wanted)
+
+
+def test_a_single_file_goes_before_a_stale_index(source: Path) -> None:
+    """As in transformers."""
+    state = load_file(source / "model.safetensors")
+    stale = {name: tensor + 1 for name, tensor in state.items()}
+    save_file(stale, source / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(state, "model-00001-of-00001.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = import_hf(source, source.parent / "imported")
+    assert_same_logits(source, model, loaded(source.parent / "imported", model))
+
+
+def test_swish_is_silu_and_float64_is_read(source: Path) -> None:
+    edited(source / "config.json", lambda config: config.update(hidden_act="swish"))
+    state = load_file(source / "model.safetensors")
+    save_file({name: tensor.double() for name, tensor in state.items()}, source / "model.safetensors")
+    model = import_hf(source, source.parent / "imported")
+    assert_same(
+        loaded(source.parent / "imported", model), {n: from_hf(state[hf_name(n)], n, model) for n in model.tensors()}
+    )
+
+
+@torch.no_grad()
+def test_mistral_without_a_window_is_a_llama(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=300, sliding_window=None,
     )  # fmt: skip
-    return SentencePiece(model.getvalue())
+    theirs = transformers.MistralForCausalLM(config)
+    theirs.save_pretrained(tmp_path / "mistral")
+    model = import_hf(tmp_path / "mistral", tmp_path / "imported")
+    ours = llama(model, loaded(tmp_path / "imported", model))
+    assert deviation(ours(tokens(model)), theirs(tokens(model)).logits) < 1e-5
+    export_hf(tmp_path / "imported", tmp_path / "llama", model)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    assert deviation(again(tokens(model)).logits, theirs(tokens(model)).logits) < 1e-5
 
 
-def byte_level(texts: list[str]) -> Tokenizer:
-    """A tokenizer.json without a template that puts BOS before a text."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    special = {"special_tokens": ["<unk>", "<s>", "</s>"], "initial_alphabet": alphabet}
-    model.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False, **special))
-    return HfTokenizer(model.to_str().encode())
+def test_yi_by_its_old_name_is_a_llama(source: Path) -> None:
+    before = model_from_config(json.loads((source / "config.json").read_text()))
+    edited(source / "config.json", lambda config: config.update(model_type="Yi", architectures=["YiForCausalLM"]))
+    assert import_hf(source, source.parent / "imported") == before
 
 
-@pytest.mark.parametrize("kind", ["trained", "prefix", "json"])
-def test_tokenizer_gives_the_same_ids(tmp_path: Path, kind: str) -> None:
-    texts = [Path(json.__file__).read_text(), *TEXTS]
-    tokenizer = {"prefix": dummy_prefix, "json": byte_level}.get(kind, lambda t: train_tokenizer(t, 400))(texts)
-    model = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
-    saved(tmp_path / "step-1", model)
-    (tmp_path / tokenizer.file).write_bytes(tokenizer.model)
-    export_hf(tmp_path / "step-1", tmp_path / "hf", model, tokenizer=tmp_path / tokenizer.file, seq_len=64)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    for text in texts:
-        if kind == "prefix" and text.startswith(" "):
-            continue  # transformers 5 then leaves the prefix out
-        assert theirs.encode(text) == [tokenizer.bos_id, *tokenizer.encode(text)], text
-        assert theirs.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text)), text
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
-    assert (config.bos_token_id, config.eos_token_id) == (1, 2)
-    assert config.max_position_embeddings == theirs.model_max_length == 64
-
-
-def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    saved(tmp_path / "step-1")
-    (tmp_path / "mine.model").write_bytes(train_tokenizer(TEXTS, 310).model)
-    with pytest.raises(CheckpointError, match="the tokenizer has 310 tokens, the model 300"):
-        export_hf(tmp_path / "step-1", tmp_path / "hf", MODEL, tokenizer=tmp_path / "mine.model")
+def test_defaults_are_the_familys(source: Path) -> None:
+    """Mistral's config has 8 key/value heads where it does not say."""
+    config = {"model_type": "mistral", "sliding_window": None, "num_attention_heads": 16, "hidden_size": 64}
+    config |= {"num_hidden_layers": 1, "intermediate_size": 48, "vocab_size": 300}
+    assert model_from_config(config).kv_heads == 8
 
 
 PEAK = """

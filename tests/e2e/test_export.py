@@ -57,6 +57,7 @@ def test_exported_run_has_the_losses_that_it_had_in_training(
     assert theirs.model_max_length == 64
 
     card = (tmp_path / "last" / "README.md").read_text()
+    assert "ids of the tokenizer of training on 40 of 41 sample texts" in card, "25 that are hard, 16 of the store"
     recipe = load_recipe(reference / "recipe.toml", trusted=True)
     for part in (
         f"checkpoint: {TARGET}/checkpoint/step-20", recipe_hash(recipe),
@@ -77,7 +78,9 @@ def test_imported_export_has_the_weights_of_the_run(workplace: Workplace, refere
     assert mine is not None
     assert back is not None
     assert mine["tensors"] == back["tensors"]
-    assert "no tokenizer" in export(workplace, tmp_path / "back", tmp_path / "again", "--dtype", "bfloat16")
+    assert "in bfloat16" in export(workplace, tmp_path / "back", tmp_path / "again", "--dtype", "bfloat16")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
 
 def test_what_cannot_be_exported_is_told(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
