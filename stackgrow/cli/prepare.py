@@ -31,6 +31,13 @@ def key_value(text: str) -> tuple[str, str]:
     return key, value
 
 
+def usable_cpus() -> int:
+    """Those that this process may run on, where the system tells; else all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def arguments(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -54,7 +61,7 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argp
     parser.add_argument("--append", action="store_true", help="add to the store --out, with its tokenizer")
     parser.add_argument("--validation", type=float, default=0.02, help="share held out (default: 0.02)")
     parser.add_argument("--tokens-per-shard", type=int, default=2**26, help="at most (default: 2**26)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all)")
+    parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: all)")
     parser.add_argument("--slurm", metavar="PARTITION", help="run on Slurm, --workers at a time, and return at once")
     parser.add_argument("--slurm-time", default="24:00:00", help="time limit of a task (default: 24:00:00)")
     preset = parser.parse_known_args(argv)[0].preset
