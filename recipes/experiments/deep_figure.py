@@ -1,10 +1,11 @@
 """What growing saved in deep_*: from the kept records, at equal validation loss, against tokens per parameter.
 
     python recipes/experiments/deep_figure.py deep_24x32 --figure recipes/figures/deep_24x32.png
+    python recipes/experiments/deep_figure.py deep_24x32 --loss train   # no text is seen twice: held out, too
     python recipes/experiments/deep_figure.py deep_24x32 --sweep        # the learning rates that were tried
     python recipes/experiments/deep_figure.py --keep runs/deep_24x32_stack-1 ...       # a run's records -> results/
 
-How a saving is found. A run's validation losses, from its target model's 200th step on, are smoothed: straight lines in
+How a saving is found. A run's losses, from its target model's 200th step on, are smoothed: straight lines in
 the logarithm of FLOPs, over SPAN of it on either side and FEWEST records at least. For a seed and a number of tokens of
 its baseline, the baseline's smoothed loss there is the loss asked for; the saving is FLOPs(baseline) / FLOPs(grown, its
 base included) - 1, where the grown run of that seed first has it. A seed is independent of the others, so the mean over
@@ -30,7 +31,7 @@ FEWEST = 5  # records that a line is drawn through
 SETTLED = 200  # steps of the target model: the warm-up twice
 POINTS = 6  # in the table
 T95 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, two-sided, by number of seeds
-KEPT = ("metrics", "validation")
+FILES = {"validation": "validation", "train": "metrics"}
 
 
 class Curve(NamedTuple):
@@ -64,8 +65,8 @@ class Curve(NamedTuple):
         return found, abs(self.smoothed(found)[1] / slope) if np.isfinite(slope) else np.nan
 
 
-def read(name: str, folder: Path = RESULTS) -> Curve:
-    rows = [json.loads(line) for line in (folder / f"{name}.validation.jsonl").read_text().splitlines()]
+def read(name: str, loss: str = "validation", folder: Path = RESULTS) -> Curve:
+    rows = [json.loads(line) for line in (folder / f"{name}.{FILES[loss]}.jsonl").read_text().splitlines()]
     last = rows[-1]["stage"]
     rows = [row for row in rows if row["stage"] == last and row["step"] >= SETTLED]
     return Curve(*(np.array([row[key] for row in rows], float) for key in ("flops", "tokens", "loss")))
@@ -113,17 +114,17 @@ def parameters(family: str) -> int:
     return round(row["flops"] / row["tokens"] / 6) - 2048 * int(family.split("x")[1])
 
 
-def compare(family: str, figure: Path | None) -> None:
+def compare(family: str, loss: str, figure: Path | None) -> None:
     n, found = parameters(family), {}
     for operator in ("stack", "interleave", "zero", "random", "learn"):
         pairs = [s for s in seeds(f"{family}_{operator}") if s in seeds(f"{family}_scratch")]
         if not pairs:
             continue
-        scratch, grown = ([read(f"{family}_{which}-{s}") for s in pairs] for which in ("scratch", operator))
+        scratch, grown = ([read(f"{family}_{which}-{s}", loss) for s in pairs] for which in ("scratch", operator))
         top = min(curve.tokens[-1] for curve in scratch)
         grid = np.linspace(scratch[0].tokens[0], top, 60)
         found[operator] = (scratch, grown, list(savings(scratch, grown, grid)))
-        print(f"\n{family}_{operator} against {family}_scratch, seeds {', '.join(pairs)}; validation loss, smoothed")
+        print(f"\n{family}_{operator} against {family}_scratch, seeds {', '.join(pairs)}; {loss} loss, smoothed")
         interval = "95%" if len(pairs) in T95 else "noise within the runs alone, no interval over seeds"
         print(f"{'tokens':>8} {'/ parameter':>11} {'loss':>7} {'saved':>7}   {interval}; each seed")
         spaced = savings(scratch, grown, np.linspace(grid[0], top, POINTS + 1))
@@ -134,10 +135,10 @@ def compare(family: str, figure: Path | None) -> None:
                 f"{s.low:+.0%} to {s.high:+.0%}; {each}"
             )
     if figure and found:
-        draw(family, n, found, figure)
+        draw(family, loss, n, found, figure)
 
 
-def draw(family: str, n: int, found: dict[str, Any], file: Path) -> None:
+def draw(family: str, loss: str, n: int, found: dict[str, Any], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -160,18 +161,18 @@ def draw(family: str, n: int, found: dict[str, Any], file: Path) -> None:
         if count > 1:
             for i in range(count):
                 right.plot(x, [100 * s.each[i] for s in saved], color=colors[operator], lw=0.5, alpha=0.6)
-    left.set(xscale="log", xlabel="FLOPs, 6 N D", ylabel="validation loss", title=f"{family}: 6 -> 24 layers")
+    left.set(xscale="log", xlabel="FLOPs, 6 N D", ylabel=f"{loss} loss", title=f"{family}: 6 -> 24 layers")
     handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
     left.legend(handles.values(), handles.keys(), frameon=False)
     right.axhline(0, color="0.35", lw=1)
     right.set(xlabel="the baseline's tokens per non-embedding parameter", ylabel="FLOPs(scratch) / FLOPs(grown) - 1, %")
-    right.set(title="saved at equal validation loss")
+    right.set(title=f"saved at equal {loss} loss")
     right.legend(frameon=False)
     picture.savefig(file, dpi=150)
 
 
 def sweep(family: str) -> None:
-    """The learning rates that were tried: smoothed validation loss at the FLOPs that all runs of the sweep have."""
+    """The learning rates that were tried: validation loss at the most FLOPs that all of them have."""
     for operator in ("scratch", "stack"):
         names = sorted(
             f.name.removesuffix(".validation.jsonl") for f in RESULTS.glob(f"{family}_{operator}-*-lr*.val*")
@@ -180,9 +181,9 @@ def sweep(family: str) -> None:
             continue
         curves = {name: last_losses(name) for name in names}
         flops = min(f[-1] for f, _ in curves.values())
-        print(f"{family}_{operator}: mean of the three validation losses up to {flops:.3g} FLOPs")
+        print(f"{family}_{operator}: validation loss at {flops:.3g} FLOPs")
         for name, (f, loss) in sorted(curves.items(), key=lambda item: float(item[0].split("-lr")[1])):
-            print(f"  {name.split('-lr')[1]:>7}  {loss[f <= flops][-3:].mean():.4f}")
+            print(f"  {name.split('-lr')[1]:>7}  {loss[f <= flops][-1]:.4f}")
 
 
 def last_losses(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -194,10 +195,10 @@ def last_losses(name: str) -> tuple[np.ndarray, np.ndarray]:
 def keep(run: Path) -> None:
     """Records of all stages in their order, the recipe as run, and of its provenance what a reader needs."""
     stages = sorted((s for s in run.glob("stage-*") if (s / "metrics.jsonl").exists()), key=lambda s: s.name)
-    for kind in KEPT:
+    for kind in FILES.values():
         text = "".join((stage / f"{kind}.jsonl").read_text() for stage in stages if (stage / f"{kind}.jsonl").exists())
         (RESULTS / f"{run.name}.{kind}.jsonl").write_text(text)
-    shutil.copyfile(run / "recipe.toml", RESULTS / f"{run.name}.recipe.toml")
+    shutil.copyfile(run / "recipe.toml", RESULTS / f"{run.name}.recipe")
     provenance = json.loads((run / "provenance.json").read_text())
     del provenance["texts"]  # whole files: of the recipe, which is kept as run, and of the packages
     (RESULTS / f"{run.name}.provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
@@ -207,6 +208,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="?", help="such as deep_24x32")
     parser.add_argument("--figure", type=Path, help="picture to write")
+    parser.add_argument("--loss", choices=FILES, default="validation", help="default: validation")
     parser.add_argument("--sweep", action="store_true", help="tell the learning rates that were tried")
     parser.add_argument("--keep", type=Path, nargs="+", default=[], metavar="RUN", help="run folders to keep")
     arguments = parser.parse_args()
@@ -215,7 +217,7 @@ def main() -> int:
     if arguments.family and arguments.sweep:
         sweep(arguments.family)
     elif arguments.family:
-        compare(arguments.family, arguments.figure)
+        compare(arguments.family, arguments.loss, arguments.figure)
     return 0
 
 
