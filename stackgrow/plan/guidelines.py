@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-# Section 4.2: fitted on 410M, 1.1B and 3B targets grown after 0 to 50B tokens. The smallest has 374M parameters.
-FITTED_PARAMETERS = (3.7e8, 3e9)
+# Section 4.2: fitted on 410M, 1.1B and 3B targets grown after 0 to 50B tokens. Without embeddings the smallest has 308M
+# parameters; 3B is the paper's own word for the largest.
+FITTED_PARAMETERS = (3.08e8, 3e9)
 FITTED_FLOPS = 1.2e21
 TIMING = (0.88, 163.27, -5.74)  # a, b, c of eq. 2
 # Section 4.2: best between 2 and 4 of the factors 2 to 24 (1.1B) and 4 to 32 (3B), so the paper uses 4 throughout. The
@@ -17,7 +18,8 @@ BEST_FACTORS = (2, 4)
 def growth_timing(parameters: float, flops: float, fit: tuple[float, float, float] = TIMING) -> float:
     """Tokens d that the base model trains before growth (section 4.2, eq. 2).
 
-    log10(d) = a log10(N) + b / log10(C) + c, with N the target's parameters and C = 6 N D its training FLOPs. The
+    log10(d) = a log10(N) + b / log10(C) + c, with N the target's parameters without embedding and head, and
+    C = 6 N D. The
     paper's a, b, c hold for N <= 3e9 and C <= 1.2e21; ``in_fitted_range`` tells whether a use extrapolates.
     """
     a, b, c = fit

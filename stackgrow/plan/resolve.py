@@ -20,7 +20,7 @@ from stackgrow.plan.checks_growth import depth_problems, operator_problems
 from stackgrow.plan.parts import Hop, factor_of, parts_of, resized
 from stackgrow.plan.stages import Plan, Stage, TrainStage
 from stackgrow.plan.timeline import lay_out, train_stages
-from stackgrow.plan.timing import bounds_note, factor_note, timing_note
+from stackgrow.plan.timing import bounds_note, factor_note, timing_note, warmup_note
 from stackgrow.plan.until import Until
 from stackgrow.recipe.keys import Growth, Model, Recipe
 from stackgrow.recipe.load import Problem, RecipeError
@@ -128,9 +128,11 @@ def _layer_map(growth: Growth, n_source: int, n_final: int) -> tuple[int, ...] |
 
 
 def _notes(recipe: Recipe, hops: Sequence[Hop], stages: list[Stage], earliest: list[Stage]) -> Iterator[str]:
-    """What a reader should know of the growths."""
+    """What a reader should know before the run."""
     flops_of_earliest = sum(stage.flops for stage in train_stages(earliest))
     flops = sum(stage.flops for stage in train_stages(stages))
+    for stage in train_stages(stages):
+        yield from warmup_note(stage)
     for hop in hops:
         yield from timing_note(recipe, hop)
         waiting = [stage for stage in train_stages(stages) if stage.until and stage.model == hop.source]

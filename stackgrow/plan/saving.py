@@ -30,10 +30,10 @@ MEASURED = (
     Measured("1.1B", 1233e6, 100e9, 0.491, "section 3.2, Figure 3"),
     Measured("3B", 2234e6, 180e9, 0.486, "section 4.1, Figure 4"),
     Measured("3B", 2234e6, 240e9, 0.545, "section 4.1, Figure 4"),
-    Measured("7B", 6476e6, 160e9, 0.408, "section 4.1, Figure 5"),
-    Measured("7B", 6476e6, 220e9, 0.553, "section 4.1, Figure 5"),
-    Measured("7B", 6476e6, 280e9, 0.538, "section 4.1, Figure 5"),
-    Measured("7B", 6476e6, 300e9, 0.546, "section 1, Figure 1"),
+    Measured("7B", 5671e6, 160e9, 0.408, "section 4.1, Figure 5"),
+    Measured("7B", 5671e6, 220e9, 0.553, "section 4.1, Figure 5"),
+    Measured("7B", 5671e6, 280e9, 0.538, "section 4.1, Figure 5"),
+    Measured("7B", 5671e6, 300e9, 0.546, "section 1, Figure 1"),
 )
 
 

@@ -117,6 +117,11 @@ class TrainStage:
     def flops(self) -> float:
         return self.flops_after(self.steps)
 
+    @property
+    def paper_flops(self) -> float:
+        """6 N D with N all parameters, as the paper counts (the insets of its Figures 1 and 5)."""
+        return guidelines.training_flops(self.model.parameters(), self.tokens)
+
     def flops_after(self, steps: int) -> float:
         """Of the first ``steps`` steps. A frozen step costs 6 N a token like any other, less the backward pass of the
         frozen layers, 4 N of theirs: no gradient goes below the lowest trained layer."""
@@ -421,6 +426,10 @@ class Plan:
     @property
     def flops(self) -> float:
         return sum(s.flops for s in self.train_stages)
+
+    @property
+    def paper_flops(self) -> float:
+        return sum(s.paper_flops for s in self.train_stages)
 
     @property
     def base_share(self) -> float:

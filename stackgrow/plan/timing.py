@@ -11,6 +11,8 @@ from stackgrow.recipe.keys import LossSlope, Recipe
 from stackgrow.recipe.values import Duration, Share
 from stackgrow.text import human
 
+LONG_WARMUP = 0.2  # of a stage's steps
+
 
 def due(recipe: Recipe, hop: Hop, timing: Duration | Share | str) -> Duration:
     """Tokens or steps from the start of the run to this growth."""
@@ -23,7 +25,7 @@ def due(recipe: Recipe, hop: Hop, timing: Duration | Share | str) -> Duration:
 
 def auto(recipe: Recipe, hop: Hop) -> int:
     """The guideline's tokens for this growth: the recipe's own, or the paper's."""
-    n, fit = hop.target.parameters(), recipe.guideline
+    n, fit = hop.target.non_embedding_parameters(), recipe.guideline
     constants = (fit.a, fit.b, fit.c) if fit else guidelines.TIMING
     try:
         return round(guidelines.growth_timing(n, guidelines.training_flops(n, recipe.budget.tokens), constants))
@@ -46,7 +48,7 @@ def timing_note(recipe: Recipe, hop: Hop) -> Iterator[str]:
     """What "auto" comes to, where from, and whether it is used beyond what it was fitted on."""
     if hop.growth.timing != "auto":
         return
-    n = hop.target.parameters()
+    n = hop.target.non_embedding_parameters()
     c = guidelines.training_flops(n, recipe.budget.tokens)
     fit = recipe.guideline
     beyond = ""
@@ -61,7 +63,16 @@ def timing_note(recipe: Recipe, hop: Hop) -> Iterator[str]:
         if not guidelines.in_fitted_range(n, c):
             beyond = ", extrapolated: fitted on 410M to 3B, up to 1.2e21"
     guideline = f"guideline d = {human(auto(recipe, hop))} tokens, {source}"
-    yield f"{hop.where}.timing: {guideline} (N = {human(n)}, C = 6 N D = {c:.2e}{beyond})"
+    yield f"{hop.where}.timing: {guideline} (N = {human(n)} without embedding and head, C = 6 N D = {c:.2e}{beyond})"
+
+
+def warmup_note(stage: TrainStage) -> Iterator[str]:
+    """Whether a stage is over soon after its learning rate has risen. Maps that LiGO learns are left out: half of their
+    steps are warm-up by its author's settings."""
+    share = stage.warmup_steps / stage.steps
+    if stage.schedule is None and not stage.learns_maps and share > LONG_WARMUP:
+        steps = f"{stage.warmup_steps:,} of its {stage.steps:,} steps"
+        yield f"{stage.name}: its warm-up takes {steps}, {share:.0%}, more than a fifth; its own table may shorten it"
 
 
 def factor_note(hop: Hop) -> Iterator[str]:

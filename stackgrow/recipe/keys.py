@@ -362,7 +362,7 @@ class Growth:
 class Guideline:
     """A fit of one's own for ``timing = "auto"``: log10(d) = a log10(N) + b / log10(C) + c."""
 
-    a: float = key(values.number(-1e3, 1e3), "of log10 of the target's parameters N")
+    a: float = key(values.number(-1e3, 1e3), "of log10 of N, the target's parameters without embedding and head")
     b: float = key(values.number(-1e6, 1e6), "of 1 / log10 of the training FLOPs C = 6 N D")
     c: float = key(values.number(-1e3, 1e3), "constant")
     source: str = key(values.text(), "what it was fitted on; shown in the plan")

@@ -144,8 +144,8 @@ def _remarks(cost: Cost, searched: bool) -> Iterator[str]:
     recipe = cost.plan.recipe
     yield (
         f"time: assumed MFU {cluster.mfu:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s dense bf16 on {cluster.gpus} "
-        f"{cluster.kind} ({gpu.source}), of 6 N D and attention's FLOPs; validations, checkpoints, restarts and "
-        "waiting are not in it"
+        f"{cluster.kind} ({gpu.source}), of 6 N D (N without the input embedding) and attention's FLOPs; validations, "
+        "checkpoints, restarts and waiting are not in it"
     )
     yield (
         "memory: parameters, gradients and optimizer state are exact; activations and loss are estimates of one "

@@ -3,7 +3,8 @@
 For each target size and each of some FLOPs, the smoothed losses of the runs make an IsoFLOP curve over log10 of the
 timing d (tokens before growth) or of the factor g; its valley is the minimum of a parabola through them (Figures 8 and
 10). log10(d) = a log10(N) + b / log10(C) + c is fitted to the valleys (eq. 2), and L = a C^b to the runs' final losses.
-N is the target's parameters and C = 6 N D, as in ``timing = "auto"``; what the base spent counts.
+N is the target's parameters without embedding and head, and C = 6 N D, as in ``timing = "auto"``; what the base spent
+counts.
 
 Uncertainties are standard deviations. Points of one run are not independent: those of a, b and c are from refits in
 which all of a run's losses are shifted alike, by a normal number as large as the losses' distances from the parabolas.
@@ -89,10 +90,10 @@ def read_run(folder: Path, variable: str) -> Run:
     elif bases:
         layers = recipe.base.n_layers if recipe.base and recipe.base.n_layers else recipe.model.n_layers
         at = recipe.model.n_layers / layers
-    # Records count 6 N without the input embedding.
-    parameters = recipe.model.parameters()
-    embedding = recipe.model.vocab_size * recipe.model.dim
-    flops = curve.target.flops * parameters / (parameters - embedding)
+    # The guideline's N is without embedding and head; records count 6 N without the input embedding.
+    parameters = recipe.model.non_embedding_parameters()
+    head = recipe.model.vocab_size * recipe.model.dim
+    flops = curve.target.flops * parameters / (parameters + head)
     return Run(str(folder), parameters, at, flops, curve.target.smooth)
 
 

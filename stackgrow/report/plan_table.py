@@ -192,8 +192,9 @@ def _remarks(plan: Plan) -> Iterator[str]:
     if len(plan.train_stages) > 1:
         yield f"{plan.base_share:.1%} of the FLOPs are spent before the last growth"
     yield (
-        "FLOPs are 6 N D with N the parameters without the input embedding; attention's own are beside them, "
-        "not in share or total"
+        "FLOPs are 6 N D with N the parameters without the input embedding, as torchtitan counts; attention's own are "
+        "beside them, not in share or total; as the paper counts, with N all parameters, the total is "
+        f"{plan.paper_flops:.3g}"
     )
     if any(stage.learns_maps for stage in plan.stages):
         yield "a learn stage's FLOPs hold those of making the target's weights, once per step"
@@ -233,6 +234,7 @@ def plan_dict(plan: Plan, order: Order | None = None) -> dict[str, Any]:
         "tokens": plan.tokens,
         "sequences": plan.sequences,
         "flops": plan.flops,
+        "paper_flops": plan.paper_flops,
         "base_share": plan.base_share,
         "stages": stages,
         "notes": list(plan.notes),

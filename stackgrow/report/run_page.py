@@ -154,7 +154,7 @@ def _size(plan: Plan) -> str:
     last = plan.train_stages[-1]
     text = (
         f"{last.model.n_layers} layers of width {model.dim}, {human(plan.tokens)} tokens planned, "
-        f"{plan.flops:.3g} FLOPs (6 N D)"
+        f"{plan.flops:.3g} FLOPs (6 N D, N without the input embedding)"
     )
     if len(plan.train_stages) > 1:
         text += f", {plan.base_share:.1%} of them before the last growth"

@@ -16,7 +16,7 @@ WIDTHS = (22, 9, 9, 11, 9, 11, 9, 8, 9)  # of the columns: the first to the left
 
 
 def render_summary(plan: Plan, folder: Path, order: Order) -> str:
-    """A table with one line per train stage, and where everything lies. FLOPs are 6 N D."""
+    """A table with one line per train stage, and where everything lies. FLOPs are 6 N D, N without input embedding."""
     run = RunFolder(folder)
     lines = ["", _line(HEAD)]
     seconds = 0.0

@@ -105,7 +105,7 @@ def test_layer_map(tmp_path: Path) -> None:
 def test_auto_timing_is_the_guideline(tmp_path: Path) -> None:
     text = edited(('timing = "40 steps"', 'timing = "auto"'), ('tokens = "100K"', 'tokens = "1T"'))
     plan = plan_of(tmp_path, text, ["train.global_batch_tokens=64"])
-    n = plan.recipe.model.parameters()
+    n = plan.recipe.model.non_embedding_parameters()
     expected = guidelines.growth_timing(n, 6 * n * 10**12)
     assert abs(plan.train_stages[2].start_tokens - expected) <= 64
     assert plan.notes[0].startswith("growth[1].timing: guideline d = ")

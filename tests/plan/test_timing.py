@@ -43,7 +43,7 @@ def test_a_factor_beyond_the_papers_best_is_told(tmp_path: Path) -> None:
 
 def test_a_guideline_of_ones_own(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, RECIPE, ["growth[1].timing=auto", OWN])
-    n = plan.recipe.model.parameters()
+    n = plan.recipe.model.non_embedding_parameters()
     d = guidelines.growth_timing(n, 6 * n * 100_000, (0.5, 0.0, 1.9))
     assert d == pytest.approx(10**1.9 * n**0.5)
     assert plan.train_stages[2].start_tokens == pytest.approx(d, abs=512)
@@ -142,3 +142,18 @@ def test_the_examples_of_the_readme(tmp_path: Path) -> None:
     )
     assert waits.train_stages[0].until is not None
     assert waits.train_stages[0].start_tokens + waits.train_stages[0].tokens == pytest.approx(15e9, rel=1e-4)
+
+
+def test_a_warm_up_of_more_than_a_fifth_of_its_stage_is_noted(tmp_path: Path) -> None:
+    a_fifth = plan_of(tmp_path, RECIPE, ["base.train.warmup=4 steps"])
+    assert a_fifth.train_stages[0].steps == 20
+    assert not any("warm-up" in note for note in a_fifth.notes)
+    longer = plan_of(tmp_path, RECIPE, ["base.train.warmup=5 steps"])
+    (note,) = (note for note in longer.notes if "warm-up" in note)
+    assert note.startswith("stage-0-train-2L: its warm-up takes 5 of its 20 steps, 25%")
+
+
+def test_the_guideline_s_n_is_named(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, RECIPE, ["growth[1].timing=auto", OWN])
+    (note,) = (note for note in plan.notes if "growth[1].timing" in note)
+    assert "without embedding and head, C = 6 N D" in note

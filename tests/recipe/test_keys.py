@@ -114,9 +114,9 @@ PAPER = [  # paper_facts: total and non-embedding parameters in millions
     ("410M", {"n_layers": 24, "dim": 1024, "n_heads": 16, "ffn_dim": 2816}, 374, 308),
     ("1.1B", {"n_layers": 24, "dim": 2048, "n_heads": 32, "ffn_dim": 5632}, 1364, 1233),
     ("3B", {"n_layers": 32, "dim": 2560, "n_heads": 20, "n_kv_heads": 4, "ffn_dim": 7040}, 2397, 2234),
-    ("7B", {"n_layers": 32, "dim": 4096, "n_heads": 32, "ffn_dim": 11008}, 6738, 6476),
+    ("7B", {"n_layers": 32, "dim": 4096, "n_heads": 32, "n_kv_heads": 8, "ffn_dim": 11008}, 5933, 5671),
 ]
-BASES = [("1.1B", 6, 439), ("3B", 8, 722), ("7B", 8, 1881)]
+BASES = [("1.1B", 6, 439), ("3B", 8, 722), ("7B", 8, 1680)]
 
 
 @pytest.mark.parametrize(("name", "shape", "total", "non_embedding"), PAPER, ids=[p[0] for p in PAPER])
