@@ -23,11 +23,8 @@ def read_columns(file: Path, names: Sequence[str]) -> np.ndarray:
     """
     rows = []
     for number, record in enumerate(iter_records(file), start=1):
-        where = f"{file}:{number}"
-        if not isinstance(record, dict):
-            raise DamagedError(f"{where}: {str(record)[:40]!r} is no record; restore the file")
         if all(name in record for name in names):
-            row = [_number(record[name], name, where) for name in names]
+            row = [_number(record[name], name, f"{file}:{number}") for name in names]
             if all(math.isfinite(value) for value in row):
                 rows.append(row)
     return np.array(rows, dtype=float).reshape(-1, len(names)).T

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from null_simulation import CASES, excluded
 from recipes_for_tests import RECIPE, edited
+from runs_for_tests import write_lines
 
 from stackgrow.errors import DamagedError
 from stackgrow.recipe.load import load_recipe
@@ -227,8 +228,11 @@ def written_run(folder: Path, seed: int, name: str = "tiny") -> Path:
     run.recipe_file.write_text(to_toml(load_recipe(run.recipe_file)))
     for stage, start in (("stage-2-train-2L", 0), ("stage-10-train-8L", 50)):
         run.stage(stage).path.mkdir()
-        rows = [{"tokens": 10 * (start + i), "flops": 1e3 * (start + i), "loss": 5 / (seed + i)} for i in range(1, 51)]
-        run.stage(stage).metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = []
+        for step in range(1, 51):
+            place = {"step": step, "tokens": 10 * (start + step), "flops": 1e3 * (start + step)}
+            rows.append({**place, "loss": 5 / (seed + step)})
+        write_lines(run.stage(stage).metrics_file, rows)
     return folder
 
 
@@ -261,10 +265,10 @@ def test_what_is_no_run_or_has_no_records_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"tokens": 1, "flops": 1, "loss": "low"}', "loss is 'low', which is no such number"),
-        ("5", "'5' is no record"),
-        ('{"tokens": 1, "flops": 1e308, "loss": 2.0}', r"flops is '1e\+308', which is no such number"),
-        ('{"tokens": null, "flops": 1, "loss": 2.0}', "tokens is 'None', which is no such number"),
+        ('{"step": 1, "tokens": 1, "flops": 1, "loss": "low"}', "loss is 'low', which is no such number"),
+        ("5", "'5' is no record of a step"),
+        ('{"step": 1, "tokens": 1, "flops": 1e308, "loss": 2.0}', r"flops is '1e\+308', which is no such number"),
+        ('{"step": 1, "tokens": null, "flops": 1, "loss": 2.0}', "tokens is 'None', which is no such number"),
     ],
 )
 def test_a_record_that_is_none_is_named(tmp_path: Path, line: str, problem: str) -> None:
