@@ -2,12 +2,14 @@
 
 torchrun --standalone --nproc-per-node 8 tools/run_recipe.py recipes/7b_gstack.toml
 python tools/run_recipe.py recipes/quickstart.toml --plan
+torchrun --standalone --nproc-per-node 8 tools/run_recipe.py recipes/7b_gstack.toml --check
 stackgrow run quickstart --plan                          a shipped recipe, by its name
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -24,7 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe")
     add_set(parser)
-    parser.add_argument("--plan", action="store_true", help="print the plan and exit")
+    parser.add_argument("--plan", action="store_true", help="print the plan, and what it leaves unchecked, and exit")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check all that the run would check before its first step, on the ranks that this is started on, and exit",
+    )
     add_trust(parser)
     parser.add_argument("--json", action="store_true", help="with --plan: as JSON")
     parser.add_argument(
@@ -38,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.plan:
             show_plan(arguments)
+        elif arguments.check:
+            check_all(arguments)
         elif arguments.state:
             return show_state(arguments)
         else:
@@ -54,7 +63,8 @@ def show_plan(arguments: argparse.Namespace) -> None:
     from stackgrow.data.store import StoreError
     from stackgrow.plan.resolve import make_plan
     from stackgrow.recipe.load import load_recipe
-    from stackgrow.report.plan_table import render_plan, render_plan_json
+    from stackgrow.report.plan_table import plan_dict, render_plan
+    from stackgrow.run.preflight import unchecked
     from stackgrow.text import wrapped
 
     plan = make_plan(load_recipe(arguments.recipe, arguments.set), arguments.recipe)
@@ -66,9 +76,26 @@ def show_plan(arguments: argparse.Namespace) -> None:
     except StoreError as error:  # not prepared yet, or wrong: a plan does not need it
         missing = ["", *wrapped(f"data: {error}")]
     if arguments.json:
-        print(render_plan_json(plan, order))
-    else:
-        print("\n".join([render_plan(plan, order), *missing]))
+        print(json.dumps({**plan_dict(plan, order), "unchecked": unchecked(plan)}, indent=2))
+        return
+    lines = [render_plan(plan, order), *missing, "", "not checked by --plan, but by --check:"]
+    for item in unchecked(plan):
+        lines.extend(wrapped(f"- {item}"))
+    print("\n".join(lines))
+
+
+def check_all(arguments: argparse.Namespace) -> None:
+    """Says that a run would start, or raises what it would raise."""
+    from stackgrow.run.claim import check_folder
+    from stackgrow.run.preflight import check, unchecked
+
+    plan, order = check(arguments.recipe, arguments.set)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    check_folder(plan, order, arguments.recipe)
+    print(f"nothing is wrong with {arguments.recipe} on {os.environ.get('WORLD_SIZE', '1')} ranks; checked beside it:")
+    for item in unchecked(plan):
+        print(f"- {item}")
 
 
 def show_state(arguments: argparse.Namespace) -> int:

@@ -40,15 +40,36 @@ def claim(held: ExitStack, plan: Plan, order: Order, file: str, sets: Sequence[s
     if problems:
         raise RecipeError(file, problems)
     held.enter_context(run_lock(run))
-    refuse_changed(plan, run, plan.stage_hashes(order.data_hash))
-    refuse_other_validation(plan, run, provenance.validation_hash(plan, order))
-    changes = changed_versions(run, accept=plan.recipe.run.accept_versions)
+    changes = _changes(plan, run, order)
     session = held.enter_context(provenance.session(run, plan, file, sets, order))
     _write_recipe(plan, run, sets)
     log_to(run.log_file(0))
     if changes:
         logger.warning("Other versions than in the session before: %s", "; ".join(changes))
     return plan, session
+
+
+def check_folder(plan: Plan, order: Order, file: str) -> None:
+    """Whether ``claim`` would take the folder; begins no session, and makes no folder.
+
+    Raises:
+        RecipeError, RunError: as claim does.
+    """
+    run = RunFolder(Path(plan.recipe.folder).absolute())
+    plan = with_found(plan, run, order.data_hash, file)
+    problems = _import_problems(plan, run)
+    if problems:
+        raise RecipeError(file, problems)
+    if run.path.is_dir():
+        with run_lock(run):
+            _changes(plan, run, order)
+
+
+def _changes(plan: Plan, run: RunFolder, order: Order) -> list[str]:
+    """The versions that are not as in the session before; RunError where the run cannot go on for what has changed."""
+    refuse_changed(plan, run, plan.stage_hashes(order.data_hash))
+    refuse_other_validation(plan, run, provenance.validation_hash(plan, order))
+    return changed_versions(run, accept=plan.recipe.run.accept_versions)
 
 
 def _import_problems(plan: Plan, run: RunFolder) -> list[Problem]:

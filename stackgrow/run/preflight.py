@@ -50,6 +50,29 @@ def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
     return plan, order
 
 
+def unchecked(plan: Plan) -> list[str]:
+    """What ``check`` and claim.check_folder look at and a plan does not, for the reader of a plan."""
+    recipe = plan.recipe
+    stores = ", ".join(path for path, _ in recipe.data.stores)
+    left = [
+        f"the token stores ({stores}): their files, tokenizer, vocabulary, held-out text",
+        "the number of ranks, and what [parallel] makes of it",
+        f"the run folder {recipe.folder}: whether another recipe's run is in it",
+    ]
+    if recipe.base and recipe.base.from_:
+        left.append(f"the base model in {recipe.base.from_}")
+    if recipe.eval:
+        left.append(f"the tasks of lm-eval: {', '.join(recipe.eval.tasks)}")
+        if recipe.eval.include:
+            left.append(f"the task files in {recipe.eval.include}")
+    for name, plain in (("attention", "sdpa"), ("precision", "float8")):
+        values = {getattr(stage.train, name) for stage in plan.train_stages}
+        special = values - {plain} if name == "attention" else values & {plain}
+        for value in sorted(special):
+            left.append(f'train.{name} = "{value}": whether this machine has the GPU and the package for it')
+    return left
+
+
 def _open_store(path: str, where: str, problems: list[Problem]) -> Manifest | None:
     """The manifest of a store whose shards are all there, in their size; else None, and a problem more."""
     try:

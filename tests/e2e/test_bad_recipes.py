@@ -8,7 +8,7 @@ import pytest
 from launch import RUN_RECIPE, environment
 from recipes_for_tests import RECIPE, edited
 from test_load import BROKEN, NASTY
-from test_plan import CONTRADICTIONS
+from test_stages import CONTRADICTIONS
 
 CASES = {
     **{f"{where} {new[:24]!r}": (edited((old, new)), ()) for old, new, where, _ in NASTY},
