@@ -3,8 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNTIME := .venv/.installed-runtime
 DEV := .venv/.installed-dev
+# Environments of their own: the newest torch, and litdata, whose torchvision breaks transformers on a CPU build of torch.
+NEWEST_TORCH := 2.15.0
+NEWEST := .venv-newest/.installed
+BENCH := .venv-bench/.installed
+# On a GPU machine torch is often there already, in a Python that must not be installed into.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: quickstart test test-slurm torture fuzz check schema clean
+.PHONY: quickstart test test-newest test-slurm torture fuzz check schema bench-data gpu clean
 
 quickstart: $(RUNTIME)  ## prepare a small corpus and grow a small model on it, on any machine
 	$(BIN)/python tools/prepare_data.py --stdlib --train-tokenizer 2048 --out data/stdlib
@@ -16,6 +22,15 @@ quickstart: $(RUNTIME)  ## prepare a small corpus and grow a small model on it, 
 
 test: check  ## everything that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not slurm" -n 2 --dist loadfile
+
+test-newest: $(NEWEST)  ## the same on the newest torch that is supported: 5.2 GB where there is only its CUDA build
+	.venv-newest/bin/python -m pytest -m "not gpu and not slurm" -n 2 --dist loadfile
+
+gpu:  ## on a machine with a GPU: its tests, then the figures that wait for one; 25 minutes, resumable
+	PYTHONPATH=. $(GPU_PYTHON) tools/bench/gpu_day.py
+
+bench-data: $(BENCH)  ## tokens per second of the data path beside torchtitan's and litdata's
+	.venv-bench/bin/python tools/bench/data_path.py
 
 torture: $(DEV)  ## 200 kills of complete runs at random moments, 2000 mutated checkpoints; 20 minutes
 	STACKGROW_FUZZ=2000 $(BIN)/python -m pytest tests/checkpoint/test_dcp_fuzz.py
@@ -37,15 +52,25 @@ schema: $(RUNTIME)  ## the JSON Schema and the reference in recipes/README.md, f
 	$(BIN)/python -m stackgrow.growth.reference
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
-$(RUNTIME): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -e '.[report]'
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e '.[report]'
 	touch $@
 
-$(DEV): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -e '.[dev]'
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@ $(RUNTIME)
+
+$(NEWEST): pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install torch==$(NEWEST_TORCH) -e '.[dev]'
+	touch $@
+
+$(BENCH): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install -c constraints.txt -e '.[bench]'
+	touch $@

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     rows: list[tuple[str, ...]] = [HEAD]
     equal = True
-    for stage, traced, planned in compare(plan, arguments.ranks):
+    for compared in compare(plan, arguments.ranks):
+        stage, traced, planned = compared.stage, compared.traced, compared.planned
         same = traced.state_equals(planned)
         equal = equal and same
         state = [f"{size:,}" for size in (traced.parameters, traced.gradients, traced.optimizer)]

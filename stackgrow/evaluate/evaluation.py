@@ -91,7 +91,7 @@ class Evaluation:
         file.parent.mkdir(exist_ok=True)
         seal.write_json(file, record)
         if self.recipe.log.tensorboard:
-            _to_tensorboard(RunFolder(self.folder).stage(name).tensorboard / EVAL, results, step)
+            _to_tensorboard(RunFolder(self.folder).stage(name).tensorboard / EVAL, results, record["tokens"])
         told = [f"{task} {best} {m[best]:.4f}" for task, m in results.items() if (best := tasks.headline(task, m))]
         print(f"{name}  step {step}  {', '.join(told)}", flush=True)
 
@@ -150,13 +150,14 @@ def _metrics(values: Mapping[str, Any], examples: int) -> dict[str, float]:
     return {**metrics, **errors, "examples": examples} if metrics else {}
 
 
-def _to_tensorboard(folder: Path, results: Mapping[str, Mapping[str, float]], step: int) -> None:
+def _to_tensorboard(folder: Path, results: Mapping[str, Mapping[str, float]], tokens: int) -> None:
+    """x is as in titan/charts.py."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:
         for task, metrics in results.items():
             for name, value in metrics.items():
-                writer.add_scalar(f"eval/{task}/{name}", value, step)
+                writer.add_scalar(f"eval/{task}/{name}", value, tokens)
 
 
 def evaluate_run(

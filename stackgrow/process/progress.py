@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from stackgrow.text import clock, human
 
 COLUMNS = 80  # of a terminal that does not say how wide it is
+WORTH_SAYING = 0.05  # of a step's time
 RENEW_LINE = "\r\x1b[K"  # back to its beginning, and erased
 
 
@@ -41,15 +42,29 @@ class Progress:
             "validation": self.validation,
             "rate": f"lr {record['lr']:.2e}",
             "speed": f"{human(record['tps'])} tok/s",
+            "waits": self._waits(record, seconds_per_step),
             "left": f"ETA {clock(seconds_per_step * (self.steps - step))}",
         }
         self._show(self._fitted(parts))
+
+    def _waits(self, record: Mapping[str, Any], seconds_per_step: float) -> str:
+        """How much of the GPUs is used, and what keeps them from more, where it is worth saying."""
+        parts = []
+        if "mfu" in record:
+            parts.append(f"MFU {record['mfu']:.0%}")
+        data_share = record.get("data_wait", 0.0) / seconds_per_step
+        if data_share > WORTH_SAYING:
+            parts.append(f"waits for data {data_share:.0%}")
+        lag_share = record.get("lag", 0.0) / seconds_per_step
+        if lag_share > WORTH_SAYING:
+            parts.append(f"rank {record['slowest_rank']} late by {lag_share:.0%}")
+        return "  ".join(parts)
 
     def _fitted(self, parts: dict[str, str]) -> str:
         """The parts that are there, in one line: on a terminal no more than it has room for, since a line that breaks
         cannot be renewed."""
         room = self._columns() - 1 if self.terminal else None
-        for least in ("", "rate", "tokens", "validation", "speed"):
+        for least in ("", "rate", "waits", "tokens", "validation", "speed"):
             parts.pop(least, None)
             line = "  ".join(part for part in parts.values() if part)
             if room is None or len(line) <= room:

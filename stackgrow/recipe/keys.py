@@ -26,10 +26,19 @@ class _Required:
 REQUIRED = _Required()
 
 
-def key(kind: Kind, help: str, default: Any = REQUIRED, *, free: bool = False, or_table: type | None = None) -> Any:
+def key(
+    kind: Kind,
+    help: str,
+    default: Any = REQUIRED,
+    *,
+    free: bool = False,
+    or_table: type | None = None,
+    typed_only: bool = False,
+) -> Any:
     """A recipe key, required when no default is given. ``free`` keys place and watch the work (ranks, paths,
     logging) without defining the trained model: they may change between two sessions of one run. The value may be
-    a table, too, where ``or_table`` describes one."""
+    a table, too, where ``or_table`` describes one. A ``typed_only`` key is taken from the command line alone, and is
+    never written into a recipe: a stranger's recipe must not name a command that is run."""
     required = default is REQUIRED
     metadata = {
         "kind": kind,
@@ -37,6 +46,7 @@ def key(kind: Kind, help: str, default: Any = REQUIRED, *, free: bool = False, o
         "required": required,
         "free": free,
         "or_table": or_table,
+        "typed_only": typed_only,
     }
     return field(default=None if required else default, metadata=metadata)
 
@@ -420,6 +430,12 @@ class Checkpoint:
 class Log:
     interval: Duration = key(values.duration(1), "between logged steps", Duration(10, "steps"), free=True)
     tensorboard: bool = key(values.boolean(), "write TensorBoard files", True, free=True)
+    wandb: bool = key(
+        values.boolean(),
+        "send the same to Weights & Biases (package wandb; WANDB_PROJECT etc. apply)",
+        False,
+        free=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -427,6 +443,17 @@ class Run:
     folder: str = key(values.path(), 'run folder; default "runs/<name>"', "", free=True)
     init_timeout: int = key(values.integer(), "seconds for a collective up to a stage's first step", 300, free=True)
     train_timeout: int = key(values.integer(), "seconds for a collective after it", 100, free=True)
+    on_event: str = key(
+        values.text(),
+        "on the command line only, --set run.on_event=./notify.sh: a shell command that is started at a stall, spike, "
+        "stop, growth and the end, with STACKGROW_EVENT, STACKGROW_MESSAGE and STACKGROW_RUN in its environment",
+        "",
+        free=True,
+        typed_only=True,
+    )
+    stall_seconds: int = key(
+        values.integer(), "with on_event: a stall is this long without a step or another sign of life", 600, free=True
+    )
     accept_versions: bool = key(
         values.boolean(), "go on under another minor version of torch or torchtitan", False, free=True
     )

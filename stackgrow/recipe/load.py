@@ -15,7 +15,7 @@ from typing import Any
 import tomli
 
 from stackgrow.errors import RunError
-from stackgrow.recipe.keys import Recipe
+from stackgrow.recipe.keys import Recipe, Run
 from stackgrow.recipe.write import toml_name
 
 MAX_BYTES = 1 << 17  # a recipe is a page of text: anything larger is a mistake or an attack
@@ -54,6 +54,7 @@ def load_recipe(file: str | Path, sets: Sequence[str] = (), *, trusted: bool = F
             problems.append((f"--set {assignment}", str(error)))
     if not trusted:
         problems += _path_problems(raw, _keys(sets))
+        problems += _command_problems(raw, _keys(sets))
     recipe = _build(Recipe, raw, "", problems)
     if problems:
         raise RecipeError(file, problems)
@@ -116,6 +117,17 @@ def _remedy(text: str, error: str) -> str:
     if value in ("True", "False"):
         return f"; write {key} = {value.lower()}"
     return f'; put the value in quotes: {key} = "{value}"'
+
+
+def _command_problems(raw: Mapping[str, Any], keys_set: Sequence[str]) -> Iterator[Problem]:
+    """A recipe can come from a stranger: what is run in a shell is the user's own words."""
+    run = raw.get("run")
+    if not isinstance(run, dict):
+        return
+    for spec in dataclasses.fields(Run):
+        where = f"run.{spec.name}"
+        if spec.metadata["typed_only"] and spec.name in run and where not in keys_set:
+            yield where, f"a recipe may not name a command; give it on the command line: --set {where}=..."
 
 
 def _path_problems(raw: Mapping[str, Any], keys_set: Sequence[str]) -> Iterator[Problem]:

@@ -30,7 +30,7 @@ def recipe_schema() -> dict[str, Any]:
 
 def _object(cls: type, partial: bool = False) -> dict[str, Any]:
     """The schema of one table; ``partial``: of a table that overrides single keys of it."""
-    fields = dataclasses.fields(cls)
+    fields = [spec for spec in dataclasses.fields(cls) if not spec.metadata.get("typed_only")]
     schema: dict[str, Any] = {
         "type": "object",
         "properties": {toml_name(spec): _property(spec, partial) for spec in fields},

@@ -31,7 +31,8 @@ def to_dict(value: Any) -> Any:
     tree = {}
     for spec in dataclasses.fields(value):
         entry = getattr(value, spec.name)
-        if entry not in (None, "", (), {}):
+        is_absent = entry in (None, "", (), {})
+        if not is_absent and not spec.metadata.get("typed_only"):
             tree[toml_name(spec)] = to_dict(entry)
     return tree
 

@@ -26,7 +26,7 @@ from stackgrow.data.order import Order
 from stackgrow.errors import ChangedError, DamagedError, RunError, disk_error
 from stackgrow.plan.resolve import make_plan
 from stackgrow.plan.stages import GrowStage, ImportStage, Plan, Stage, TrainStage
-from stackgrow.process import signals
+from stackgrow.process import alerts, signals
 from stackgrow.process.logs import log_to
 from stackgrow.process.progress import say
 from stackgrow.process.ranks import from_rank0, wait_for
@@ -40,6 +40,7 @@ from stackgrow.run_folder import provenance
 from stackgrow.run_folder.folder import RunFolder, StageFolder
 from stackgrow.run_folder.found import with_found, write_found
 from stackgrow.run_folder.ledger import ledger
+from stackgrow.text import human
 
 if TYPE_CHECKING:
     from stackgrow.titan.job import StageJob
@@ -98,7 +99,22 @@ def _run(file: str, sets: Sequence[str], rank: int) -> None:
                 refusal = disk_error(error) if isinstance(error, OSError) else error
                 if session.world_size == 1:
                     raise refusal from error
-        _run_stages(session, refusal)
+            else:
+                _watch(session)
+        try:
+            _run_stages(session, refusal)
+        except Exception as error:
+            alerts.tell("stop", str(error))
+            raise
+        finally:
+            alerts.end()
+
+
+def _watch(session: _Session) -> None:
+    """Whoever is named by run.on_event is told of what happens, from now on."""
+    keys = session.plan.recipe.run
+    if keys.on_event:
+        alerts.start(keys.on_event, session.run.path, session.run.alerts_log, keys.stall_seconds)
 
 
 def _run_stages(session: _Session, refusal: RunError | None) -> None:
@@ -128,6 +144,7 @@ def _finish(session: _Session) -> None:
     seal.write_json(run.ledger_file, ledger(plan, run, session.order))
     say(render_summary(plan, run.path, session.order))
     say(finish_report(run.path))
+    alerts.tell("done", f"{plan.recipe.name}: done, {human(plan.tokens)} tokens; {run.path}")
 
 
 def _same_everywhere(session: _Session) -> Plan:
@@ -270,6 +287,7 @@ def _grow(session: _Session, stage: GrowStage, inputs: _Inputs) -> Path:
         )
     if session.rank == 0:
         say(line)
+        alerts.tell("growth", line)
         manifests = {"input": inputs.source, "network": inputs.network, "output": output}
         hashes = {name: seal.manifest_hash(path) for name, path in manifests.items() if path is not None}
         provenance.add(session.run, stage.name, **hashes)

@@ -185,6 +185,11 @@ class RunFolder:
         prefix = f"{verb}-" if verb else ""
         return self.logs / f"{prefix}rank-{rank}.log"
 
+    @property
+    def alerts_log(self) -> Path:
+        """What the command of run.on_event prints."""
+        return self.logs / "on_event.log"
+
     def eval_file(self, checkpoint: str, limit: int = 0) -> Path:
         """The benchmark results of a checkpoint. A try on a few examples has a file of its own: it replaces no result,
         and none replaces it."""

@@ -24,8 +24,14 @@ class FlashAttention(nn.Module):
         self.deterministic = torch.are_deterministic_algorithms_enabled()  # its backward pass adds in any order
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return self.kernel(q, k, v, causal=True, deterministic=self.deterministic).transpose(1, 2)
+        output = self.kernel(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            causal=True,
+            deterministic=self.deterministic,
+        )
+        return output.transpose(1, 2)
 
 
 def use_flash_attention(model: nn.Module) -> None:
@@ -37,10 +43,14 @@ def use_flash_attention(model: nn.Module) -> None:
 
 def document_mask(tokens: Tensor, bos_id: int) -> BlockMask:
     """What "flex" attends to where documents, each of which begins with BOS, are kept apart; ``tokens`` [B, T]."""
-    document = (tokens == bos_id).cumsum(1)
     B, T = tokens.shape
+    document = (tokens == bos_id).cumsum(1)  # [B, T], the number of the document that each token is in
+
+    def attends(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return (q >= kv) & (document[b, q] == document[b, kv])
+
     create = create_attention_mask if tokens.is_cuda else create_block_mask  # compiled, it holds no [B, T, T]
-    return create(lambda b, h, q, kv: (q >= kv) & (document[b, q] == document[b, kv]), B, None, T, T, tokens.device)
+    return create(attends, B, None, T, T, tokens.device)
 
 
 @lru_cache(maxsize=4)

@@ -20,6 +20,7 @@ import torch
 import torch._utils
 
 from stackgrow.plan.stages import Plan
+from stackgrow.recipe.keys import Recipe, Train
 from stackgrow.recipe.load import Problem
 
 FLOAT8_CAPABILITY = (8, 9)  # torchtitan's own condition
@@ -43,8 +44,12 @@ class CpuDevice:
 
     def memory_stats(self, device: Any = None) -> dict[str, int]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        stats = dict.fromkeys(("active_bytes.all.peak", "reserved_bytes.all.peak"), peak)
-        return stats | {"num_alloc_retries": 0, "num_ooms": 0}
+        return {
+            "active_bytes.all.peak": peak,
+            "reserved_bytes.all.peak": peak,
+            "num_alloc_retries": 0,
+            "num_ooms": 0,
+        }
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
         """The operating system's peak cannot be reset."""
@@ -57,48 +62,52 @@ def install() -> None:
     """Gives torchtitan the CPU device when torch sees no accelerator. Call before torchtitan is imported."""
     if torch._utils._get_available_device_type() is not None:
         return
-    available, module = torch._utils._get_available_device_type, torch._utils._get_device_module
+    torchs_device_type = torch._utils._get_available_device_type
+    torchs_device_module = torch._utils._get_device_module
     cpu = CpuDevice()
     torch._utils._get_available_device_type = lambda: "cpu"
-    torch._utils._get_device_module = lambda name: cpu if name == "cpu" else module(name)
+    torch._utils._get_device_module = lambda name: cpu if name == "cpu" else torchs_device_module(name)
     try:
         import torchtitan.tools.utils  # noqa: F401  (reads both functions once, here)
     finally:
-        torch._utils._get_available_device_type = available
-        torch._utils._get_device_module = module
+        torch._utils._get_available_device_type = torchs_device_type
+        torch._utils._get_device_module = torchs_device_module
 
 
 def problems(plan: Plan) -> Iterator[Problem]:
     """What the recipe asks for and this machine's devices cannot do; needs no process group."""
-    recipe = plan.recipe
-    if any(s.train.precision == "float8" for s in plan.train_stages):
+    if plan.recipe.log.wandb and not importlib.util.find_spec("wandb"):
+        yield "log.wandb", "true needs the package wandb: pip install 'stackgrow[wandb]', or set false"
+    trains = [stage.train for stage in plan.train_stages]
+    if any(train.precision == "float8" for train in trains):
         yield from _float8_problems()
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    kernels = {stage.train.attention for stage in plan.train_stages}
     if torch.cuda.is_available():
-        if local_ranks > torch.cuda.device_count():
-            yield (
-                "parallel",
-                f"{local_ranks} ranks on this machine, which has {torch.cuda.device_count()} GPUs",
-            )
-        if "flash_attn" in kernels and not importlib.util.find_spec("flash_attn"):
-            rule = "needs the package flash-attn: pip install 'stackgrow[flash]', or use \"sdpa\""
-            yield "train.attention", f'"flash_attn" {rule}'
-        return
-    for name in sorted(kernels - {"sdpa"}):
-        yield "train.attention", f'"{name}" needs a GPU; there is none: use "sdpa"'
-    if any(s.train.cpu_offload for s in plan.train_stages):
-        yield (
-            "train.cpu_offload",
-            "true needs a GPU; there is none, and the weights are in host memory already",
-        )
+        yield from _gpu_problems(trains)
+    else:
+        yield from _cpu_problems(trains, plan.recipe)
+
+
+def _gpu_problems(trains: list[Train]) -> Iterator[Problem]:
+    gpus = torch.cuda.device_count()
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local_ranks > gpus:
+        yield "parallel", f"{local_ranks} ranks on this machine, which has {gpus} GPUs"
+    wants_flash = any(train.attention == "flash_attn" for train in trains)
+    if wants_flash and not importlib.util.find_spec("flash_attn"):
+        rule = "needs the package flash-attn: pip install 'stackgrow[flash]', or use \"sdpa\""
+        yield "train.attention", f'"flash_attn" {rule}'
+
+
+def _cpu_problems(trains: list[Train], recipe: Recipe) -> Iterator[Problem]:
+    kernels = {train.attention for train in trains}
+    for kernel in sorted(kernels - {"sdpa"}):
+        yield "train.attention", f'"{kernel}" needs a GPU; there is none: use "sdpa"'
+    if any(train.cpu_offload for train in trains):
+        yield "train.cpu_offload", "true needs a GPU; there is none, and the weights are in host memory already"
     if recipe.checkpoint.async_mode == "async_with_pinned_mem":
         yield "checkpoint.async_mode", '"async_with_pinned_mem" needs a GPU; use "async" or "disabled"'
-    if any(s.train.compile for s in plan.train_stages) and not shutil.which("g++"):
-        yield (
-            "train.compile",
-            "true needs the compiler g++ on a machine without a GPU; install it or set false",
-        )
+    if any(train.compile for train in trains) and not shutil.which("g++"):
+        yield "train.compile", "true needs the compiler g++ on a machine without a GPU; install it or set false"
 
 
 def _float8_problems() -> Iterator[Problem]:
@@ -115,5 +124,11 @@ def default_environment() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )

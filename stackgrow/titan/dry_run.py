@@ -36,7 +36,8 @@ from stackgrow.plan.memory import Memory, layout, stage_memory
 from stackgrow.plan.stages import Plan, TrainStage
 from stackgrow.recipe.keys import Recipe
 from stackgrow.titan import model
-from stackgrow.titan.job import StageJob, job_config
+from stackgrow.titan.config import job_config
+from stackgrow.titan.job import StageJob, StageJobConfig
 from stackgrow.titan.shards import shard_of
 
 # The trackers' categories of what lives from step to step, and of sums.
@@ -58,8 +59,11 @@ class Traced:
 
     def state_equals(self, planned: Memory) -> bool:
         """Whether parameters, gradients and optimizer state are exactly as planned."""
-        ours = (self.parameters, self.gradients, self.optimizer)
-        return ours == (planned.parameters, planned.gradients, planned.optimizer)
+        return (
+            self.parameters == planned.parameters
+            and self.gradients == planned.gradients
+            and self.optimizer == planned.optimizer
+        )
 
 
 @contextmanager
@@ -80,72 +84,129 @@ def eager(stage: TrainStage) -> TrainStage:
 
 def trace(recipe: Recipe, stage: TrainStage, *, real: bool = False) -> Traced:
     """One step of a train stage on rank 0 of the process group's (fake) ranks; ``real`` computes it, on this CPU."""
-    started, ranks = time.monotonic(), dist.get_world_size()
-    how = layout(stage.parallel, ranks)
-    dims = ParallelDims(how.replicate, how.shard, cp=1, tp=how.tensor, pp=1, ep=1, etp=1, world_size=ranks)
-    dims.build_mesh()
-    job = StageJob(recipe, eager(stage), "", Path(), WindowDataset.__new__(WindowDataset))
+    started = time.monotonic()
+    dims = _parallel_dims(stage)
+    no_data = WindowDataset.__new__(WindowDataset)
+    job = StageJob(recipe=recipe, stage=eager(stage), stage_hash="", folder=Path(), data=no_data)
     config = job_config(job)
-    args = model.model_args(stage.model, recipe.seed, stage.mask, loss_chunk=stage.train.loss_chunk)
-    args.update_from_config(config)
-    with mock.patch.object(parallelize, "_op_sac_save_list", CPU_SAVED):
-        with torch.device("meta"):
-            built = model.Llama(args)
-        if not real:
-            _use_cuda_kernels(built)
-        network = model.parallelize(built, dims, config)
+    network = _build(recipe, stage, dims, config, real)
     with nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device="cpu")
         if real:
             with torch.no_grad():
                 network.init_weights()
-        if ranks == 1:  # as when gradients accumulate: at the peak all are there; shards of them hardly count
+        if dims.world_size == 1:
+            # As when gradients accumulate: at the peak all are there; shards of them hardly count.
             for weight in network.parameters():
                 weight.grad = torch.zeros_like(weight)
         optimizers = build_optimizers([network], config.optimizer, dims)
-        loss_parallel = how.tensor > 1 and how.loss_parallel
-        amp = dist_utils.maybe_enable_amp(dims, config.training.mixed_precision_param, "cpu")
-        inputs = torch.zeros(2, job.micro_batch, stage.seq_len, dtype=torch.int64).unbind()
-        contexts = (dist_utils.get_train_context(loss_parallel), amp)
-        kept, peak = _step(network, optimizers, inputs, contexts, chunked=bool(stage.train.loss_chunk))
+        step = _Step(
+            network=network,
+            optimizers=optimizers,
+            batch=torch.zeros(2, job.micro_batch, stage.seq_len, dtype=torch.int64),
+            train_context=dist_utils.get_train_context(dims.tp_enabled and stage.parallel.loss_parallel),
+            amp=dist_utils.maybe_enable_amp(dims, config.training.mixed_precision_param, "cpu"),
+            head_computes_loss=bool(stage.train.loss_chunk),
+        )
+        kept, working = step.traced()
+
     weights = list(network.parameters())
-    states = [value for state in optimizers.optimizers[0].state.values() for value in state.values()]
-    state = (_local_bytes(weights), _local_bytes([w.grad for w in weights]), _local_bytes(states))
-    return Traced(*state, kept, peak, time.monotonic() - started)
+    states: list[Tensor] = []
+    for state in optimizers.optimizers[0].state.values():
+        states.extend(state.values())
+    return Traced(
+        parameters=_local_bytes(weights),
+        gradients=_local_bytes([weight.grad for weight in weights]),
+        optimizer=_local_bytes(states),
+        kept=kept,
+        working=working,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _parallel_dims(stage: TrainStage) -> ParallelDims:
+    ranks = dist.get_world_size()
+    degrees = layout(stage.parallel, ranks)
+    dims = ParallelDims(
+        dp_replicate=degrees.replicate,
+        dp_shard=degrees.shard,
+        cp=1,
+        tp=degrees.tensor,
+        pp=1,
+        ep=1,
+        etp=1,
+        world_size=ranks,
+    )
+    dims.build_mesh()
+    return dims
+
+
+def _build(recipe: Recipe, stage: TrainStage, dims: ParallelDims, config: StageJobConfig, real: bool) -> nn.Module:
+    """The stage's model, parallelized, on the meta device."""
+    args = model.model_args(stage.model, recipe.seed, mask=stage.mask, loss_chunk=stage.train.loss_chunk)
+    args.update_from_config(config)
+    with mock.patch.object(parallelize, "_op_sac_save_list", CPU_SAVED):
+        with torch.device("meta"):
+            network = model.Llama(args)
+        if not real:
+            _use_cuda_kernels(network)
+        return model.parallelize(network, dims, config)
 
 
 def _local_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(shard_of(tensor).local.nbytes for tensor in tensors)
 
 
-def _step(
-    network: nn.Module, optimizers: Any, inputs: tuple[Tensor, ...], contexts: tuple[Any, Any], chunked: bool
-) -> tuple[int, int]:
-    """Forward and backward pass and update; bytes beside the state after the forward pass, and at the peak."""
-    optimizer, (train_context, amp) = optimizers.optimizers[0], contexts
-    if isinstance(network, FSDPModule):
-        tracker = FSDPMemTracker(network, optimizer)
-        tracker.track_inputs(inputs)
-    else:
+@dataclass
+class _Step:
+    """One optimizer step of a single micro-batch; ``batch`` [2, B, T] holds tokens and labels."""
+
+    network: nn.Module
+    optimizers: Any
+    batch: Tensor
+    train_context: Any
+    amp: Any
+    head_computes_loss: bool
+
+    def traced(self) -> tuple[int, int]:
+        """Bytes beside the state after the forward pass, and at the peak."""
+        tokens, labels = self.batch.unbind()
+        tracker = self._tracker(tokens, labels)
+        with tracker, _no_propagation(tracker):
+            with self.train_context():
+                with self.amp:
+                    loss = self._loss(tokens, labels)
+                kept = tracker.get_tracker_snapshot("current")
+                loss.backward()
+            peak = tracker.get_tracker_snapshot("peak")
+            self.optimizers.step()
+        return _beside_state(kept), _beside_state(peak)
+
+    def _tracker(self, *inputs: Tensor) -> MemTracker:
+        optimizer = self.optimizers.optimizers[0]
+        if isinstance(self.network, FSDPModule):
+            fsdp_tracker = FSDPMemTracker(self.network, optimizer)
+            fsdp_tracker.track_inputs(inputs)
+            return fsdp_tracker
         tracker = MemTracker()
-        tracker.track_external(network, optimizer, *inputs)
-    tokens, labels = inputs
-    with tracker, _no_propagation(tracker):
-        with train_context():
-            with amp:
-                predicted = network(tokens, labels=labels) if chunked else network(tokens)
-                loss = predicted if chunked else cross_entropy_loss(predicted, labels)
-            del predicted
-            kept = tracker.get_tracker_snapshot("current")
-            loss.backward()
-        peak = tracker.get_tracker_snapshot("peak")
-        optimizers.step()
-    return _beside_state(kept), _beside_state(peak)
+        tracker.track_external(self.network, optimizer, *inputs)
+        return tracker
+
+    def _loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """The logits are freed when this returns, as in training."""
+        if self.head_computes_loss:
+            return self.network(tokens, labels=labels)
+        return cross_entropy_loss(self.network(tokens), labels)
 
 
 def _beside_state(snapshot: dict[torch.device, dict[str, int]]) -> int:
-    categories = [item for device in snapshot.values() for item in device.items()]
-    return sum(size for name, size in categories if str(getattr(name, "value", name)) not in STATE)
+    total = 0
+    for categories in snapshot.values():
+        for category, size in categories.items():
+            name = str(getattr(category, "value", category))
+            if name not in STATE:
+                total += size
+    return total
 
 
 @contextmanager
@@ -154,7 +215,8 @@ def _no_propagation(tracker: MemTracker) -> Iterator[None]:
     original = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def untracked(self: Any, *args: Any) -> Any:
-        mode, tracker._fake_mode_on_entry = tracker._fake_mode_on_entry, object()
+        mode = tracker._fake_mode_on_entry
+        tracker._fake_mode_on_entry = object()
         try:
             return original(self, *args)
         finally:
@@ -194,11 +256,18 @@ def _use_cuda_kernels(network: nn.Module) -> None:
             module.inner_attention = _FlashAttention()
 
 
-def compare(plan: Plan, ranks: int) -> Iterator[tuple[TrainStage, Traced, Memory]]:
+@dataclass(frozen=True)
+class Compared:
+    stage: TrainStage
+    traced: Traced
+    planned: Memory
+
+
+def compare(plan: Plan, ranks: int) -> Iterator[Compared]:
     """Every train stage as traced and as planned, both not compiled. Learn stages are left out: their weights
     come from a checkpoint."""
     with fake_ranks(ranks):
         for stage in plan.train_stages:
             if not stage.learns_maps:
                 planned = stage_memory(eager(stage), layout(stage.parallel, ranks))
-                yield stage, trace(plan.recipe, stage), planned
+                yield Compared(stage, trace(plan.recipe, stage), planned)

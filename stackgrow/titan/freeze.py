@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from stackgrow.plan.stages import TrainStage
-from stackgrow.titan.model import plain_name
+from stackgrow.titan.names import EMBEDDING, layer_name, stored_name
 
 
 def begin_frozen(model: nn.Module) -> None:
@@ -23,7 +23,16 @@ def begin_frozen(model: nn.Module) -> None:
 def freeze(model: nn.Module, stage: TrainStage, step: int) -> None:
     """Makes trainable what optimizer step ``step`` trains: all, or the layers from ``stage.freeze.layers`` on with
     the last norm and the head."""
-    frozen = stage.frozen_layers if step <= stage.frozen_steps else 0
-    below = ("tok_embeddings.", *(f"layers.{i}." for i in range(frozen))) if frozen else ()
+    frozen: set[str] = set()
+    if step <= stage.frozen_steps and stage.frozen_layers:
+        frozen = {EMBEDDING, *map(layer_name, range(stage.frozen_layers))}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not plain_name(name).startswith(below))
+        parameter.requires_grad_(_module_of(stored_name(name)) not in frozen)
+
+
+def _module_of(name: str) -> str:
+    """``layers.3.attention.wq.weight`` -> ``layers.3``; ``norm.weight`` -> ``norm``."""
+    parts = name.split(".")
+    if parts[0] == "layers":
+        return layer_name(int(parts[1]))
+    return parts[0]

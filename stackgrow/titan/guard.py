@@ -29,16 +29,20 @@ REMEDIES = {
     "spike": "to go on with its update, --set train.on_spike=record",
 }
 MAX_SKIPS = 10  # in a row: then it is not the data
+EVENTS = {"nonfinite": "loss or gradient is not finite", "spike": "the loss jumped"}
+ACTIONS = {"skip": "its update is left out", "record": "recorded"}
 
 
 @dataclass
 class Verdict:
-    """What all ranks know of a step. ``event`` is for metrics.jsonl; ``error`` ends the run once that is written."""
+    """What all ranks know of a step. ``event`` is for metrics.jsonl, ``message`` says the same to people; ``error``
+    ends the run once that is written."""
 
     loss: float
     update: bool = True
     asked_to_stop: bool = False
     event: dict[str, Any] = field(default_factory=dict)
+    message: str = ""
     error: DivergedError | None = None
 
 
@@ -51,16 +55,20 @@ class StepGuard:
 
     def __init__(self, stage: str, train: Train, copies: int):
         """``copies``: how many ranks hold the same loss (tensor parallel)."""
-        self.stage, self.train, self.copies = stage, train, copies
+        self.stage = stage
+        self.train = train
+        self.copies = copies
         self.recent = torch.full((WINDOW,), math.nan, dtype=torch.float64)
 
     def check(self, step: int, loss: Tensor, grad_norm: Tensor) -> Verdict:
         """Collective. ``loss`` is this rank's share of the mean loss, ``grad_norm`` the whole gradient's norm."""
-        asked = torch.tensor(float(signals.asked() is not None), device=loss.device)
-        numbers = torch.stack([loss.double(), grad_norm.isfinite().logical_not().double(), asked.double()])
+        bad_gradient = grad_norm.isfinite().logical_not()
+        asked_to_stop = torch.tensor(float(signals.asked() is not None), device=loss.device)
+        numbers = torch.stack([loss.double(), bad_gradient.double(), asked_to_stop.double()])
         dist.all_reduce(numbers)
-        total, bad_gradients, asked_to_stop = numbers.tolist()
-        verdict = Verdict(total / self.copies, asked_to_stop=asked_to_stop > 0)
+        loss_sum, bad_gradients, stop_requests = numbers.tolist()
+
+        verdict = Verdict(loss=loss_sum / self.copies, asked_to_stop=stop_requests > 0)
         sigmas = self._sigmas(verdict.loss)
         if bad_gradients or not math.isfinite(verdict.loss):
             self._judge(verdict, step, "nonfinite", self.train.on_nonfinite)
@@ -77,20 +85,35 @@ class StepGuard:
             return 0.0
         return (loss - past.mean().item()) / max(past.std().item(), 1e-12)
 
-    def _judge(self, verdict: Verdict, step: int, event: str, action: str, **facts: float) -> None:
-        verdict.event = {"event": event, "action": action, **facts}
-        verdict.update = action == "record"
-        what = {"nonfinite": "loss or gradient is not finite", "spike": "the loss jumped"}[event]
-        height = "".join(f", {sigmas} sigmas" for sigmas in facts.values())
-        line = f"{self.stage}: {what} at step {step} (loss {verdict.loss:g}{height})"
-        skipped = min(step - 1, int(self.recent.isnan().flip(0).cumprod(0).sum()))
+    def _judge(self, verdict: Verdict, step: int, event: str, action: str, sigmas: float | None = None) -> None:
+        """Enters into ``verdict`` what follows from an event: the recipe's ``action``, or the end after many skips."""
+        message = f"{self.stage}: {EVENTS[event]} at step {step} (loss {verdict.loss:g}"
+        if sigmas is not None:
+            message += f", {sigmas} sigmas"
+        message += ")"
+        skipped = self._skipped_before(step)
         if action == "skip" and skipped >= MAX_SKIPS:
-            verdict.event["action"] = action = "stop"
-            line += f", after {skipped} skipped steps in a row"
+            action = "stop"
+            message += f", after {skipped} skipped steps in a row"
+
+        verdict.event = {"event": event, "action": action}
+        if sigmas is not None:
+            verdict.event["sigmas"] = sigmas
+        verdict.message = message
+        verdict.update = action == "record"
         if action == "stop":
             verdict.error = DivergedError(
-                f"{line}; it was not applied, and the newest checkpoint is from before it. metrics.jsonl names the "
+                f"{message}; it was not applied, and the newest checkpoint is from before it. metrics.jsonl names the "
                 f"batch; {REMEDIES[event]}; or start anew with a lower rate"
             )
         elif dist.get_rank() == 0:
-            logger.warning("%s: %s", line, {"skip": "its update is left out", "record": "recorded"}[action])
+            logger.warning("%s: %s", message, ACTIONS[action])
+
+    def _skipped_before(self, step: int) -> int:
+        """How many steps just before ``step`` made no update."""
+        count = 0
+        for loss in self.recent.flip(0).tolist():
+            if not math.isnan(loss):
+                break
+            count += 1
+        return min(count, step - 1)  # what lies before the first step is NaN, too

@@ -28,6 +28,7 @@ from stackgrow.growth.width import kind
 from stackgrow.plan.stages import LearnStage
 from stackgrow.recipe.keys import Model
 from stackgrow.titan.model import Llama, LlamaArgs, model_args, sum_on_gloo
+from stackgrow.titan.names import layer_name, titan_name
 from stackgrow.titan.shards import shard_of
 
 
@@ -50,18 +51,19 @@ class LigoArgs(BaseModelArgs):
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         assert isinstance(model, LigoLlama)
         learned = sum(parameter.numel() for parameter in model.parameters())
-        return learned, self.llama.get_nparams_and_flops(model.skeleton, seq_len)[1]
+        _, flops = self.llama.get_nparams_and_flops(model.skeleton, seq_len)
+        return learned, flops
 
 
 def ligo_args(stage: LearnStage, source: Path) -> LigoArgs:
-    llama = model_args(stage.model, stage.seed, None, stage.train.attention, stage.train.loss_chunk)
+    train = stage.train
     return LigoArgs(
         source=stage.source,
         target=stage.model,
         maps=stage.maps,
         checkpoint=str(source),
         seed=stage.seed,
-        llama=llama,
+        llama=model_args(stage.model, stage.seed, attention=train.attention, loss_chunk=train.loss_chunk),
     )
 
 
@@ -72,10 +74,13 @@ class LigoLlama(ModelProtocol):
         super().__init__(args)
         assert args.source is not None
         assert args.target is not None
-        self.args, self.source, self.target = args, args.source, args.target
+        self.args = args
+        self.source = args.source
+        self.target = args.target
+        self.widths = nn.ParameterDict()
+        self.depths = nn.ParameterDict()
         needed = shapes(self.source, self.target, args.maps)
         self.names = matrix_names(needed)
-        self.widths, self.depths = nn.ParameterDict(), nn.ParameterDict()
         for stored, (part, name) in self.names.items():
             matrices = self.widths if part == "widths" else self.depths
             matrices[stored.removeprefix(f"{part}.")] = nn.Parameter(torch.empty(needed[part][name]))
@@ -101,10 +106,9 @@ class LigoLlama(ModelProtocol):
     def forward(self, tokens: Tensor, **inputs: Tensor) -> Tensor:
         with torch.autocast(tokens.device.type, enabled=False):
             precision = TORCH_DTYPE_MAP[self.args.precision]
-            weights = {name: weight.to(precision) for name, weight in self.target_weights().items()}
-            return functional_call(
-                self.skeleton, {**weights, "freqs_cis": self.freqs_cis}, (tokens,), inputs, strict=True
-            )
+            state = {titan_name(name): weight.to(precision) for name, weight in self.target_weights().items()}
+            state["freqs_cis"] = self.freqs_cis
+            return functional_call(self.skeleton, state, (tokens,), inputs, strict=True)
 
     def target_weights(self) -> dict[str, Tensor]:
         """Every weight of the target, in float32: the source's widened (eqs. 37-40), then its layers mixed (eqs.
@@ -116,11 +120,18 @@ class LigoLlama(ModelProtocol):
         widths = with_output(network["widths"], self.source, self.target)
         wide = {name: widen(name, weight, widths) for name, weight in self.frozen.items()}
         mixed: dict[str, Tensor] = {}
-        for weight_type, D in network["depths"].items():
-            stacked = torch.stack([wide[f"layers.{j}.{weight_type}.weight"] for j in range(self.source.n_layers)])
-            layers = (D @ stacked.flatten(1)).view(-1, *stacked.shape[1:])
-            mixed |= {f"layers.{i}.{weight_type}.weight": weight for i, weight in enumerate(layers.unbind())}
-        return {name: mixed[name] if kind(name) in network["depths"] else wide[name] for name in self.target.tensors()}
+        for weight_type, D in network["depths"].items():  # D [L, l], L layers of the target, l of the source
+            source_names = [f"{layer_name(j)}.{weight_type}.weight" for j in range(self.source.n_layers)]
+            stacked = torch.stack([wide[name] for name in source_names])  # [l, ...]
+            layers = (D @ stacked.flatten(1)).view(-1, *stacked.shape[1:])  # [L, ...]
+            for i, weight in enumerate(layers.unbind()):
+                mixed[f"{layer_name(i)}.{weight_type}.weight"] = weight
+
+        weights = {}
+        for name in self.target.tensors():
+            is_mixed = kind(name) in network["depths"]
+            weights[name] = mixed[name] if is_mixed else wide[name]
+        return weights
 
 
 def parallelize_ligo(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:

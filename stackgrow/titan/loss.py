@@ -27,8 +27,14 @@ class ChunkedHead(nn.Linear):
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             return super().forward(hidden)
-        rows = hidden.flatten(0, 1), labels.flatten()
-        return _ChunkedLoss.apply(*rows, self.weight, self.chunk, self.loss, torch.is_grad_enabled())
+        return _ChunkedLoss.apply(
+            hidden.flatten(0, 1),
+            labels.flatten(),
+            self.weight,
+            self.chunk,
+            self.loss,
+            torch.is_grad_enabled(),
+        )
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -40,25 +46,28 @@ class _ChunkedLoss(torch.autograd.Function):
         for, the weight's gradient summed over chunks in float32."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        cast, total = weight.to(dtype), torch.zeros((), device=hidden.device)
+        cast_weight = weight.to(dtype)
+        total = torch.zeros((), device=hidden.device)
         ctx.hidden = torch.empty_like(hidden) if train else None
         ctx.weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
         ctx.dtype = weight.dtype
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             part = hidden[rows].to(dtype)
-            value, gradient = _chunk_loss(part, labels[rows], cast, loss, train)
+            value, gradient = _chunk_loss(part, labels[rows], cast_weight, loss, train)
             total += value
             if gradient is not None:
-                ctx.hidden[rows] = gradient @ cast
+                ctx.hidden[rows] = gradient @ cast_weight
                 ctx.weight += gradient.T @ part
                 del gradient  # the next chunk needs its room
         return total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight = ctx.hidden.mul_(upstream), ctx.weight.mul_(upstream).to(ctx.dtype)
-        ctx.hidden = ctx.weight = None  # once: what was made in the forward pass is used up
+        hidden = ctx.hidden.mul_(upstream)
+        weight = ctx.weight.mul_(upstream).to(ctx.dtype)
+        ctx.hidden = None  # once: what was made in the forward pass is used up
+        ctx.weight = None
         return hidden, None, weight, None, None, None
 
 
@@ -69,16 +78,25 @@ def _chunk_loss(
     logits = (hidden @ weight.T).detach().requires_grad_(train)
     with torch.enable_grad():
         value = loss(logits[None], labels[None])
-        return value.detach(), torch.autograd.grad(value, logits)[0] if train else None
+    if not train:
+        return value.detach(), None
+    (gradient,) = torch.autograd.grad(value, logits)
+    return value.detach(), gradient
 
 
 def chunk_head(head: nn.Linear, chunk: int) -> None:
     """Makes a model's output layer a ``ChunkedHead``; its weight and its name stay."""
     head.__class__ = ChunkedHead
-    head.chunk, head.loss = chunk, cross_entropy_loss
+    head.chunk = chunk
+    head.loss = cross_entropy_loss
 
 
 def build_loss(job_config: JobConfig, **_: Any) -> Loss:
     """torchtitan's loss; one that the head has summed already, a scalar, is passed on."""
     loss = build_cross_entropy_loss(job_config)
-    return lambda prediction, labels: loss(prediction, labels) if prediction.dim() else prediction
+
+    def loss_of(prediction: Tensor, labels: Tensor) -> Tensor:
+        is_loss_already = prediction.dim() == 0
+        return prediction if is_loss_already else loss(prediction, labels)
+
+    return loss_of

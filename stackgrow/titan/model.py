@@ -22,24 +22,32 @@ from stackgrow.plan.stages import GrowthMask
 from stackgrow.recipe.keys import Model
 from stackgrow.titan.attention import causal_mask, document_mask, use_flash_attention
 from stackgrow.titan.loss import ChunkedHead, chunk_head
+from stackgrow.titan.names import stored_name, titan_name
 from stackgrow.titan.shards import shard_of
 
 # Blocks of every width that a run grows through are compiled from the same code: 8 are not enough.
 torch._dynamo.config.recompile_limit = 64
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # put into names by torch.compile and recomputation
+
+
+@dataclass(frozen=True)
+class MaskedGrowth:
+    """The growth whose new parts a mask covers."""
+
+    source: Model
+    target: Model
+    layer_map: tuple[int, ...] | None
 
 
 @dataclass
 class LlamaArgs(TransformerModelArgs):
-    """torchtitan's arguments, how the weights are drawn, the growth (source, target, layer map) to be masked, the
-    recipe's ``train.attention`` and ``train.loss_chunk``, and the token that begins documents that are kept apart."""
+    """torchtitan's arguments and ours."""
 
-    init: str = "paper"
+    init: str = "paper"  # how the weights are drawn
     seed: int = 0
-    attention: str = "sdpa"
-    loss_chunk: int = 0
-    bos_id: int | None = None
-    masked: tuple[Model, Model, tuple[int, ...] | None] | None = None
+    attention: str = "sdpa"  # the recipe's train.attention
+    loss_chunk: int = 0  # the recipe's train.loss_chunk
+    bos_id: int | None = None  # the token that begins documents; given where they are kept apart
+    masked: MaskedGrowth | None = None
 
 
 def model_args(
@@ -63,7 +71,7 @@ def model_args(
         rope_scaling_args=RoPEScalingArgs(scaling_factor=1.0),
         init=model.init,
         seed=seed,
-        masked=(mask.source, model, mask.layer_map) if mask else None,
+        masked=MaskedGrowth(mask.source, model, mask.layer_map) if mask else None,
         attn_type="flex" if attention == "flex" else "sdpa",  # flash-attn's module stands in the place of sdpa's
         attention=attention,
         loss_chunk=loss_chunk,
@@ -80,9 +88,15 @@ class _Masked:
         return output * self.growth_mask.to(output.dtype)
 
 
-MASKED = {
-    cls: type(f"Masked{cls.__name__}", (_Masked, cls), {}) for cls in (nn.Embedding, nn.Linear, Attention, FeedForward)
-}
+MASKED = {}  # class of module -> the same, masked
+for _plain in (nn.Embedding, nn.Linear, Attention, FeedForward):
+    MASKED[_plain] = type(f"Masked{_plain.__name__}", (_Masked, _plain), {})
+
+
+@dataclass(frozen=True)
+class MaskedModule:
+    module: nn.Module
+    kept: Tensor  # 1 where an output was there before the growth, 0 where it is new
 
 
 class Llama(Transformer):
@@ -98,18 +112,22 @@ class Llama(Transformer):
 
     def __init__(self, args: LlamaArgs):
         super().__init__(args)
-        self.masked: list[tuple[nn.Module, Tensor]] = []
-        with torch.device("cpu"):  # the model itself is built on the meta device
-            outputs = kept_outputs(*args.masked) if args.masked else {}
-        for name, kept in outputs.items():
-            module = self.get_submodule(name)
-            module.register_buffer("growth_mask", torch.empty(kept.shape), persistent=False)
-            module.__class__ = MASKED[type(module)]  # a forward hook would be passed over by torch.compile
-            self.masked.append((module, kept))
+        self.masked: list[MaskedModule] = []
+        if args.masked:
+            self._mask_outputs(args.masked)
         if args.attention == "flash_attn":
             use_flash_attention(self)
         if args.loss_chunk:
             chunk_head(self.output, args.loss_chunk)
+
+    def _mask_outputs(self, growth: MaskedGrowth) -> None:
+        with torch.device("cpu"):  # the model itself is built on the meta device
+            outputs = kept_outputs(growth.source, growth.target, growth.layer_map)
+        for name, kept in outputs.items():
+            module = self.get_submodule(titan_name(name))
+            module.register_buffer("growth_mask", torch.empty(kept.shape), persistent=False)
+            module.__class__ = MASKED[type(module)]  # a forward hook would be passed over by torch.compile
+            self.masked.append(MaskedModule(module, kept))
 
     def forward(
         self,
@@ -120,7 +138,8 @@ class Llama(Transformer):
     ) -> Tensor:
         """``tokens`` [B, T] -> logits [B, T, V]; with ``labels`` [B, T], which need ``loss_chunk``, the summed loss."""
         if self.model_args.attn_type == "flex" and attention_masks is None:
-            if (bos_id := self.model_args.bos_id) is None:
+            bos_id = self.model_args.bos_id
+            if bos_id is None:
                 attention_masks = causal_mask(tokens.shape[1], tokens.device)
             else:
                 attention_masks = document_mask(tokens, bos_id)
@@ -128,30 +147,26 @@ class Llama(Transformer):
         for layer in self.layers.values():
             hidden = layer(hidden, self.freqs_cis, attention_masks, positions)
         hidden = self.norm(hidden)
-        return self.output(hidden) if labels is None else self.output(hidden, labels)
+        if labels is None:
+            return self.output(hidden)
+        return self.output(hidden, labels)
 
     @torch.no_grad()
     def set_mask(self, c: float) -> None:
         """Raises the mask of a G_random growth to ``c``: a value in a buffer, so that nothing is compiled anew."""
-        for module, kept in self.masked:
-            mask = module.get_buffer("growth_mask")
-            mask.copy_(kept + c * (1 - kept))
+        for masked in self.masked:
+            mask = masked.module.get_buffer("growth_mask")
+            mask.copy_(masked.kept + c * (1 - masked.kept))
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         with torch.device(buffer_device or self.freqs_cis.device):
             self.freqs_cis = self._precompute_freqs_cis()
         self.set_mask(1.0)
-        for name, parameter in self.named_parameters():
-            shard, name = shard_of(parameter), plain_name(name)
+        for parameter_name, parameter in self.named_parameters():
+            name = stored_name(parameter_name)
+            shard = shard_of(parameter)
             whole = draw(name, shard.shape, self.model_args, generator(self.model_args.seed, name))
             shard.local.copy_(whole[shard.slices])
-
-
-def plain_name(name: str) -> str:
-    """The parameter's name without what torch.compile and activation checkpointing insert."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def parallelize(model: Any, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:

@@ -8,21 +8,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torchtitan.config import job_config as titan
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.utils import device_type
 
 from stackgrow.errors import LostRankError, RunError, disk_error, retold
-from stackgrow.process import signals
+from stackgrow.process import alerts, signals
 from stackgrow.recipe.keys import Recipe
 from stackgrow.titan import device
+from stackgrow.titan.config import comm_config
 
 GPU_TRACE_BUFFER = 20000  # torchtitan's default size of NCCL's flight recorder; gloo has none
-TELLER = "stackgrow/teller"  # in the store: "<rank> <exit code>" of the first rank that ended for a known reason
-READY = "stackgrow/ready"  # likewise: [], or [exit code, message] of what keeps rank 0 from beginning
+# Keys of the store.
+FIRST = "stackgrow/teller"  # "<rank> <exit code>" of the first rank that ended for a known reason
+READY = "stackgrow/ready"  # [], or [exit code, message] of what keeps rank 0 from beginning
+WAITING = "stackgrow/waiting/{}"  # there once the rank waits in vain for others
 OTHERS_SECONDS = 2.0  # within which the other ranks notice what one has noticed
 
 place = "the start"  # what this rank is at, for messages
@@ -31,17 +34,27 @@ _store: dist.Store | None = None  # in which ranks tell each other why they end;
 
 def start(recipe: Recipe, logs: Path) -> None:
     """Joins the process group; plain ``python`` becomes a group of one."""
-    device.default_environment()
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    own = [*([recipe.base.train] if recipe.base else []), *(growth.train for growth in recipe.growth)]
-    offload = any(keys.get("cpu_offload", recipe.train.cpu_offload) for keys in [{}, *own])  # NCCL has no CPU tensors
-    dist_utils.init_distributed(
-        comm(recipe, GPU_TRACE_BUFFER if gpu else 0), enable_cpu_backend=gpu and offload, base_folder=str(logs)
-    )
     global _store
+    device.default_environment()
+    trace_buffer = 0
+    needs_cpu_backend = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        trace_buffer = GPU_TRACE_BUFFER
+        needs_cpu_backend = _any_stage_offloads(recipe)  # NCCL has no CPU tensors
+    dist_utils.init_distributed(
+        comm_config(recipe, trace_buffer), enable_cpu_backend=needs_cpu_backend, base_folder=str(logs)
+    )
     _store = dist.distributed_c10d._get_default_store()
+
+
+def _any_stage_offloads(recipe: Recipe) -> bool:
+    own_tables = [growth.train for growth in recipe.growth]
+    if recipe.base:
+        own_tables.append(recipe.base.train)
+    if any(keys.get("cpu_offload") for keys in own_tables):
+        return True
+    return recipe.train.cpu_offload
 
 
 def agree(refusal: RunError | None) -> None:
@@ -52,17 +65,20 @@ def agree(refusal: RunError | None) -> None:
         RunError: ``refusal``, on every rank.
     """
     assert _store is not None
-    rank, heard = dist.get_rank(), [f"{READY}/{r}" for r in range(1, dist.get_world_size())]
+    rank = dist.get_rank()
     if rank == 0:
-        _store.set(READY, json.dumps([refusal.exit_code, str(refusal)] if refusal else []))
-        _store.wait(heard)  # it may be this process that keeps the store
+        word = [refusal.exit_code, str(refusal)] if refusal else []
+        _store.set(READY, json.dumps(word))
+        # Rank 0 may be the process that keeps the store: it stays until all have read it.
+        _store.wait([f"{READY}/{other}" for other in range(1, dist.get_world_size())])
         if refusal:
             raise refusal
         return
-    told = json.loads(_store.get(READY))
+    word = json.loads(_store.get(READY))
     _store.set(f"{READY}/{rank}", "")
-    if told:
-        raise retold(*told)
+    if word:
+        exit_code, message = word
+        raise retold(exit_code, message)
 
 
 def stop() -> None:
@@ -75,6 +91,7 @@ def at(where: str) -> None:
     """States what this rank is at."""
     global place
     place = where
+    alerts.at(where)
 
 
 def stop_if_asked() -> None:
@@ -97,7 +114,7 @@ def together() -> Iterator[None]:
     except (RunError, OSError) as error:
         known = error if isinstance(error, RunError) else disk_error(error)
         with suppress(dist.DistError):
-            known.teller, _ = _first_word(dist.get_rank(), known.exit_code)
+            known.teller = _first_to_end(dist.get_rank(), known.exit_code).rank
         raise known from error.__cause__
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
@@ -105,38 +122,44 @@ def together() -> Iterator[None]:
         raise _why_collective_failed(error) from error
 
 
-def _first_word(rank: int, exit_code: int) -> tuple[int, int]:
+class Ended(NamedTuple):
+    rank: int
+    exit_code: int
+
+
+def _first_to_end(rank: int, exit_code: int) -> Ended:
     """The rank that was first to end for a known reason, and its exit code; this one, if there was none."""
     assert _store is not None
-    rank, exit_code = map(int, _store.compare_set(TELLER, "", f"{rank} {exit_code}").decode().split())
-    return rank, exit_code
+    first = _store.compare_set(FIRST, "", f"{rank} {exit_code}").decode()
+    first_rank, first_exit_code = first.split()
+    return Ended(int(first_rank), int(first_exit_code))
 
 
 def _why_collective_failed(error: RuntimeError) -> RunError:
     """Another rank may have ended for a reason of its own; else those are lost that do not say that they wait."""
-    rank, ranks, waiting = dist.get_rank(), range(dist.get_world_size()), "stackgrow/waiting/{}"
-    silent = [r for r in ranks if r != rank]
+    rank = dist.get_rank()
     try:
-        assert _store is not None
-        _store.set(waiting.format(rank), "")
-        time.sleep(OTHERS_SECONDS)
-        silent = [r for r in silent if not _store.check([waiting.format(r)])]
-        teller, exit_code = _first_word(min(set(ranks) - set(silent)), LostRankError.exit_code)
+        silent = _silent_ranks()
+        waiting = set(range(dist.get_world_size())) - set(silent)
+        first = _first_to_end(min(waiting), LostRankError.exit_code)
     except dist.DistError:  # the store went with the rank that kept it
-        silent, teller, exit_code = [0], rank, LostRankError.exit_code
-    names = ", ".join(map(str, silent)) or "none"
-    found = LostRankError(
+        silent = [0]
+        first = Ended(rank, LostRankError.exit_code)
+    names = ", ".join(str(other) for other in silent) or "none"
+    lost = LostRankError(
         f"{place}: rank {rank} waited in vain for another rank; silent: {names}. It died, hangs, or the network "
         f"failed; its log is in logs/. Give the same command again to go on ({str(error).splitlines()[0]})"
     )
-    found.teller, found.exit_code = teller, exit_code
-    return found
+    lost.teller = first.rank
+    lost.exit_code = first.exit_code
+    return lost
 
 
-def comm(recipe: Recipe, trace_buffer: int = 0) -> titan.Comm:
-    """Timeouts of collectives; ``trace_buffer`` switches NCCL's flight recorder on."""
-    return titan.Comm(
-        init_timeout_seconds=recipe.run.init_timeout,
-        train_timeout_seconds=recipe.run.train_timeout,
-        trace_buf_size=trace_buffer,
-    )
+def _silent_ranks() -> list[int]:
+    """The other ranks that do not say within a moment that they, too, wait in vain."""
+    assert _store is not None
+    rank = dist.get_rank()
+    _store.set(WAITING.format(rank), "")
+    time.sleep(OTHERS_SECONDS)
+    others = [other for other in range(dist.get_world_size()) if other != rank]
+    return [other for other in others if not _store.check([WAITING.format(other)])]

@@ -24,20 +24,24 @@ class Shard:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.local.shape, strict=True))
+        pairs = zip(self.offset, self.local.shape, strict=True)
+        return tuple(slice(start, start + length) for start, length in pairs)
 
 
 def shard_of(tensor: Tensor) -> Shard:
     """The piece of ``tensor`` on this rank; a plain tensor is whole everywhere and owned by rank 0."""
+    shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        zero = (0,) * tensor.dim()
-        return Shard(tensor, tuple(tensor.shape), zero, torch.distributed.get_rank() == 0)
-    mesh, placements = tensor.device_mesh, tensor.placements
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+        return Shard(tensor, shape, offset=(0,) * tensor.dim(), owned=torch.distributed.get_rank() == 0)
+    mesh = tensor.device_mesh
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
-    replicas = [c for c, p in zip(coordinate, placements, strict=True) if isinstance(p, Replicate)]
-    return Shard(tensor.to_local(), tuple(tensor.shape), tuple(offset), not any(replicas))
+    is_copy = False
+    for position, placement in zip(coordinate, tensor.placements, strict=True):
+        if isinstance(placement, Replicate) and position != 0:
+            is_copy = True
+    return Shard(tensor.to_local(), shape, tuple(offset), owned=not is_copy)
 
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -13,7 +13,7 @@ import pytest
 from stackgrow.cli.main import VERBS, main
 
 REPOSITORY = Path(__file__).parents[2]
-TOOLS = sorted(path for path in (REPOSITORY / "tools").glob("*.py") if not path.name.startswith("bench_"))
+TOOLS = sorted(path for path in (REPOSITORY / "tools").glob("*.py"))
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)

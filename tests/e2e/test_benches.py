@@ -1,28 +1,23 @@
 """The benchmarks of the GPU path, at the size that a CPU runs: that they work, not what they measure."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 from launch import REPOSITORY, Workplace, environment
+from shapes import Case
 
-CASE = {
-    "shape": "small",
-    "kernel": "sdpa",
-    "mode": "eager",
-    "precision": "bf16",
-    "activation_checkpoint": "none",
-    "loss_chunk": 100,
-}
+BENCH = REPOSITORY / "tools" / "bench"
 
 
-def test_bench_gpu_writes_a_table(tmp_path: Path) -> None:
-    command = [sys.executable, str(REPOSITORY / "tools" / "bench_gpu.py"), "--small", "--modes", "eager"]
+def test_the_gpu_benchmark_writes_a_table(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "gpu.py"), "--small", "--modes", "eager"]
     command += ["--kernels", "sdpa", "flex", "--steps", "2", "--loss-chunk", "100", "--out", "bench.json"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    report, table = json.loads((tmp_path / "bench.json").read_text()), done.stdout.splitlines()
+    report, table = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8")), done.stdout.splitlines()
     sdpa, flex = report["cases"]
     assert "error" not in sdpa, sdpa["error"]
     assert sdpa["tokens_per_second"] > 0
@@ -36,17 +31,29 @@ def test_bench_gpu_writes_a_table(tmp_path: Path) -> None:
     assert report["torchtitan"] in table[-1]
 
 
-def test_bench_gpu_beside_torchtitan(workplace: Workplace) -> None:
-    case = {**CASE, "step_tokens": 512, "micro_batch": 4, "pair": True, "steps": 3}
-    code, output = workplace.tool("bench_gpu", "--work", json.dumps(case))
+def test_a_stage_is_measured_beside_torchtitan(workplace: Workplace) -> None:
+    case = Case(
+        shape="small",
+        kernel="sdpa",
+        mode="eager",
+        precision="bf16",
+        activation_checkpoint="none",
+        loss_chunk=100,
+        step_tokens=512,
+        steps=3,
+        micro_batch=4,
+        pair=True,
+    )
+    code, output = workplace.tool("bench/gpu", "--work", json.dumps(dataclasses.asdict(case)))
     assert code == 0, output
     assert 0.1 < json.loads(output.splitlines()[-1])["ratio"] < 10
 
 
-def test_bench_handover(workplace: Workplace) -> None:
-    code, output = workplace.tool("bench_handover", "tiny.toml", "--json")
+def test_the_handover_is_split_into_its_parts(workplace: Workplace) -> None:
+    code, output = workplace.tool("bench/handover", "tiny.toml", "--json")
     assert code == 0, output
-    seconds = {k: v for k, v in json.loads(output[output.rindex("{") :]).items() if isinstance(v, float)}
+    report = json.loads(output[output.rindex("{") :])
+    seconds = {name: value for name, value in report.items() if isinstance(value, float)}
     assert list(seconds) == ["save", "grow", "build", "load", "first step", "rest", "total"]
     assert all(value > 0 for value in seconds.values())
     assert abs(sum(seconds.values()) - 2 * seconds["total"]) < 0.01

@@ -1,4 +1,4 @@
-"""tools/grow_checkpoint.py and tools/bench_growth.py, started as a user would start them."""
+"""tools/grow_checkpoint.py and tools/bench/growth.py, started as a user would start them."""
 
 import json
 import resource
@@ -211,8 +211,8 @@ def test_a_full_disk_is_told_in_one_line(source: Path) -> None:
     assert names(source.parent) == ["source"]
 
 
-def test_bench_growth(tmp_path: Path) -> None:
-    report = json.loads(tool("--small", "--runs", 1, "--json", "--folder", tmp_path, name="bench_growth"))
+def test_the_benchmark_of_growth_reports_bytes_and_seconds(tmp_path: Path) -> None:
+    report = json.loads(tool("--small", "--runs", 1, "--json", "--folder", tmp_path, name="bench/growth"))
     by_case = {r["case"]: r for r in report}
     assert list(by_case) == ["stack", "zero-depth", "split-width"]
     assert by_case["stack"]["weight_bytes_written"] == 0

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from bench_gpu import random_store
 from launch import RECIPE, VOCABULARY, Workplace
+from random_store import random_store
 
 import stackgrow.titan  # noqa: F401  (the device comes before torchtitan)
 from stackgrow.titan import device as cpu_device

@@ -1,5 +1,6 @@
 """Runs on one device: base, growth and target; resumed bit for bit in bf16; the same curve with every kernel."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from bench_gpu import stage_of
 from launch import REPOSITORY, Workplace, environment, losses, records, steps_logged, weights
+from shapes import Case, stage_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -118,16 +119,25 @@ def test_memory_is_what_the_planner_says(
 ) -> None:
     if device == "cpu":
         pytest.skip("what a CPU process holds is not what tensors take")
-    case = {"shape": "410M", "kernel": "sdpa", "mode": mode, "precision": "bf16"}
-    case |= {"activation_checkpoint": activation_checkpoint, "loss_chunk": loss_chunk}
-    case |= {"step_tokens": 2**15, "micro_batch": 4}
-    output = tool("bench_gpu", "--work", json.dumps({**case, "pair": False, "steps": 3}), folder=tmp_path)
+    case = Case(
+        shape="410M",
+        kernel="sdpa",
+        mode=mode,
+        precision="bf16",
+        activation_checkpoint=activation_checkpoint,
+        loss_chunk=loss_chunk,
+        step_tokens=2**15,
+        steps=3,
+        micro_batch=4,
+        pair=False,
+    )
+    output = tool("bench/gpu", "--work", json.dumps(dataclasses.asdict(case)), folder=tmp_path)
     peak = json.loads(output.splitlines()[-1])["peak_gib"]
-    _, stage = stage_of(**case, steps=3, folder=tmp_path)
+    _, stage = stage_of(case, steps=3, folder=tmp_path)
     estimate = stage_memory(stage, Layout(1, 1, 1), 4).total
     assert abs(peak / (estimate / 2**30) - 1) < 0.15
 
 
 def test_handover_is_split(workplace: Workplace) -> None:
-    """Growth itself takes less than a second; what the rest takes, tools/bench_handover.py says."""
-    assert json.loads(tool("bench_handover", "tiny.toml", "--json", folder=workplace.folder))["grow"] < 1
+    """Growth itself takes less than a second; what the rest takes, tools/bench/handover.py says."""
+    assert json.loads(tool("bench/handover", "tiny.toml", "--json", folder=workplace.folder))["grow"] < 1

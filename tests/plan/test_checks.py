@@ -50,7 +50,8 @@ def test_a_schedule_goes_on(tmp_path: Path) -> None:
 def test_torchtitan_has_the_planned_rates(tmp_path: Path, schedule: str, lr: Rewarm | None) -> None:
     torch = pytest.importorskip("torch")
     import stackgrow.titan  # noqa: F401  (the device comes before torchtitan)
-    from stackgrow.titan.job import build_schedulers, schedule_config
+    from stackgrow.titan.config import schedule_config
+    from stackgrow.titan.spec import build_schedulers
 
     how = "continue" if lr is None else f"{{rewarm_steps={lr.rewarm_steps}, ratio={lr.ratio}}}"
     sets = [

@@ -302,6 +302,7 @@ FREE = {
     "checkpoint.async_mode": "async",
     "log.interval": "5 steps",
     "log.tensorboard": "false",
+    "log.wandb": "true",
     "eval.tasks": "['paper']",
     "eval.after": "each",  # these with eval.tasks
     "eval.interval": "5 steps",
@@ -311,6 +312,8 @@ FREE = {
     "run.folder": "elsewhere",
     "run.init_timeout": "5",
     "run.train_timeout": "5",
+    "run.on_event": "./notify.sh",
+    "run.stall_seconds": "5",
 }
 DEFINING = {
     "train.on_spike": "skip",

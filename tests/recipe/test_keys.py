@@ -86,7 +86,7 @@ def test_to_dict_leaves_out_what_is_absent(tmp_path: Path) -> None:
     tree = to_dict(recipe_of(tmp_path, RECIPE))
     assert "layer_map" not in tree["growth"][0]
     assert "train" not in tree["base"]
-    assert tree["run"] == {"init_timeout": 300, "train_timeout": 100, "accept_versions": False}
+    assert tree["run"] == {"init_timeout": 300, "train_timeout": 100, "stall_seconds": 600, "accept_versions": False}
 
 
 def test_folder(tmp_path: Path) -> None:

@@ -55,11 +55,12 @@ def test_float8_is_refused_where_it_cannot_run(tmp_path: Path, monkeypatch: pyte
 
 
 def test_float8_becomes_torchtitans_converter(tmp_path: Path) -> None:
-    from stackgrow.titan import job
+    from stackgrow.titan.config import job_config
+    from stackgrow.titan.job import StageJob
 
     plan = plan_of(tmp_path, RECIPE, ["growth[1].train.precision=float8"])
     configs = [
-        job.job_config(job.StageJob(plan.recipe, stage, "hash", tmp_path, None))  # type: ignore[arg-type]
+        job_config(StageJob(plan.recipe, stage, "hash", tmp_path, None))  # type: ignore[arg-type]
         for stage in plan.train_stages
     ]
     assert [c.model.converters for c in configs] == [[], [], ["quantize.linear.float8"]]

@@ -6,7 +6,8 @@ from torchtitan.models.llama3 import Transformer
 
 from stackgrow.growth.draw import draw, generator, paper_std
 from stackgrow.recipe.keys import Model
-from stackgrow.titan.model import Llama, model_args, plain_name
+from stackgrow.titan.model import Llama, model_args
+from stackgrow.titan.names import stored_name
 
 # Paper's FFN widths by hidden width, odd widths, and one narrower than 8 D / 3 would ever give.
 FFN = [(1024, 2816), (2048, 5632), (2560, 7040), (4096, 11008), (128, 352), (64, 177), (64, 32), (6, 1)]
@@ -142,7 +143,7 @@ def test_initialization_depends_on_seed_and_name_alone(small: Model) -> None:
 
 def test_names_survive_compile_and_recomputation_wrappers() -> None:
     wrapped = "layers.0._orig_mod._checkpoint_wrapped_module.attention.wq.weight"
-    assert plain_name(wrapped) == "layers.0.attention.wq.weight"
+    assert stored_name(wrapped) == "layers.0.attention.wq.weight"
 
 
 def test_draw_is_pinned() -> None:

@@ -1,7 +1,7 @@
 """Where the time goes from the last step of the base to the first step of the grown model.
 
-python tools/bench_handover.py recipes/quickstart.toml
-python tools/bench_handover.py recipes/paper/7b_300b_gstack.toml --set train.activation_checkpoint=full
+python tools/bench/handover.py recipes/quickstart.toml
+python tools/bench/handover.py recipes/paper/7b_300b_gstack.toml --set train.activation_checkpoint=full
 
 Runs the recipe as tools/run_recipe.py does, on random tokens, three steps of the base and one of the grown model, and
 stops there. The parts: save (the base's last checkpoint, hashed and sealed), grow, build (the model on its device,
@@ -18,11 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_gpu import device_name, random_store
+from random_store import device_name, random_store
 
 from stackgrow.checkpoint import grow as growth
 from stackgrow.recipe.load import load_recipe
@@ -43,16 +44,27 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         report = measure(arguments.recipe, arguments.set, arguments.sequences, Path(folder))
-    print(json.dumps(report, indent=1) if arguments.json else "\n".join(f"{k:<24}{v}" for k, v in report.items()))
+    if arguments.json:
+        print(json.dumps(report, indent=1))
+        return
+    for name, value in report.items():
+        print(f"{name:<24}{value}")
 
 
 def measure(file: str, sets: list[str], sequences: int, folder: Path) -> dict[str, Any]:
     recipe = load_recipe(file, sets)
     batch = sequences * recipe.data.seq_len
     random_store(folder / "store", recipe.model.vocab_size, 2**20)
-    short = [f"data.path={folder / 'store'}", f"engine.folder={folder / 'run'}", "validation.sequences=0"]
-    short += [f"train.global_batch_tokens={batch}", f"budget.tokens={(BASE_STEPS + 2) * batch}"]
-    short += [f"growth[0].timing={BASE_STEPS} steps", "train.warmup=0 steps", "train.horizon=stage"]
+    short = [
+        f"data.path={folder / 'store'}",
+        f"run.folder={folder / 'run'}",
+        "validation.sequences=0",
+        f"train.global_batch_tokens={batch}",
+        f"budget.tokens={(BASE_STEPS + 2) * batch}",
+        f"growth[0].timing={BASE_STEPS} steps",
+        "train.warmup=0 steps",
+        "train.horizon=stage",
+    ]
     watch = Stopwatch()
     watch.time(StageTrainer, "__init__", "build")
     watch.time(StageTrainer, "train_step", "step")
@@ -72,38 +84,56 @@ class FirstStepError(Exception):
     """The grown model has made its first step: the rest of the run is of no interest."""
 
 
+@dataclass(frozen=True)
+class Event:
+    """One call of a function that is timed, on the clock of time.perf_counter."""
+
+    name: str
+    began: float
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+
 class Stopwatch:
     """Notes when the functions that it times begin and end."""
 
     def __init__(self) -> None:
-        self.events: list[tuple[str, float, float]] = []
+        self.events: list[Event] = []
 
     def time(self, owner: Any, function: str, name: str) -> None:
         plain: Callable[..., Any] = getattr(owner, function)
 
         @functools.wraps(plain)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            began = time.perf_counter()
             result = plain(*args, **kwargs)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.events.append((name, start, time.perf_counter()))
-            if name == "step" and any(event[0] == "grow" for event in self.events):
+            self.events.append(Event(name, began, time.perf_counter()))
+            if name == "step" and self.has_grown():
                 raise FirstStepError
             return result
 
         setattr(owner, function, timed)
 
+    def has_grown(self) -> bool:
+        return any(event.name == "grow" for event in self.events)
+
     def split(self) -> dict[str, float]:
         """Seconds of each part, from the end of the last base step on."""
-        last_base = max(i for i, event in enumerate(self.events[:-1]) if event[0] == "step")
-        start, end = self.events[last_base][2], self.events[-1][2]
+        base_steps = [i for i, event in enumerate(self.events[:-1]) if event.name == "step"]
+        last_base_step = base_steps[-1]
+        total = self.events[-1].ended - self.events[last_base_step].ended
         parts = dict.fromkeys(("save", "grow", "build", "load", "step"), 0.0)
-        for name, began, ended in self.events[last_base + 1 :]:
-            parts[name] += ended - began
+        for event in self.events[last_base_step + 1 :]:
+            parts[event.name] += event.seconds
         parts["first step"] = parts.pop("step")
-        parts["rest"] = end - start - sum(parts.values())
-        return {name: round(seconds, 3) for name, seconds in (parts | {"total": end - start}).items()}
+        parts["rest"] = total - sum(parts.values())
+        parts["total"] = total
+        return {name: round(seconds, 3) for name, seconds in parts.items()}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tokens per second of the data path, beside its peers and its limits, in one run.
 
-    pip install -e '.[bench]'
-    python tools/bench_data.py
+    make bench-data                       into an environment of its own: litdata brings torchvision, which breaks
+                                          transformers where torch is a CPU build
 
 Loading, one process, the same tokens in sequences of 2,048, eight at a time: stackgrow's loader; torchtitan's own,
 which encodes Hugging Face text as it goes; litdata's StreamingDataset of tokens; and the limit, random windows of a
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
 import os
 import statistics
@@ -22,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if importlib.util.find_spec("litdata") is None:
-        parser.error('litdata is not installed: pip install "stackgrow[bench]"')
+        parser.error("litdata is not installed here: `make bench-data` makes an environment for it")
     texts = stdlib_texts()
     with tempfile.TemporaryDirectory() as folder:
         report: dict[str, Any] = {
@@ -60,22 +60,31 @@ def main() -> int:
             **loading(texts, Path(folder), args.rounds, args.seconds),
             **preparing(texts, Path(folder), args.megabytes),
         }
-    lines = [f"{name:<46}{value:,.2f}" if value < 100 else f"{name:<46}{value:,.0f}" for name, value in report.items()]
-    print(json.dumps(report, indent=2) if args.json else "\n".join(lines))
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    for name, value in report.items():
+        digits = 2 if value < 100 else 0
+        print(f"{name:<46}{value:,.{digits}f}")
     return 0
 
 
 def stdlib_texts() -> list[str]:
     source = stdlib_source()
     inputs = {"sources": [{"root": source.root}], "options": {"text_key": "text", "drop": []}}
-    files = list_files([source], Skipped())
-    return [document.text for file in files for document in read_file(inputs, file, Skipped())]
+    texts = []
+    for file in list_files([source], Skipped()):
+        for document in read_file(inputs, file, Skipped()):
+            texts.append(document.text)
+    return texts
 
 
 def write_rows(texts: list[str], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    file.write_bytes(pyarrow.compress(rows, "zstd", asbytes=True) if file.suffix == ".zst" else rows)
+    if file.suffix == ".zst":
+        rows = pyarrow.compress(rows, "zstd", asbytes=True)
+    file.write_bytes(rows)
 
 
 def loading(texts: list[str], folder: Path, rounds: int, seconds: float) -> dict[str, float]:
@@ -96,19 +105,23 @@ def loading(texts: list[str], folder: Path, rounds: int, seconds: float) -> dict
     for _ in range(rounds):
         for name, batches in contestants.items():
             rates[name].append(rate(batches, seconds))
-    found = {f"loading, {name}, tokens per second": statistics.median(values) for name, values in rates.items()}
+    report = {f"loading, {name}, tokens per second": statistics.median(values) for name, values in rates.items()}
     for peer in ("torchtitan", "litdata", "memmap"):
         ratios = [ours / theirs for ours, theirs in zip(rates["stackgrow"], rates[peer], strict=True)]
-        found[f"loading, stackgrow / {peer}"] = statistics.median(ratios)
-    return found
+        report[f"loading, stackgrow / {peer}"] = statistics.median(ratios)
+    return report
 
 
 def rate(batches: Batches, seconds: float) -> float:
-    began, count = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - began) < seconds:
+    """Tokens per second over at least ``seconds``."""
+    count = 0
+    elapsed = 0.0
+    began = time.perf_counter()
+    while elapsed < seconds:
         for _ in range(4):
             next(batches)
         count += 4
+        elapsed = time.perf_counter() - began
     return count * BATCH * SEQ_LEN / elapsed
 
 
@@ -127,9 +140,11 @@ def memmap_batches(shard: Path) -> Batches:
     starts = np.random.default_rng(1).integers(0, len(tokens) - SEQ_LEN - 1, 1 << 16)
     while True:
         for at in range(0, len(starts), BATCH):
-            inputs, labels = np.empty((2, BATCH, SEQ_LEN), np.int64)
+            inputs = np.empty((BATCH, SEQ_LEN), np.int64)
+            labels = np.empty((BATCH, SEQ_LEN), np.int64)
             for row, start in enumerate(starts[at : at + BATCH].tolist()):
-                inputs[row], labels[row] = tokens[start : start + SEQ_LEN], tokens[start + 1 : start + SEQ_LEN + 1]
+                inputs[row] = tokens[start : start + SEQ_LEN]
+                labels[row] = tokens[start + 1 : start + SEQ_LEN + 1]
             yield torch.from_numpy(inputs)
 
 
@@ -147,8 +162,10 @@ def torchtitan_batches(folder: Path) -> Batches:
 
     text_datasets.DATASETS["bench"] = DatasetConfig(str(folder / "rows"), load, lambda row: row["text"])
     job = JobConfig()
-    job.training.dataset, job.training.dataset_path = "bench", None
-    job.training.local_batch_size, job.training.seq_len = BATCH, SEQ_LEN
+    job.training.dataset = "bench"
+    job.training.dataset_path = None
+    job.training.local_batch_size = BATCH
+    job.training.seq_len = SEQ_LEN
     loader = text_datasets.build_text_dataloader(1, 0, HuggingFaceTokenizer(str(folder / "hf")), job)
     return (inputs["input"] for inputs, _ in loader)
 
@@ -162,14 +179,17 @@ def litdata_batches(store: TokenStore, folder: Path) -> Batches:
     optimize(parts, inputs, str(folder), chunk_size=(SEQ_LEN + 1) * 8192, item_loader=TokensLoader(), num_workers=1)
     data = StreamingDataset(str(folder), item_loader=TokensLoader(block_size=SEQ_LEN + 1), shuffle=True)
     loader = StreamingDataLoader(data, batch_size=BATCH, num_workers=0, drop_last=True)
-    return (batch[:, :-1].long() for _ in itertools.count() for batch in loader)
+    while True:
+        for batch in loader:
+            yield batch[:, :-1].long()
 
 
 class TokenParts:
     """What litdata stores of a part of the corpus."""
 
     def __init__(self, store: TokenStore, size: int):
-        self.store, self.size = store, size
+        self.store = store
+        self.size = size
 
     def __call__(self, start: int) -> Iterator[Tensor]:
         import torch
@@ -182,10 +202,13 @@ def byte_level(texts: list[str], folder: Path) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     model = Tokenizer(models.BPE())
-    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special, alphabet = ["<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
     model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -200,11 +223,14 @@ def preparing(texts: list[str], folder: Path, megabytes: int, rounds: int = 2) -
     workers = os.cpu_count() or 1
     model = folder / "tokenizer.model"
     model.write_bytes(train_tokenizer(texts, VOCABULARY).model)
-    repeats = max(workers, round(megabytes * 1e6 / sum(map(len, texts))))
+    size = sum(len(text) for text in texts)
+    repeats = max(workers, round(megabytes * 1e6 / size))
     for i in range(repeats):
         for part in range(4):  # in tasks of about the same size, as those of a large corpus are
-            write_rows([f"# {i}\n{text}" for text in texts[part::4]], folder / "corpus" / f"{i:03d}-{part}.jsonl.zst")
-    limit, ours = [], []
+            rows = [f"# {i}\n{text}" for text in texts[part::4]]
+            write_rows(rows, folder / "corpus" / f"{i:03d}-{part}.jsonl.zst")
+    limit = []
+    ours = []
     for i in range(rounds):
         limit.append(sentencepiece_alone(texts, repeats, model, workers))
         began = time.perf_counter()
@@ -214,30 +240,47 @@ def preparing(texts: list[str], folder: Path, megabytes: int, rounds: int = 2) -
         assert manifest is not None
         tokens = sum(split.tokens for split in manifest.splits.values())
         ours.append(tokens / (time.perf_counter() - began))
+    ratios = [a / b for a, b in zip(ours, limit, strict=True)]
     return {
         "preparing, workers": workers,
         "preparing, stackgrow, tokens per second": statistics.median(ours),
         "preparing, SentencePiece alone": statistics.median(limit),
-        "preparing, stackgrow / SentencePiece": statistics.median(a / b for a, b in zip(ours, limit, strict=True)),
+        "preparing, stackgrow / SentencePiece": statistics.median(ratios),
     }
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What one process has encoded, on the clock that all processes of a machine share."""
+
+    tokens: int
+    began: float
+    ended: float
 
 
 def sentencepiece_alone(texts: list[str], repeats: int, model: Path, workers: int) -> float:
     """Tokens per second of all processes together, from the first call to the last."""
-    shares = [repeats // workers + (i < repeats % workers) for i in range(workers)]
+    shares = [repeats // workers] * workers
+    for worker in range(repeats % workers):
+        shares[worker] += 1
     with ProcessPoolExecutor(workers) as pool:
         list(pool.map(time.sleep, [0.2] * workers))  # they are there
-        spans = list(pool.map(encode_all, [texts] * workers, shares, [str(model)] * workers))
-    return sum(count for count, _, _ in spans) / (max(end for *_, end in spans) - min(start for _, start, _ in spans))
+        parts = list(pool.map(encode_all, [texts] * workers, shares, [str(model)] * workers))
+    tokens = sum(part.tokens for part in parts)
+    seconds = max(part.ended for part in parts) - min(part.began for part in parts)
+    return tokens / seconds
 
 
-def encode_all(texts: list[str], repeats: int, model: str) -> tuple[int, float, float]:
+def encode_all(texts: list[str], repeats: int, model: str) -> Encoded:
     import sentencepiece
 
     encoder = sentencepiece.SentencePieceProcessor(model_file=model)
+    tokens = 0
     began = time.monotonic()
-    count = sum(len(encoder.encode(text)) for _ in range(repeats) for text in texts)
-    return count, began, time.monotonic()
+    for _ in range(repeats):
+        for text in texts:
+            tokens += len(encoder.encode(text))
+    return Encoded(tokens, began, time.monotonic())
 
 
 if __name__ == "__main__":
