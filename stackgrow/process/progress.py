@@ -49,6 +49,7 @@ class Progress:
 
     def _waits(self, record: Mapping[str, Any], seconds_per_step: float) -> str:
         """How much of the GPUs is used, and what keeps them from more, where it is worth saying."""
+        seconds_per_step = max(seconds_per_step, 1e-9)
         parts = []
         if "mfu" in record:
             parts.append(f"MFU {record['mfu']:.0%}")

@@ -34,11 +34,13 @@ def whole(workplace: Workplace) -> Path:
     return workplace.folder / "whole"
 
 
-def test_base_growth_target(whole: Path) -> None:
+def test_base_growth_target(whole: Path, device: str) -> None:
     seen = losses(whole)
     assert list(seen) == [(s, i) for s in ("stage-0-train-2L", "stage-2-train-4L") for i in range(1, 21)]
     assert all(math.isfinite(loss) for loss in seen.values())
     assert all(record["memory_gib"] > 0 for record in records(whole).values())
+    if device == "cuda":
+        assert all(0 < record["mfu"] < 1 for record in records(whole).values())
 
 
 def test_killed_and_run_again_is_bit_exact(workplace: Workplace, whole: Path, tmp_path: Path) -> None:

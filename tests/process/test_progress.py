@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from stackgrow.process import progress as progress_module
 from stackgrow.process.progress import RENEW_LINE, Progress
 from stackgrow.text import clock
 
@@ -31,6 +32,20 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     assert lines[0] == "stage-0-train-2L  step 0/100  validation loss 7.8000"
     assert lines[1].startswith("stage-0-train-2L  step 50/100 (50%)  tokens 205K  loss 5.2500  val 7.8000  lr 1.00e-03")
     assert "12.3K tok/s  ETA 0:00" in lines[1]
+
+
+def test_what_a_gpu_does_with_its_time_is_said_where_it_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    progress = Progress("stage", 100, enabled=True, stream=stream)
+    progress.start(0)
+    now[0] += 50 * 2.0  # 2 seconds a step
+    progress.update({**RECORD, "mfu": 0.412, "data_wait": 0.5, "lag": 0.2, "slowest_rank": 13})
+    progress.update({**RECORD, "mfu": 0.45, "data_wait": 0.05, "lag": 0.01, "slowest_rank": 2})
+    slow, good = stream.getvalue().splitlines()
+    assert "12.3K tok/s  MFU 41%  waits for data 25%  rank 13 late by 10%  ETA" in slow
+    assert "12.3K tok/s  MFU 45%  ETA" in good
 
 
 def test_one_renewed_line_on_a_terminal() -> None:

@@ -209,14 +209,14 @@ def grow(rules: Rules, source_folder: Path) -> dict[str, Any]:
 def generate(model: Model, folder: Path) -> None:
     import torch
 
-    from stackgrow.checkpoint.hf import _write_dcp
+    from stackgrow.checkpoint.hf import write_dcp
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, shape in model.tensors().items():
             yield name, torch.randn(shape)
 
     folder.mkdir()
-    _write_dcp(folder, tensors())
+    write_dcp(folder, tensors())
     os.sync()
 
 
