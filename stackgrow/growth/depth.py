@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from stackgrow.growth.rules import Alias, GrowthError, Rules
@@ -30,6 +31,16 @@ def interleave_map(n_source: int, n_target: int) -> list[int]:
             f"use {below} or {below + n_source} target layers"
         )
     return [i * n_source // n_target for i in range(n_target)]
+
+
+def kept_connections(layer_map: Sequence[int]) -> int:
+    """How many neighbours in the target follow each other in the source too: Con_r of the connection rate
+    R_c = Con_r / (L - 1) (appendix H.2, eq. 51; Table 5)."""
+    kept = 0
+    for lower, upper in pairwise(layer_map):
+        if upper == lower + 1:
+            kept += 1
+    return kept
 
 
 def depth_rules(layer_map: Sequence[int], source: Model, target: Model) -> Rules:

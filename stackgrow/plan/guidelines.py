@@ -10,7 +10,7 @@ FITTED_PARAMETERS = (3.08e8, 3e9)
 FITTED_FLOPS = 1.2e21
 TIMING = (0.88, 163.27, -5.74)  # a, b, c of eq. 2
 # Section 4.2: best between 2 and 4 of the factors 2 to 24 (1.1B) and 4 to 32 (3B), so the paper uses 4 throughout. The
-# equation that it fits for the factor it calls preliminary; it gives 17 for a 7B of 300B tokens, and is left out.
+# equation that it fits for the factor it calls preliminary; it gives 17 for a 7B of 300B tokens: shown, never used.
 GROWTH_FACTOR = 4
 BEST_FACTORS = (2, 4)
 
@@ -24,6 +24,12 @@ def growth_timing(parameters: float, flops: float, fit: tuple[float, float, floa
     """
     a, b, c = fit
     return float(10 ** (a * math.log10(parameters) + b / math.log10(flops) + c))
+
+
+def preliminary_factor(parameters: float, flops: float) -> float:
+    """Growth factor g by appendix F, eq. 50: log10(g) = 1.01 log10(N) - 29.88 / log10(C) - 7.36, fitted on 1.1B and 3B
+    alone; its authors call the result mediocre."""
+    return float(10 ** (1.01 * math.log10(parameters) - 29.88 / math.log10(flops) - 7.36))
 
 
 def in_fitted_range(parameters: float, flops: float) -> bool:

@@ -20,7 +20,7 @@ from stackgrow.plan.checks_growth import depth_problems, operator_problems
 from stackgrow.plan.parts import Hop, factor_of, parts_of, resized
 from stackgrow.plan.stages import Plan, Stage, TrainStage
 from stackgrow.plan.timeline import lay_out, train_stages
-from stackgrow.plan.timing import bounds_note, factor_note, timing_note, warmup_note
+from stackgrow.plan.timing import bounds_note, connections_note, factor_note, timing_note, warmup_note
 from stackgrow.plan.until import Until
 from stackgrow.recipe.keys import Growth, Model, Recipe
 from stackgrow.recipe.load import Problem, RecipeError
@@ -138,7 +138,8 @@ def _notes(recipe: Recipe, hops: Sequence[Hop], stages: list[Stage], earliest: l
         waiting = [stage for stage in train_stages(stages) if stage.until and stage.model == hop.source]
         if waiting:
             yield from bounds_note(waiting[0], hop, (flops_of_earliest, flops))
-        yield from factor_note(hop)
+        yield from factor_note(recipe, hop)
+        yield from connections_note(hop)
         if hop.layer_map:
             unused = sorted(set(range(hop.source.n_layers)) - set(hop.layer_map))
             if unused:

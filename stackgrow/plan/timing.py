@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from stackgrow.growth.depth import kept_connections
 from stackgrow.plan import guidelines
 from stackgrow.plan.parts import Hop
 from stackgrow.plan.stages import TrainStage
@@ -75,17 +76,31 @@ def warmup_note(stage: TrainStage) -> Iterator[str]:
         yield f"{stage.name}: its warm-up takes {steps}, {share:.0%}, more than a fifth; its own table may shorten it"
 
 
-def factor_note(hop: Hop) -> Iterator[str]:
+def factor_note(recipe: Recipe, hop: Hop) -> Iterator[str]:
     """Whether the paper found other factors of G_stack to be better."""
     before, after = hop.source.n_layers, hop.target.n_layers
     low, high = guidelines.BEST_FACTORS
     if not hop.operator.studied or hop.growth.layer_map is not None:
         return
     if hop.growth.factor == "auto":
-        yield f"{hop.where}.factor: {guidelines.GROWTH_FACTOR}, which the paper uses throughout (section 4.2)"
+        n = hop.target.non_embedding_parameters()
+        preliminary = guidelines.preliminary_factor(n, guidelines.training_flops(n, recipe.budget.tokens))
+        yield (
+            f"{hop.where}.factor: {guidelines.GROWTH_FACTOR}, which the paper uses throughout (section 4.2); its "
+            f"preliminary equation (appendix F, eq. 50) would give {preliminary:.1f}"
+        )
     if not low * before <= after <= high * before:
         swept = "swept 2 to 24 at 1.1B and 4 to 32 at 3B: section 4.2"
         yield f"{hop.where}.factor: {after // before} is beyond the best of the paper, {low} to {high} ({swept})"
+
+
+def connections_note(hop: Hop) -> Iterator[str]:
+    """The connection rate of what is stacked, by which the paper orders its ablations (appendix H.2, Table 5)."""
+    if not hop.layer_map or not hop.operator.studied:
+        return
+    kept, every = kept_connections(hop.layer_map), len(hop.layer_map) - 1
+    rate = 100 * kept / every
+    yield f"{hop.where}: keeps {kept} of {every} connections between layers, R_c = {rate:.1f}% (paper, eq. 51)"
 
 
 def bounds_note(latest: TrainStage, hop: Hop, flops: tuple[float, float]) -> Iterator[str]:

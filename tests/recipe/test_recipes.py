@@ -4,16 +4,16 @@ import os
 import re
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from recipes_for_tests import RECIPE_FILES as FILES
 
+from stackgrow.growth.depth import kept_connections
 from stackgrow.plan import guidelines
 from stackgrow.plan.cost import Cluster, estimate
 from stackgrow.plan.resolve import make_plan
-from stackgrow.plan.stages import GrowStage, Plan, TrainStage
+from stackgrow.plan.stages import GrowStage, LearnStage, Plan, TrainStage
 from stackgrow.recipe.load import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -159,6 +159,8 @@ OPERATORS = {
     "direct_depth": "stack", "zero_depth": "zero", "random_depth": "random", "learn_depth": "learn",
     "direct_width": "split", "zero_width": "zero", "random_width": "random", "learn_width": "learn",
 }  # fmt: skip
+WIDER_BASES = [f"1.1b_50b_{name}" for name in OPERATORS]  # of 50B tokens: Figures 11b, 11d, 13, 15, 16b, 16d
+EIGHT_LAYERS = ["1.1b_8l_stack", "1.1b_8l_interleave", "1.1b_8l_noise"]  # Figures 35, 36, 41, 42
 ABLATIONS = ("gradual", "interleave", "noise", "last_layers", "mslt")
 PARTIAL = {  # Table 5: the share of retained connections, in percent
     "123456x4": 87.0, "12-3456x5-56": 78.3, "12-345x7-6": 74.0, "123-456x7": 74.0,
@@ -166,7 +168,14 @@ PARTIAL = {  # Table 5: the share of retained connections, in percent
 }  # fmt: skip
 GROUPS = {
     "quickstart_scratch.toml": ["quickstart.toml"],
-    "operators/1.1b_scratch.toml": [f"operators/1.1b_{name}.toml" for name in (*OPERATORS, "gradual")],
+    "operators/1.1b_scratch.toml": [
+        f"operators/{name}.toml"
+        for name in (
+            *(f"1.1b_{name}" for name in (*OPERATORS, "gradual", "direct_width_noise")),
+            *WIDER_BASES,
+            *EIGHT_LAYERS,
+        )
+    ],
     "operators/small_scratch.toml": [f"operators/small_{name}.toml" for name in (*OPERATORS, *ABLATIONS)],
     "operators/small_24l_scratch.toml": [f"operators/small_partial_{name}.toml" for name in PARTIAL],
 }
@@ -197,9 +206,67 @@ def test_operators(setting: str) -> None:
         assert (grow.operator, grow.noise) == (operator, 0)
         assert made.train_stages[0].steps == base_steps
         deep = name.endswith("depth")
-        assert grow.layer_map == (tuple(range(layers)) * 4 if deep and operator != "learn" else None)
+        in_place = tuple(i // 4 for i in range(4 * layers))
+        stacked = in_place if operator == "zero" else tuple(range(layers)) * 4
+        assert grow.layer_map == (stacked if deep and operator != "learn" else None), "zero: as the official code"
         assert grow.target.n_layers == grow.source.n_layers * (4 if deep else 1)
         assert (grow.source.dim * (1 if deep else 2), grow.source.head_dim) == (grow.target.dim, grow.target.head_dim)
+
+
+def test_operators_have_the_settings_of_the_official_code() -> None:
+    """tongxuluo/prts: the mask of G_random rises in 5000 steps, a split copies norms; LiGO's author's rates (issue 2)."""
+    for name in ("1.1b_random_depth", "1.1b_random_width"):
+        masked = plan(f"operators/{name}.toml").train_stages[-1]
+        assert [masked.mask_value(step) for step in (2500, 5000)] == [0.5, 1.0]
+    for name in ("1.1b_direct_width", "1.1b_direct_width_noise", "small_direct_width"):
+        (grow,) = plan(f"operators/{name}.toml").growths
+        assert (grow.operator, grow.norm) == ("split", "copied")
+    for name in ("1.1b_learn_depth", "1.1b_learn_width", "small_learn_depth", "small_learn_width"):
+        made = plan(f"operators/{name}.toml")
+        (learn,) = (stage for stage in made.train_stages if isinstance(stage, LearnStage))
+        train = learn.train
+        assert (train.learning_rate, train.min_learning_rate, train.weight_decay) == (7e-5, 7e-6, 0.1)
+        assert (learn.steps, learn.warmup_steps, learn.horizon_steps) == (100, 50, 100)
+        if name.startswith("1.1b"):
+            assert (learn.batch_sequences, learn.maps) == (1024, "official")
+
+
+@pytest.mark.parametrize("name", WIDER_BASES)
+def test_operators_on_a_base_of_50b_tokens(name: str) -> None:
+    made, standard = plan(f"operators/{name}.toml"), plan(f"operators/{name.replace('50b_', '')}.toml")
+    assert made.train_stages[0].steps == TIMINGS[50]
+    assert [stage.operator for stage in made.growths] == [stage.operator for stage in standard.growths]
+    assert made.train_stages[0].model == standard.train_stages[0].model
+
+
+def test_eight_layers_to_24() -> None:
+    for name, layer_map, noise, rate in (
+        ("1.1b_8l_stack", tuple(range(8)) * 3, 0.0, 91.3),
+        ("1.1b_8l_interleave", tuple(i // 3 for i in range(24)), 0.0, 30.4),
+        ("1.1b_8l_noise", tuple(range(8)) * 3, 0.2, 91.3),
+    ):
+        made = plan(f"operators/{name}.toml")
+        (grow,) = made.growths
+        assert (grow.layer_map, grow.noise) == (layer_map, noise)
+        assert [note for note in made.notes if f"R_c = {rate}%" in note], "as appendix H.2 has it"
+
+
+def test_later_work() -> None:
+    scratch = plan("operators/small_scratch.toml")
+    step = scratch.flops / scratch.train_stages[0].steps
+    for name in ("small_midas", "small_lidas", "small_in_place_late", "small_wsd_scratch"):
+        assert abs(plan(f"later/{name}.toml").flops - scratch.flops) < step, name
+    midas, lidas = plan("later/small_midas.toml"), plan("later/small_lidas.toml")
+    assert maps(midas) == [(0, 1) * 2, (0, 1, 0, 1, 2, 3), (0, 1, 2, 3, 2, 3, 4, 5)]
+    assert maps(lidas) == [(0, 0, 1, 1), (0, 1, 1, 2, 2, 3), (0, 1, 2, 2, 3, 3, 4, 5)]
+    for made in (midas, lidas):
+        tokens = [stage.tokens / made.tokens for stage in made.train_stages]
+        assert tokens == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.002)
+    one, twin = plan("later/small_one_layer_wsd.toml"), plan("later/small_wsd_scratch.toml")
+    assert one.tokens == twin.tokens
+    rates = [[stage.learning_rate(step) for step in range(1, stage.steps + 1)] for stage in one.train_stages]
+    (whole,) = twin.train_stages
+    assert rates[0] + rates[1] == pytest.approx([whole.learning_rate(step) for step in range(1, whole.steps + 1)])
 
 
 def test_standard_setting_of_the_operators() -> None:
@@ -238,8 +305,7 @@ def test_partial_stacking(method: str) -> None:
     assert len(layer_map) == 24
     assert made.train_stages[0].model.n_layers == 6
     # Eq. 51 tells whether the paper's notation is read as meant: connections of the base that are left.
-    kept = sum(after == before + 1 for before, after in pairwise(layer_map))
-    assert 100 * kept / 23 == pytest.approx(PARTIAL[method], abs=0.2)
+    assert 100 * kept_connections(layer_map) / 23 == pytest.approx(PARTIAL[method], abs=0.2)
 
 
 TIMINGS = {1: 477, 5: 2384, 20: 9537, 50: 23842}  # billions of tokens: steps
@@ -248,6 +314,11 @@ SWEEPS = {  # file: target, factor, steps of the base, FLOPs
     for size, run, flops in (("410m", "410m_750b", 2.2e20), ("1.1b", "1.1b_100b", 7e20), ("3b", "3b_300b", 1.2e21))
     for d, steps in TIMINGS.items()
 }
+SWEEPS |= {
+    f"{size}_timing_0b": (run, 4, 1, flops)
+    for size, (run, _, _, flops) in ((size, SWEEPS[f"{size}_timing_50b"]) for size in ("410m", "1.1b", "3b"))
+}
+SWEEPS["3b_timing_100b"] = ("3b_300b", 4, 47_684, 1.2e21)
 SWEEPS |= {f"1.1b_factor_{g}": ("1.1b_100b", g, 4768, 7e20) for g in (2, 8, 24)}
 SWEEPS |= {f"3b_factor_{g}": ("3b_300b", g, 4768, 7e20) for g in (8, 16, 32)}
 
@@ -262,7 +333,10 @@ def test_sweeps(name: str) -> None:
     assert (made.recipe.model, made.recipe.train) == (main.recipe.model, main.recipe.train)
     assert main.paper_flops > flops, "the main run passes through the sweep's FLOPs"
     rates = {key: made.recipe.base.train[key] for key in ("learning_rate", "min_learning_rate")}
-    assert rates == {key: main.recipe.base.train[key] for key in rates}
+    if "_0b" in name:
+        assert base.learning_rate(1) == 1e-9, "d = 0: a step that changes no weight"
+    else:
+        assert rates == {key: main.recipe.base.train[key] for key in rates}
 
 
 def test_all_sweeps_are_tested() -> None:
