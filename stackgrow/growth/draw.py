@@ -19,7 +19,10 @@ def generator(*key: object) -> torch.Generator:
 
     text = ":".join(str(part) for part in key)
     digest = hashlib.sha256(text.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    # torch takes seeds of 63 bits.
+    seed = int.from_bytes(digest[:8], "little") >> 1
+    rng = torch.Generator()
+    return rng.manual_seed(seed)
 
 
 def draw(name: str, shape: tuple[int, ...], model: Model, rng: torch.Generator) -> Tensor:
@@ -28,16 +31,23 @@ def draw(name: str, shape: tuple[int, ...], model: Model, rng: torch.Generator) 
     import torch
     from torch import nn
 
+    # An RMSNorm weight.
     if len(shape) == 1:
         return torch.ones(shape)
+
     whole = torch.empty(shape)
     if model.init == "paper":
-        return whole.normal_(0.0, paper_std(name, shape, model.n_layers), generator=rng)
+        std = paper_std(name, shape, model.n_layers)
+        return whole.normal_(0.0, std, generator=rng)
+
+    # torch's modules as they come, without an initialization of the model's own.
     if model.init == "torch":
         if name == "tok_embeddings.weight":
             return whole.normal_(0.0, 1.0, generator=rng)
         bound = torch_bound(shape)
         return whole.uniform_(-bound, bound, generator=rng)
+
+    # torchtitan's: normal, cut off where it says so.
     std, cut = torchtitan_std(name, model.dim)
     if math.isinf(cut):
         return whole.normal_(0.0, std, generator=rng)

@@ -37,14 +37,23 @@ def initial_network(source: Model, target: Model, seed: int, maps: str = "paper"
     D: stacked identities, so that layer i is layer i mod l (official code, tongxuluo/prts)."""
     kept = kept_channels(source, target)
     wanted = shapes(source, target, maps)
+
+    # Widths: old channels pass through, new ones are random mixtures of them.
     widths = {}
     for name, shape in wanted["widths"].items():
+        rows, columns = shape
         rng = generator(seed, "learn", name)
-        B = torch.empty(shape).normal_(0, 1 / math.sqrt(shape[0]), generator=rng)
-        B[kept[CHANNELS[name]]] = torch.eye(shape[1])
+        B = torch.empty(shape)
+        B.normal_(0, 1 / math.sqrt(rows), generator=rng)
+        old_rows = kept[CHANNELS[name]]
+        B[old_rows] = torch.eye(columns)
         widths[name] = B
-    layers = torch.arange(target.n_layers) % source.n_layers
-    depths = {name: torch.eye(source.n_layers)[layers] for name in wanted["depths"]}
+
+    # Depths: as G_stack has it.
+    stacked = torch.arange(target.n_layers) % source.n_layers
+    depths = {}
+    for name in wanted["depths"]:
+        depths[name] = torch.eye(source.n_layers)[stacked]
     return HyperNetwork(widths, depths)
 
 
@@ -53,12 +62,16 @@ def widen(name: str, weight: Tensor, widths: Mapping[str, Tensor]) -> Tensor:
     none, where only the depth is learned, leave W as it is."""
     if not widths:
         return weight
-    axes = AXES[kind(name)]
-    for axis in axes[1:]:
-        weight = weight @ widths[_matrix_of(axis, name)].T
-    if axes[0] == "vocab":
+    rows, *columns = AXES[kind(name)]
+    # A norm has no columns.
+    for axis in columns:
+        B_in = widths[_matrix_of(axis, name)]
+        weight = weight @ B_in.T
+    # The vocabulary does not grow.
+    if rows == "vocab":
         return weight
-    return widths[_matrix_of(axes[0], name)] @ weight
+    B_out = widths[_matrix_of(rows, name)]
+    return B_out @ weight
 
 
 def _matrix_of(axis: str, name: str) -> str:
@@ -76,11 +89,16 @@ def with_output(widths: Mapping[str, Tensor], source: Model, target: Model) -> d
     head per group (MHA), "o" is B_V itself, as in eq. 38. Under GQA the paper defines nothing: this is ours."""
     if not widths:
         return {}
-    source_heads = torch.eye(repeats(source)).to(widths["v"])
-    pairs = source_heads[torch.arange(repeats(target)) % repeats(source)]
-    blocks = widths["v"].view(target.kv_heads, target.head_dim, source.kv_heads, source.head_dim)
+    B_V = widths["v"]
+    # pairs [R, r]: 1 where query head t of a target group takes from query head s of a source group.
+    from_heads = torch.arange(repeats(target)) % repeats(source)
+    pairs = torch.eye(repeats(source)).to(B_V)[from_heads]
+    # B_V by heads: [K, E, k, e], of target and source groups (G, g) and the channels in them.
+    blocks = B_V.view(target.kv_heads, target.head_dim, source.kv_heads, source.head_dim)
     o = torch.einsum("ts,GEge->GtEgse", pairs, blocks)
-    return {**widths, "o": o.reshape(target.n_heads * target.head_dim, source.n_heads * source.head_dim)}
+    output_channels = target.n_heads * target.head_dim
+    input_channels = source.n_heads * source.head_dim
+    return {**widths, "o": o.reshape(output_channels, input_channels)}
 
 
 def learned_rules(source: Model, target: Model, network: HyperNetwork, maps: str = "paper") -> Rules:
@@ -93,17 +111,22 @@ def learned_rules(source: Model, target: Model, network: HyperNetwork, maps: str
     _check_shapes(network, shapes(source, target, maps))
     exact = {name: B.detach().double() for name, B in network.widths.items()}
     widths = with_output(exact, source, target)
+
     targets: dict[str, Rule] = {}
     used: set[str] = set()
     for name in target.tensors():
-        if kind(name) in network.depths:
-            targets[name] = _folded(name, _mixture(name, network.depths[kind(name)]), widths)
+        D = network.depths.get(kind(name))
+        if D is not None:
+            mixture = _mixture(name, D)
+            targets[name] = _folded(name, mixture, widths)
+        # The embedding, the last norm and the head, and, where no depth is learned, the layers.
         elif widths:
             targets[name] = _folded(name, {name: 1.0}, widths)
         else:
             targets[name] = Alias(name)
         used.update(targets[name].sources)
-    return Rules(targets, source.tensors(), target.tensors(), frozenset(set(source.tensors()) - used))
+    dropped = frozenset(set(source.tensors()) - used)
+    return Rules(targets, source.tensors(), target.tensors(), dropped)
 
 
 def _mixture(name: str, D: Tensor) -> dict[str, float]:
@@ -117,14 +140,18 @@ def _mixture(name: str, D: Tensor) -> dict[str, float]:
 
 
 def _folded(name: str, mixture: Mapping[str, float], widths: Mapping[str, Tensor]) -> Compute:
+    """The target tensor ``name``: its source tensors mixed, then widened. Fewer matrices are multiplied so."""
+
     def fn(*weights: Tensor) -> Tensor:
         total = torch.zeros_like(weights[0], dtype=torch.float64)
         for coefficient, weight in zip(mixture.values(), weights, strict=True):
             total += coefficient * weight.double()
         return widen(name, total, widths).to(weights[0].dtype)
 
-    def by_rows(weight: Tensor) -> Tensor:  # the vocabulary is the one long axis, and not widened
-        return torch.cat([fn(rows) for rows in weight.split(ROWS)])
+    # The vocabulary is the one long axis, and not widened: some rows at a time need no float64 copy of all.
+    def by_rows(weight: Tensor) -> Tensor:
+        parts = [fn(rows) for rows in weight.split(ROWS)]
+        return torch.cat(parts)
 
     is_long = AXES[kind(name)][0] == "vocab"
     return Compute(tuple(mixture), by_rows if is_long else fn, "learned map")

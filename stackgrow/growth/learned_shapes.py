@@ -23,8 +23,9 @@ CHANNELS = {"emb": "stream", "q": "query", "k": "key", "v": "key", "mlp": "ffn"}
 
 def check_learned(source: Model, target: Model) -> None:
     """Raise GrowthError unless G_learn is defined between the two."""
-    check_widths(source, replace(target, n_layers=source.n_layers))
-    kept_channels(source, target)
+    wide = replace(target, n_layers=source.n_layers)
+    check_widths(source, wide)
+    kept_channels(source, target)  # raises where heads do not fit
     if target.n_layers < source.n_layers:
         raise GrowthError(f"growth adds layers: {target.n_layers} are fewer than the source's {source.n_layers}")
     if not (wider(source, target) or target.n_layers > source.n_layers):
@@ -45,7 +46,8 @@ def learns_depths(source: Model, target: Model, maps: str) -> bool:
 
 def shapes(source: Model, target: Model, maps: str = "paper") -> dict[str, dict[str, tuple[int, int]]]:
     """{"widths": {name: shape of B}, "depths": {weight type: shape of D}}, of those that ``maps`` has."""
-    small, large = _channel_counts(source), _channel_counts(target)
+    small = _channel_counts(source)
+    large = _channel_counts(target)
     wanted: dict[str, dict[str, tuple[int, int]]] = {"widths": {}, "depths": {}}
     if learns_widths(source, target, maps):
         for name, axis in CHANNELS.items():
@@ -57,7 +59,13 @@ def shapes(source: Model, target: Model, maps: str = "paper") -> dict[str, dict[
 
 
 def _channel_counts(model: Model) -> dict[str, int]:
-    return {"stream": model.dim, "query": model.dim, "key": model.kv_heads * model.head_dim, "ffn": model.ffn_dim}
+    """By the words of ``AXES``, the vocabulary aside."""
+    return {
+        "stream": model.dim,
+        "query": model.n_heads * model.head_dim,
+        "key": model.kv_heads * model.head_dim,
+        "ffn": model.ffn_dim,
+    }
 
 
 def matrix_names(parts: Mapping[str, Mapping[str, object]]) -> dict[str, tuple[str, str]]:
@@ -90,16 +98,24 @@ def mapping_flops(source: Model, target: Model, maps: str = "paper") -> int:
     after = target.tensors()
     total = 0
     for name, shape in source.tensors().items():
-        r, R = shape[0], after[name][0]
+        r = shape[0]
+        R = after[name][0]
+        c = C = 1  # of a norm, which has no columns
         is_norm = len(shape) == 1
-        c, C = (1, 1) if is_norm else (shape[1], after[name][1])
+        if not is_norm:
+            c = shape[1]
+            C = after[name][1]
         in_layer = kind(name) in LAYER_KINDS
+
+        # Widening: W B_in^T with its one gradient, then B_out times that with two.
         if widens and is_norm:
             total += 2 * (2 * R * r)
         elif widens:
             total += 2 * (2 * r * c * C)
             if in_layer:  # the vocabulary does not grow
                 total += 3 * (2 * R * r * C)
+
+        # Mixing layers: forward, the gradient of D, and that of what is mixed where something below it is learned.
         if deepens and in_layer:
             passes = 3 if widens else 2
             total += passes * (2 * target.n_layers * R * C)

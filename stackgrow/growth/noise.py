@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from stackgrow.growth.draw import generator, paper_std
@@ -29,13 +30,16 @@ def noisy_rules(rules: Rules, n_layers: int, ratio: float, seed: int, moment: Mo
     targets = dict(rules.targets)
     for name, rule in rules.targets.items():
         shape = rules.target_shapes[name]
-        if len(shape) != 2:
+        is_norm = len(shape) == 1
+        if is_norm:
             continue
         if not moment:
             std = noise_std(name, shape, n_layers)
             targets[name] = _blended(name, rule, shape, std, ratio, seed)
+        # A moment has no noise of its own: it is that of a weight times (1 - ratio).
         elif not isinstance(rule, Zeros):
-            targets[name] = _shrunk(rule, (1 - ratio) ** moment.power)
+            factor = (1 - ratio) ** moment.power
+            targets[name] = _shrunk(rule, factor)
     return replace(rules, targets=targets)
 
 
@@ -55,17 +59,24 @@ def _shrunk(rule: Alias | Compute, factor: float) -> Compute:
 
 
 def _blended(name: str, rule: Rule, shape: Shape, std: float, ratio: float, seed: int) -> Compute:
+    """(1 - ratio) W + ratio eps, with W what ``rule`` makes."""
+
     def fn(*sources: Tensor) -> Tensor:
+        # The grown weight without noise. It may be the source itself, which a Compute may overwrite.
         if isinstance(rule, Compute):
             weight = rule.fn(*sources)
         elif isinstance(rule, Zeros):
             weight = sources[0].new_zeros(shape)
         else:
             weight = sources[0]
+
+        # Some rows at a time: float64 copies of a whole embedding would take twice its memory.
         rng = generator(seed, "noise", name)
         for rows in weight.split(ROWS):
-            eps = rows.new_empty(rows.shape, dtype=weight.dtype).float().normal_(0.0, std, generator=rng)
-            rows.copy_((1 - ratio) * rows.double() + ratio * eps.double())
+            eps = torch.empty(rows.shape)
+            eps.normal_(0.0, std, generator=rng)
+            blended = (1 - ratio) * rows.double() + ratio * eps.double()
+            rows.copy_(blended)
         return weight
 
     inner = f", {rule.note}" if isinstance(rule, Compute) else ""

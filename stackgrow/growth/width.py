@@ -63,12 +63,15 @@ def split_rules(source: Model, target: Model, seed: int, moment: Moment | None =
     if source.norm_eps != target.norm_eps:
         raise GrowthError(f"a split keeps norm_eps: {source.norm_eps:g}, not {target.norm_eps:g}")
     channels = copied_channels(source, target)
-    factor = math.sqrt(source.dim) / math.sqrt(target.dim) if norm == "scaled" else 1.0
+    factor = 1.0
+    if norm == "scaled":
+        factor = math.sqrt(source.dim) / math.sqrt(target.dim)
     memory = Reused()
     targets: dict[str, Rule] = {}
     for name, shape in source.tensors().items():
         copied = [channels[axis] for axis in AXES[kind(name)]]
-        if all(copies == list(range(size)) for copies, size in zip(copied, shape, strict=True)):
+        unchanged = [list(range(size)) for size in shape]
+        if copied == unchanged:
             targets[name] = Alias(name)
         elif len(shape) == 1:
             targets[name] = _split_norm(name, copied[0], factor, moment)
@@ -202,17 +205,25 @@ def _split_matrix(
     def fn(weight: Tensor) -> Tensor:
         import torch
 
-        rows, columns = torch.tensor(copied_rows), torch.tensor(copied_columns)
+        rows = torch.tensor(copied_rows)
+        columns = torch.tensor(copied_columns)
         wide = memory.empty((len(rows), len(columns)), weight.dtype)
-        shares = _shares(columns, shape[1], generator(seed, "split", name)) ** power
+        rng = generator(seed, "split", name)
+        shares = _shares(columns, shape[1], rng) ** power
+
+        # Some rows at a time stay in the processor's cache between the copy and the product.
         with one_thread():
             for some_rows, part in zip(rows.split(ROWS), wide.split(ROWS), strict=True):
-                torch.index_select(weight.index_select(0, some_rows), 1, columns, out=part)
+                narrow = weight.index_select(0, some_rows)
+                torch.index_select(narrow, 1, columns, out=part)
                 if shared:
                     part *= shares
+
+        # A moment of which the first copy alone keeps its own.
         if asymmetric:
             for dimension, copied in enumerate((copied_rows, copied_columns)):
-                wide.index_fill_(dimension, torch.tensor(_second_copies(copied), dtype=torch.long), 0)
+                again = torch.tensor(_second_copies(copied), dtype=torch.long)
+                wide.index_fill_(dimension, again, 0)
         return wide
 
     return Compute((name,), fn, "split")
@@ -247,6 +258,7 @@ def _shares(columns: Tensor, n_source: int, rng: torch.Generator) -> Tensor:
     weights from [0.5, 1.5) and take proportional shares, which add up to 1 exactly."""
     import torch
 
+    # Proportional shares, in whole numbers of the grid.
     drawn = torch.rand(len(columns), generator=rng, dtype=torch.float64) + 0.5
     totals = torch.zeros(n_source, dtype=torch.float64).index_add_(0, columns, drawn)
     shares = (GRID * drawn / totals[columns]).floor()

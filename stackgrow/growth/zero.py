@@ -188,15 +188,23 @@ class Padding:
             import torch
 
             wide = self._new(name, weight)
-            rows, columns = torch.tensor(row_places), torch.tensor(column_places)
+            rows = torch.tensor(row_places)
+            columns = torch.tensor(column_places)
+
+            # G_zero: new outputs do not read old channels, and the embedding's are zero.
             if self.zero and tensor == "tok_embeddings":
                 wide[:] = 0
             elif self.zero:
                 wide[:, columns] = 0
+
+            # What heads need: see the class.
             if tensor == "attention.wo":
                 wide[:, self._sharing_channels()] = 0
             if tensor == "attention.wq" and head_factor > 1:
-                weight = times(weight, math.sqrt(head_factor) ** self._power)
+                factor = math.sqrt(head_factor) ** self._power
+                weight = times(weight, factor)
+
+            # The source in its places.
             wide[rows[:, None], columns] = weight
             return wide
 

@@ -95,8 +95,10 @@ def factor_note(recipe: Recipe, hop: Hop) -> Iterator[str]:
 
 
 def connections_note(hop: Hop) -> Iterator[str]:
-    """The connection rate of what is stacked, by which the paper orders its ablations (appendix H.2, Table 5)."""
-    if not hop.layer_map or not hop.operator.studied:
+    """The connection rate, by which the paper orders its ablations (appendix H.2, Table 5), of layers that are stacked
+    in another way than G_stack's."""
+    is_gstack = hop.growth.layer_map is None and hop.growth.order == "stack"
+    if not hop.layer_map or not hop.operator.studied or is_gstack:
         return
     kept, every = kept_connections(hop.layer_map), len(hop.layer_map) - 1
     rate = 100 * kept / every

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from stackgrow.plan import guidelines
@@ -31,3 +33,11 @@ def test_flops() -> None:
     assert guidelines.training_flops(7e9, 300e9) == 6 * 7e9 * 300e9
     # Forward: scores and values, 2 products x 2 S D FLOPs per token and layer; backward twice that.
     assert guidelines.attention_flops(32, 4096, 2048, 1) == 3 * 2 * 2 * 2048 * 4096 * 32
+
+
+def test_the_preliminary_factor_of_a_7b_is_far_from_the_papers_own() -> None:
+    """Appendix F, eq. 50, for 300B tokens: about 17, where the paper uses 4."""
+    n = 6.476e9
+    g = guidelines.preliminary_factor(n, guidelines.training_flops(n, 300e9))
+    assert math.log10(g) == pytest.approx(1.01 * math.log10(n) - 29.88 / math.log10(6 * n * 300e9) - 7.36)
+    assert g == pytest.approx(17, abs=1)

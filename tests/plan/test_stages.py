@@ -99,7 +99,10 @@ def test_layer_map(tmp_path: Path) -> None:
     text = edited(('factor = 2\ntiming = "40 steps"', 'layer_map = [0, 1, 0, 1, 0, 1, 2, 2]\ntiming = "40 steps"'))
     plan = plan_of(tmp_path, text)
     assert plan.stages[3].layer_map == (0, 1, 0, 1, 0, 1, 2, 2)  # type: ignore[union-attr]
-    assert plan.notes == ("growth[1].layer_map: source layers 3 are dropped",)
+    assert plan.notes == (
+        "growth[1]: keeps 4 of 7 connections between layers, R_c = 57.1% (paper, eq. 51)",
+        "growth[1].layer_map: source layers 3 are dropped",
+    )
 
 
 def test_auto_timing_is_the_guideline(tmp_path: Path) -> None:

@@ -248,7 +248,9 @@ def test_eight_layers_to_24() -> None:
         made = plan(f"operators/{name}.toml")
         (grow,) = made.growths
         assert (grow.layer_map, grow.noise) == (layer_map, noise)
-        assert [note for note in made.notes if f"R_c = {rate}%" in note], "as appendix H.2 has it"
+        assert 100 * kept_connections(layer_map) / 23 == pytest.approx(rate, abs=0.05), "as appendix H.2 has it"
+    (note,) = (note for note in plan("operators/1.1b_8l_interleave.toml").notes if "R_c" in note)
+    assert note == "growth[0]: keeps 7 of 23 connections between layers, R_c = 30.4% (paper, eq. 51)"
 
 
 def test_later_work() -> None:

@@ -1,0 +1,208 @@
+"""Our operators beside the paper's official code, run on the same weights: where it agrees with the equations, and
+where it does not (growth/mask.py, growth/learned_shapes.py and ``split_rules`` name the differences).
+
+    git clone https://github.com/tongxuluo/prts && git -C prts checkout bf6f774
+    PRTS=prts python -m pytest tests/growth/test_official.py
+
+Of the code nothing is kept here: its files are loaded from there, with empty modules for what they import in vain.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from growth_for_tests import apply, assert_same, weights
+from torch import Tensor, nn
+
+from stackgrow.growth.depth import interleave_map
+from stackgrow.growth.learned import HyperNetwork, initial_network, learned_rules
+from stackgrow.growth.zero import zero_depth_rules
+from stackgrow.recipe.keys import Model
+
+PRTS = Path(os.environ.get("PRTS", "prts"))
+pytestmark = pytest.mark.skipif(
+    not (PRTS / "G_zero_depthwise.py").is_file(), reason="PRTS names no clone of tongxuluo/prts"
+)
+
+SOURCE = Model(dim=32, n_layers=2, n_heads=4, ffn_dim=48, vocab_size=53)
+# Our tensor of a layer: the official code's, of Hugging Face's Llama and of lit-gpt's.
+HF = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+LIT = {
+    "attention.wo": "attn.proj",
+    "feed_forward.w1": "mlp.swiglu.w1",
+    "feed_forward.w3": "mlp.swiglu.w2",
+    "feed_forward.w2": "mlp.swiglu.w3",
+    "attention_norm": "norm_1",
+    "ffn_norm": "norm_2",
+}
+# LiGO's matrices: our weight type: the official code's D.
+DEPTHS = {
+    "attention.wq": "WQ",
+    "attention.wk": "WK",
+    "attention.wv": "WV",
+    "attention.wo": "WO",
+    "feed_forward.w1": "W_fc1",
+    "feed_forward.w3": "W_fc2",
+    "feed_forward.w2": "W_proj",
+    "attention_norm": "W_ln1",
+    "ffn_norm": "W_ln2",
+}
+WIDTHS = {"emb": "B_embd", "q": "BQ", "k": "BK", "v": "BV", "mlp": "B_ffn"}
+
+
+@pytest.fixture(autouse=True)
+def modules_come_and_go() -> Iterator[None]:
+    before = dict(sys.modules)
+    yield
+    for name in sys.modules.keys() - before.keys():
+        if name.split(".")[0] in ("official", "higher", "jsonargparse"):
+            del sys.modules[name]
+
+
+def empty_module(name: str, **contents: object) -> None:
+    module = ModuleType(name)
+    module.__dict__.update(contents)
+    module.__path__ = []
+    sys.modules[name] = module
+
+
+def load(file: str, name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, PRTS / file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_zero_depthwise_is_the_official_codes_bit_for_bit() -> None:
+    transformers = pytest.importorskip("transformers")
+    empty_module("jsonargparse")
+    empty_module("jsonargparse.cli", CLI=None)
+    official = load("G_zero_depthwise.py", "official")
+    sizes = {
+        "hidden_size": SOURCE.dim,
+        "intermediate_size": SOURCE.ffn_dim,
+        "num_attention_heads": SOURCE.n_heads,
+        "vocab_size": SOURCE.vocab_size,
+    }
+    source = transformers.LlamaConfig(**sizes, num_hidden_layers=2)
+    target = transformers.LlamaConfig(**sizes, num_hidden_layers=8)
+    torch.manual_seed(0)
+    small = transformers.AutoModelForCausalLM.from_config(source)
+    ours = {name: small.state_dict()[hf_name(name)].clone() for name in SOURCE.tensors()}
+
+    config = official.bert2BERTConfig(source, target, False, lemon=True)
+    theirs = official.bert2BERT.from_pretrained(small, config).state_dict()
+
+    deep = replace(SOURCE, n_layers=8)
+    grown = apply(zero_depth_rules(interleave_map(2, 8), SOURCE, deep), ours)
+    assert_same(grown, {name: theirs[hf_name(name)] for name in deep.tensors()})
+
+
+def hf_name(name: str) -> str:
+    outside = {"tok_embeddings.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}
+    if not name.startswith("layers."):
+        return outside.get(name, f"model.{name}")
+    _, layer, tensor = name.split(".", 2)
+    return f"model.layers.{layer}.{HF[tensor.removesuffix('.weight')]}.weight"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        replace(SOURCE, n_layers=6),
+        replace(SOURCE, dim=64, n_heads=8, n_kv_heads=8, ffn_dim=88),
+        replace(SOURCE, dim=64, n_heads=8, n_kv_heads=8, ffn_dim=88, n_layers=4),
+    ],
+    ids=["depth", "width", "both"],
+)
+def test_folded_ligo_is_the_official_codes(target: Model) -> None:
+    """With all its maps, and any values in them: what is trained is the same function of the maps."""
+    small = weights(SOURCE)
+    ligo = official_ligo(small, target)
+    start = initial_network(SOURCE, target, 0, "official")
+    for name, matrix in DEPTHS.items():
+        assert torch.equal(getattr(ligo, matrix), start.depths[name]), "D begins as stacked identities"
+    for name, matrix in WIDTHS.items():
+        old = start.widths[name].shape[1]
+        assert torch.equal(getattr(ligo, matrix)[:old], start.widths[name][:old]), "B begins as the identity"
+
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for matrix in (*DEPTHS.values(), *WIDTHS.values()):
+            parameter = getattr(ligo, matrix)
+            parameter += 0.1 * torch.randn(parameter.shape, generator=rng)
+    theirs = ligo.get_trg_params()
+    network = HyperNetwork(
+        {name: getattr(ligo, matrix).detach() for name, matrix in WIDTHS.items()},
+        {name: getattr(ligo, matrix).detach() for name, matrix in DEPTHS.items()},
+    )
+    grown = apply(learned_rules(SOURCE, target, network, "official"), small)
+    for name, weight in grown.items():
+        torch.testing.assert_close(weight, of_lit(theirs, name), rtol=1e-4, atol=1e-5, msg=name)
+
+
+def official_ligo(small: dict[str, Tensor], target: Model) -> Any:
+    empty_module("higher")
+    empty_module("higher.patch", make_functional=None)
+    for name in ("official", "official.scaling"):
+        empty_module(name)
+    empty_module("official.utils", LiGOConfig=SimpleNamespace)
+    module = load("prts_lit/scaling/ligo.py", "official.scaling.ligo")
+    config = SimpleNamespace(
+        src_width=SOURCE.dim,
+        trg_width=target.dim,
+        src_depth=SOURCE.n_layers,
+        trg_depth=target.n_layers,
+        src_intermediate_size=SOURCE.ffn_dim,
+        trg_intermediate_size=target.ffn_dim,
+    )
+    return module.LiGOModel(SimpleNamespace(state_dict=lambda: lit_state(small)), nn.Identity(), config)
+
+
+def lit_state(small: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights under lit-gpt's names, which has the queries, keys and values of a layer in one matrix."""
+    state = {
+        "transformer.wte.weight": small["tok_embeddings.weight"],
+        "transformer.ln_f.weight": small["norm.weight"],
+        "lm_head.weight": small["output.weight"],
+    }
+    for layer in range(SOURCE.n_layers):
+        parts = [small[f"layers.{layer}.attention.{name}.weight"] for name in ("wq", "wk", "wv")]
+        state[f"transformer.h.{layer}.attn.attn.weight"] = torch.cat(parts)
+        for ours, theirs in LIT.items():
+            state[f"transformer.h.{layer}.{theirs}.weight"] = small[f"layers.{layer}.{ours}.weight"]
+    return state
+
+
+def of_lit(state: dict[str, Tensor], name: str) -> Tensor:
+    outside = {"tok_embeddings": "transformer.wte", "norm": "transformer.ln_f", "output": "lm_head"}
+    short = name.removesuffix(".weight")
+    if short in outside:
+        return state[f"{outside[short]}.weight"]
+    _, layer, tensor = short.split(".", 2)
+    if tensor in LIT:
+        return state[f"transformer.h.{layer}.{LIT[tensor]}.weight"]
+    joined = state[f"transformer.h.{layer}.attn.attn.weight"]
+    return joined.chunk(3)[("wq", "wk", "wv").index(tensor.removeprefix("attention."))]
