@@ -69,6 +69,7 @@ class Cost:
     plan: Plan
     cluster: Cluster
     stages: tuple[StageCost, ...]
+    disk: int  # bytes, when all is done
     peak_disk: int
     epochs: dict[str, float]  # of each store whose size is known, by its path
     saving: Saving | None
@@ -97,6 +98,7 @@ def estimate(plan: Plan, cluster: Cluster, data_tokens: int | None = None) -> Co
         plan=plan,
         cluster=cluster,
         stages=tuple(stages),
+        disk=sum(stage_disk(plan, stage)[0] for stage in plan.stages),
         peak_disk=_peak_disk(plan),
         epochs=_epochs(plan, data_tokens),
         saving=expected_saving(plan),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from stackgrow.plan.cost import Cluster, model_flops
-from stackgrow.plan.memory import FP32, Layout, Memory, stage_memory
+from stackgrow.plan.memory import FP32, Layout, Memory, layout, stage_memory
 from stackgrow.plan.stages import TrainStage
 
 NETWORK = 50e9  # bytes per second and GPU between nodes, assumed: 400 Gb/s
@@ -26,23 +26,47 @@ class Choice:
     activation_checkpoint: str
     memory: Memory
     slowdown: float
+    own: bool = False  # the recipe's
+    place: int = 0  # among all that fit, from 1
 
 
 def search(stage: TrainStage, cluster: Cluster, network: float = NETWORK, best: int = 3) -> list[Choice]:
-    """The fastest ways to run a stage that fit the memory; ``network``: bytes per second and GPU between nodes."""
-    fitting = []
-    for choice in _choices(stage, cluster, network):
-        if choice.memory.total <= cluster.gpu.memory:
-            fitting.append(choice)
+    """The fastest ways to run a stage that fit the memory, and after them the recipe's own if it is none of them and
+    fits; ``network``: bytes per second and GPU between nodes."""
+    own = _own_choice(stage, cluster, network)
+    candidates = list(_choices(stage, cluster, network))
+    if own is not None:
+        candidates = [choice for choice in candidates if replace(choice, own=True) != own]
+        candidates.append(own)
+    fitting = [choice for choice in candidates if choice.memory.total <= cluster.gpu.memory]
     fitting.sort(key=lambda choice: (round(choice.slowdown, 3), choice.memory.total))
-    return fitting[:best]
+    placed = [replace(choice, place=place) for place, choice in enumerate(fitting, start=1)]
+    return [choice for choice in placed if choice.place <= best or choice.own]
+
+
+def _own_choice(stage: TrainStage, cluster: Cluster, network: float) -> Choice | None:
+    """What [parallel] and [train] say; None where that does not make so many ranks."""
+    own_layout = layout(stage.parallel, cluster.gpus)
+    ranks = own_layout.data_ranks * own_layout.tensor
+    sequences = math.gcd(*stage.batches.sizes) // stage.seq_len  # of every step
+    if ranks != cluster.gpus or sequences % own_layout.data_ranks:
+        return None
+    micro_batch = stage.micro_batch(own_layout.data_ranks)
+    return Choice(
+        layout=own_layout,
+        micro_batch=micro_batch,
+        activation_checkpoint=stage.train.activation_checkpoint,
+        memory=stage_memory(stage, own_layout, micro_batch),
+        slowdown=slowdown(stage, own_layout, micro_batch, cluster, network),
+        own=True,
+    )
 
 
 def _choices(stage: TrainStage, cluster: Cluster, network: float) -> Iterator[Choice]:
     modes = MODES[:1] if stage.learns_maps else MODES
     sequences = math.gcd(*stage.batches.sizes) // stage.seq_len  # of every step
-    for layout in _layouts(stage, cluster.gpus):
-        share, rest = divmod(sequences, layout.data_ranks)
+    for possible in _layouts(stage, cluster.gpus):
+        share, rest = divmod(sequences, possible.data_ranks)
         if rest or not share:
             continue
         for micro_batch in MICRO_BATCHES:
@@ -50,9 +74,9 @@ def _choices(stage: TrainStage, cluster: Cluster, network: float) -> Iterator[Ch
                 continue
             for mode in modes:
                 variant = replace(stage, train=replace(stage.train, activation_checkpoint=mode))
-                memory = stage_memory(variant, layout, micro_batch)
-                slow = slowdown(variant, layout, micro_batch, cluster, network)
-                yield Choice(layout, micro_batch, mode, memory, slow)
+                memory = stage_memory(variant, possible, micro_batch)
+                slow = slowdown(variant, possible, micro_batch, cluster, network)
+                yield Choice(possible, micro_batch, mode, memory, slow)
 
 
 def _layouts(stage: TrainStage, gpus: int) -> Iterator[Layout]:

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 from recipes_for_tests import RECIPE, edited, plan_of
 
+from stackgrow.cli.plan import main as plan_tool
 from stackgrow.plan.cost import GPUS, Cluster, estimate, stage_disk
+from stackgrow.plan.reliability import Machine, hang_gpu_hours, reliability
 from stackgrow.plan.resolve import make_plan
 from stackgrow.plan.saving import expected_saving
 from stackgrow.plan.search import recomputed, search
 from stackgrow.plan.stages import Plan
 from stackgrow.recipe.load import load_recipe
-from stackgrow.report.cost_table import cost_dict, render_cost, render_cost_json
+from stackgrow.report.cost_table import Assumed, cost_dict, duration, render_cost, render_cost_json
 from stackgrow.text import WIDTH
 
 REPOSITORY = Path(__file__).parents[2]
@@ -158,3 +160,76 @@ def test_picture_shows_every_stage(tmp_path: Path) -> None:
     picture = (tmp_path / "plan.svg").read_text()
     for text in ("stage-0-train-2L: 103K parameters, 20.5K tokens", "stage-4-train-8L", "learning rate"):
         assert text in picture
+
+
+def test_checkpoints_failures_and_hangs_by_hand() -> None:
+    """32 layers of Llama-2-7B: 80.9 GB at 10 GB/s; a failure in 50,000 GPU-hours on 256 GPUs is one in 703,125 s."""
+    cost = estimate(shipped("7b_gstack"), Cluster(256, "h100"))
+    machine = Machine(bandwidth=10e9, startup=300, gpu_hours_per_failure=50_000)
+    last = reliability(cost.stages[-1], cost.plan.recipe, cost.cluster, machine)
+    assert last.write == pytest.approx(8.09, rel=1e-3)
+    assert last.restart == pytest.approx(308.09, rel=1e-4)
+    assert last.step == pytest.approx(22_137 * 3600 / 256 / 350_705, rel=1e-3)
+    assert last.interval == pytest.approx(1000 * last.step)
+    assert last.best_interval == pytest.approx((2 * 8.0858 * 703_125) ** 0.5, rel=1e-3)
+    assert last.best_steps == round(last.best_interval / last.step)
+    assert last.failures == pytest.approx(22_137 / 50_000, rel=1e-3)
+    lost = last.write / last.interval + (last.interval / 2 + last.restart) / 703_125
+    assert last.added == pytest.approx(lost)
+    assert hang_gpu_hours(cost.plan.recipe, cost.cluster) == 1800 * 256 / 3600
+
+    def added(interval: float) -> float:
+        return last.write / interval + interval / 2 / 703_125
+
+    best = last.best_interval
+    assert added(best) < min(added(0.9 * best), added(1.1 * best)), "it is the minimum"
+
+
+def test_money() -> None:
+    cost = estimate(shipped("7b_gstack"), Cluster(256, "h100"))
+    text = render_cost(cost, assumed=Assumed(price=2.0, currency="EUR"))
+    assert "128.0 GPU-hours = 256 EUR each" in text
+    hours = cost.hours * 256
+    assert f"{hours:,.0f} GPU-hours at 2 EUR = {2 * hours:,.0f} EUR" in text
+    assert "money" not in render_cost(cost)
+
+
+def test_disk_adds_up(tmp_path: Path) -> None:
+    text = edited(('operator = "stack"\nfactor = 2\ntiming = "20K"', 'operator = "zero"\nfactor = 2\ntiming = "20K"'))
+    cost = estimate(plan_of(tmp_path, text, ["checkpoint.interval=5 steps"]), Cluster(1, "h100"))
+    kept = [stage_disk(cost.plan, stage)[0] for stage in cost.plan.stages]
+    assert kept[1] > 0, "a grow stage that is no hard links"
+    assert cost.disk == sum(kept) < cost.peak_disk
+
+
+def test_short_times_are_not_zero_days() -> None:
+    assert [duration(hours) for hours in (72, 47.5, 0.5, 0.001)] == [
+        "3.00 days",
+        "47.5 hours",
+        "30.0 minutes",
+        "3.6 seconds",
+    ]
+    quick = render_cost(estimate(shipped("quickstart"), Cluster(1, "h100")))
+    assert "seconds" in quick.splitlines()[1]
+
+
+def test_search_ranks_the_recipe_s_own_layout() -> None:
+    large = shipped("7b_gstack").train_stages[-1]
+    ranked = search(large, Cluster(256, "h100"))
+    assert [choice.place for choice in ranked[:3]] == [1, 2, 3]
+    (own,) = (choice for choice in ranked if choice.own)
+    assert own.place > 3
+    assert (own.layout.shard, own.micro_batch, own.activation_checkpoint) == (256, 4, "selective")
+    best = ranked[0].layout
+    sets = [f"parallel.replicate={best.replicate}", f"parallel.shard={best.shard}"]
+    sets += ["train.activation_checkpoint=none", f"train.micro_batch={ranked[0].micro_batch}"]
+    chosen = search(shipped("7b_gstack", *sets).train_stages[-1], Cluster(256, "h100"))
+    assert [choice.own for choice in chosen] == [True, False, False], "it is counted once"
+
+
+def test_exit_code_tells_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(REPOSITORY / "recipes" / "7b_gstack.toml")
+    assert plan_tool([recipe, "--gpus", "256", "--gpu", "h100"]) == 0
+    assert plan_tool([recipe, "--gpus", "1", "--gpu", "a100"]) == 2
+    assert "GB on one a100" in capsys.readouterr().out
+    assert plan_tool([recipe, "--gpus", "1", "--gpu", "a100", "--search"]) == 2
