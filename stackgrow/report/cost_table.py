@@ -233,7 +233,8 @@ def _remarks(cost: Cost, assumed: Assumed, searched: bool) -> Iterator[str]:
             yield f"not measured like this: {'; '.join(cost.saving.caveats)}"
     if searched:
         yield (
-            "search: own is the recipe's, placed among all that fits; time relative to the products alone, with recomputed products and communication added: over "
+            "search: own is the recipe's, placed among all that fits; time relative to the products alone, with "
+            "recomputed products and communication added: over "
             f"NVLink {gpu.nvlink / 1e9:.0f} GB/s, between nodes {NETWORK / 1e9:.0f} GB/s per GPU (assumed); a model "
             "for ranking, not measured"
         )
