@@ -38,49 +38,73 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def arguments(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--input", nargs="+", action="extend", default=[], help="folders, or URLs that fsspec knows")
-    parser.add_argument("--pattern", default="**/*", help="files to take, relative to --input (default: all)")
-    parser.add_argument("--exclude", action="append", default=[], help="files to leave out; may be repeated")
-    parser.add_argument("--stdlib", action="store_true", help="take Python's standard library, too")
-    parser.add_argument("--preset", choices=PRESETS, help="options that a known corpus needs")
-    parser.add_argument("--text-key", default="text", help="where JSON and Parquet hold the text (default: text)")
-    parser.add_argument("--drop", action="append", type=key_value, default=[], metavar="KEY=VALUE",
-                        help="leave out documents with this value, such as meta.lang=fr; may be repeated")  # fmt: skip
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--train-tokenizer", type=int, metavar="VOCAB", help="train one of this many pieces")
-    which.add_argument("--tokenizer", type=Path, metavar="PATH",
-                       help="a SentencePiece model, a tokenizer.json, or the folder of one")  # fmt: skip
-    parser.add_argument("--bos", metavar="TOKEN", help="the tokenizer's BOS, where it does not say itself which it is")
-    parser.add_argument("--document-ends", choices=DOCUMENT_ENDS,
-                        help="BOS before each document (default), EOS after it (as the paper), or both")  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--append", action="store_true", help="add to the store --out, with its tokenizer")
-    parser.add_argument("--validation", type=float, default=0.02, help="share held out (default: 0.02)")
-    parser.add_argument("--tokens-per-shard", type=int, default=2**26, help="at most (default: 2**26)")
-    parser.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: all)")
-    parser.add_argument("--slurm", metavar="PARTITION", help="run on Slurm, --workers at a time, and return at once")
-    parser.add_argument("--slurm-time", default="24:00:00", help="time limit of a task (default: 24:00:00)")
+    _add_inputs(parser)
+    _add_tokens(parser)
+    _add_work(parser)
     preset = parser.parse_known_args(argv)[0].preset
-    parser.set_defaults(**PRESETS.get(preset, {}))
-    return parser, parser.parse_args(argv)
-
-
-@quiet_at_closed_pipe
-def main(argv: Sequence[str] | None = None) -> int:
-    parser, args = arguments(argv)
+    if preset:
+        parser.set_defaults(**PRESETS[preset])
+    args = parser.parse_args(argv)
     if not args.input and not args.stdlib:
         parser.error("name what to prepare: --input FOLDER, or --stdlib")
     if args.train_tokenizer is None and args.tokenizer is None and not args.append:
         parser.error("name the tokenizer: --tokenizer PATH, or --train-tokenizer VOCAB")
+    return args
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    """Which files, and which documents in them."""
+    add = parser.add_argument
+    add("--input", nargs="+", action="extend", default=[], help="folders, or URLs that fsspec knows")
+    add("--pattern", default="**/*", help="files to take, relative to --input (default: all)")
+    add("--exclude", action="append", default=[], help="files to leave out; may be repeated")
+    add("--stdlib", action="store_true", help="take Python's standard library, too")
+    add("--preset", choices=PRESETS, help="options that a known corpus needs")
+    add("--text-key", default="text", help="where JSON and Parquet hold the text (default: text)")
+    drop_help = "leave out documents with this value, such as meta.lang=fr; may be repeated"
+    add("--drop", action="append", type=key_value, default=[], metavar="KEY=VALUE", help=drop_help)
+
+
+def _add_tokens(parser: argparse.ArgumentParser) -> None:
+    """What they become."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--train-tokenizer", type=int, metavar="VOCAB", help="train one of this many pieces")
+    tokenizer_help = "a SentencePiece model, a tokenizer.json, or the folder of one"
+    which.add_argument("--tokenizer", type=Path, metavar="PATH", help=tokenizer_help)
+    add = parser.add_argument
+    add("--bos", metavar="TOKEN", help="the tokenizer's BOS, where it does not say itself which it is")
+    ends_help = "BOS before each document (default), EOS after it (as the paper), or both"
+    add("--document-ends", choices=DOCUMENT_ENDS, help=ends_help)
+    add("--validation", type=float, default=0.02, help="share held out (default: 0.02)")
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    """Where they go, and who does it."""
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder to write")
+    add("--append", action="store_true", help="add to the store --out, with its tokenizer")
+    add("--tokens-per-shard", type=int, default=2**26, help="at most (default: 2**26)")
+    add("--workers", type=int, default=usable_cpus(), help="processes (default: all)")
+    add("--slurm", metavar="PARTITION", help="run on Slurm, --workers at a time, and return at once")
+    add("--slurm-time", default="24:00:00", help="time limit of a task (default: 24:00:00)")
+
+
+@quiet_at_closed_pipe
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
     sources = [Source(root, args.pattern, tuple(args.exclude)) for root in args.input]
-    slurm = {"partition": args.slurm, "time": args.slurm_time, "workers": args.workers} if args.slurm else None
+    if args.stdlib:
+        sources.append(stdlib_source())
+    slurm = None
+    if args.slurm:
+        slurm = {"partition": args.slurm, "time": args.slurm_time, "workers": args.workers}
     try:
         manifest, written = prepare(
-            [*sources, stdlib_source()] if args.stdlib else sources,
+            sources,
             args.out,
             tokenizer=args.tokenizer or args.train_tokenizer,
             bos=args.bos,
@@ -99,8 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("prepare_data: interrupted; the same command goes on", file=sys.stderr)
         return 130
-    what = "prepared" if written else "already prepared"
-    print(summary(manifest, what) if manifest else f"Slurm is at work; {args.out} appears when all is done")
+    if manifest is None:
+        print(f"Slurm is at work; {args.out} appears when all is done")
+    else:
+        print(summary(manifest, "prepared" if written else "already prepared"))
     return 0
 
 

@@ -7,6 +7,8 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,29 +76,37 @@ def sequence(recipe: Recipe, position: int) -> str:
 
 def pieces(store: TokenStore, start: int, stop: int) -> Iterator[Piece]:
     """The documents in tokens [start, stop) of a split."""
-    separators = np.flatnonzero(store.tokens(start, stop) == store.manifest.bos_id)
+    tokens = store.tokens(start, stop)
+    cuts = np.flatnonzero(tokens == store.manifest.bos_id)
     if store.manifest.document_ends == "eos":
-        separators = separators + 1  # the next document begins after it
-    cuts = sorted({0, *separators.tolist(), stop - start})
-    first_document = store.document(start)
-    for i, (a, b) in enumerate(itertools.pairwise(cuts)):
-        file, number = _origin(store, first_document + i)
-        yield Piece(a, b, first_document + i, file, number)
+        cuts = cuts + 1  # the next document begins after it
+    bounds = sorted({0, *cuts.tolist(), len(tokens)})
+    document = store.document(start)
+    for begin, end in itertools.pairwise(bounds):
+        file, number = _origin(store, document)
+        yield Piece(begin, end, document, file, number)
+        document += 1
 
 
 def _origin(store: TokenStore, document: int) -> tuple[str, int]:
     """The file that a document of the split came from, and which of those that the file gave to the split it is."""
     column = 3 + SPLITS.index(store.split)  # of a row: root, file, bytes, documents in train, in validation
+    number = document
     for corpus in store.manifest.raw.get("corpora", []):
-        path = store.manifest.folder / corpus["list"]["file"]
-        content = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(content).hexdigest() != corpus["list"]["sha256"]:
-            raise StoreError(f"{path} is missing or damaged (SHA-256 differs); {AGAIN}")
-        for row in json.loads(content)["files"]:
-            if document < row[column]:
-                return f"{row[0]}/{row[1]}", document
-            document -= row[column]
+        for row in _listed_files(store.manifest.folder / corpus["list"]["file"], corpus["list"]["sha256"]):
+            if number < row[column]:
+                return f"{row[0]}/{row[1]}", number
+            number -= row[column]
     raise StoreError(f"{store.manifest.folder} does not tell which file that document came from; {AGAIN}")
+
+
+def _listed_files(path: Path, sha256: str) -> list[list[Any]]:
+    """The rows of a corpus' list of files."""
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise StoreError(f"{path} is missing or damaged (SHA-256 differs); {AGAIN}")
+    rows: list[list[Any]] = json.loads(content)["files"]
+    return rows
 
 
 def verify(folder: str) -> str:

@@ -104,16 +104,24 @@ class Order:
 
     def _resolve_chunk(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
         """Stores and windows of the CHUNK positions of this chunk (int64 [CHUNK], both)."""
-        positions = np.arange(chunk * CHUNK, (chunk + 1) * CHUNK)
-        stores, index = self._stores(positions)
+        start = chunk * CHUNK
+        stores, index = self._stores(np.arange(start, start + CHUNK))
         windows = np.empty_like(index)
-        for store, n_windows in enumerate(self.n_windows):
-            epochs, within = np.divmod(index, n_windows)
-            for epoch in np.unique(epochs[stores == store]):
-                chosen = (stores == store) & (epochs == epoch)
-                key = epoch_key(self.hashes[store], self.seed, int(epoch))
-                windows[chosen] = permute(within[chosen], n_windows, key)
+        for store in range(len(self.shares)):
+            mine = stores == store
+            windows[mine] = self._windows_of(store, index[mine])
         return stores, windows
+
+    def _windows_of(self, store: int, index: np.ndarray) -> np.ndarray:
+        """The windows that a store gives as its ``index``-th ones (int64 [k], both)."""
+        n_windows = self.n_windows[store]
+        epochs, within = np.divmod(index, n_windows)
+        windows = np.empty_like(index)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            key = epoch_key(self.hashes[store], self.seed, int(epoch))
+            windows[chosen] = permute(within[chosen], n_windows, key)
+        return windows
 
     def _stores(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The store of each position, and how many sequences that store gives before it (int64 [k], both)."""
@@ -162,13 +170,18 @@ def read_order(data: Data, seed: int) -> Order:
 
 def apportion(weights: Sequence[float], total: int) -> list[int]:
     """Whole numbers in proportion to ``weights`` that add up to ``total``: the largest remainders are rounded up."""
-    scaled = [weight / max(weights) for weight in weights]  # a sum of huge ones would be infinite
-    exact = [weight / sum(scaled) * total for weight in scaled]
+    largest = max(weights)
+    scaled = [weight / largest for weight in weights]  # a sum of huge ones would be infinite
+    sum_of_scaled = sum(scaled)
+    exact = [weight / sum_of_scaled * total for weight in scaled]
     shares = [int(share) for share in exact]
-    remainders = [share - whole for share, whole in zip(exact, shares, strict=True)]
-    largest_first = sorted(range(len(exact)), key=lambda i: (-remainders[i], i))
+
+    def rank(i: int) -> tuple[float, int]:
+        remainder = exact[i] - shares[i]
+        return -remainder, i
+
     left_over = total - sum(shares)
-    for i in largest_first[:left_over]:
+    for i in sorted(range(len(exact)), key=rank)[:left_over]:
         shares[i] += 1
     return shares
 
@@ -184,7 +197,7 @@ def permute(index: np.ndarray, n: int, key: bytes) -> np.ndarray:
     again until it falls inside (cycle walking). Memory does not grow with n.
     """
     x = np.array(index, dtype=np.int64, ndmin=1)
-    if x.size and (x.min() < 0 or x.max() >= n):
+    if np.any((x < 0) | (x >= n)):
         raise IndexError(f"indices {x.min()}..{x.max()} are outside range({n})")
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     keys = np.frombuffer(hashlib.shake_256(key).digest(8 * ROUNDS), dtype="<u8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import hashlib
 import json
 import math
@@ -33,7 +34,7 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from stackgrow.data.read import INPUTS, File, PrepareError, Reader, Skipped, Source, list_files, other_names, read_file
+from stackgrow.data.read import File, Inputs, PrepareError, Reader, Skipped, Source, list_files, other_names, read_file
 from stackgrow.data.store import DOCUMENT_ENDS, DTYPES, FORMAT, MANIFEST, SPLITS, Manifest, TokenStore, read_manifest
 from stackgrow.data.tokenizer import NONE, Tokenizer, store_tokenizer, train_tokenizer
 from stackgrow.data.write import PARTS, STORE, TokenWriter, fraction, write_file
@@ -109,27 +110,27 @@ def prepare(
         "drop": [list(pair) for pair in drop],
     }
     options |= _options_of_documents(known, document_ends)
-    inputs: dict[str, Any] = {
-        "fingerprint": canonical_hash([FORMAT, options, files]),
-        "corpus": len(before.raw["corpora"]) if before else 0,
-        "options": options,
-        "sources": [asdict(source) for source in sources],
-        "files": files,
-        "tasks": _tasks(files),
-        "skipped": skipped,
-    }
+    inputs = Inputs(
+        fingerprint=canonical_hash([FORMAT, options, files]),
+        corpus=len(before.raw["corpora"]) if before else 0,
+        options=options,
+        sources=list(sources),
+        files=files,
+        tasks=_tasks(files),
+        skipped=skipped,
+    )
     existing = _existing(out, inputs, append)
     if existing:
-        left_over = read_json(work / INPUTS) or {}
-        if left_over.get("fingerprint") == inputs["fingerprint"]:
+        left_over = Inputs.read(work)
+        if left_over and left_over.fingerprint == inputs.fingerprint:
             shutil.rmtree(work, ignore_errors=True)  # a kill came between the last two steps, or its owner is there
         return existing, False
     with _locked(work, out):
         _begin(work, inputs, known)
         if slurm:
-            _submit(work, out, len(inputs["tasks"]), slurm)
+            _submit(work, out, len(inputs.tasks), slurm)
             return None, True
-        executor = _Local(_pipeline(work), len(inputs["tasks"]), workers, logging_dir=str(work / "log"))
+        executor = _Local(_pipeline(work), len(inputs.tasks), workers, logging_dir=str(work / "log"))
         executor.run()
         finish(work, out)
     return read_manifest(out), True
@@ -204,7 +205,7 @@ def _tasks(files: Sequence[File]) -> list[tuple[int, int]]:
     return tasks
 
 
-def _existing(out: Path, inputs: dict[str, Any], append: bool) -> Manifest | None:
+def _existing(out: Path, inputs: Inputs, append: bool) -> Manifest | None:
     """The store at ``out`` when it holds these inputs; None when nothing is in the way of preparing them."""
     if not (out / MANIFEST).exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -212,10 +213,10 @@ def _existing(out: Path, inputs: dict[str, Any], append: bool) -> Manifest | Non
         return None
     manifest = read_manifest(out)
     corpora = manifest.raw.get("corpora", [])
-    if all(corpus["fingerprint"] != inputs["fingerprint"] for corpus in corpora):
+    if all(corpus["fingerprint"] != inputs.fingerprint for corpus in corpora):
         if append:
             return None
-        same_options = any(corpus["options"] == inputs["options"] for corpus in corpora)
+        same_options = any(corpus["options"] == inputs.options for corpus in corpora)
         other = "files" if same_options else "options"
         raise PrepareError(
             f"{out} was prepared from other {other}; name another --out, delete that folder, or --append"
@@ -242,38 +243,46 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _begin(work: Path, inputs: dict[str, Any], known: int | Tokenizer) -> None:
-    """Writes the tokenizer and then inputs.json, unless a stopped preparation of the same inputs has."""
-    stopped = read_json(work / INPUTS)
+def _begin(work: Path, inputs: Inputs, known: int | Tokenizer) -> None:
+    """Writes the tokenizer and then the inputs, unless a stopped preparation of the same inputs has."""
+    stopped = Inputs.read(work)
     if stopped:
-        if stopped["fingerprint"] != inputs["fingerprint"]:
+        if stopped.fingerprint != inputs.fingerprint:
             raise PrepareError(f"{work} holds a stopped preparation of other files or options; finish or delete it")
         return
     for folder in (STORE, PARTS):
         (work / folder).mkdir(exist_ok=True)
-    made = train_tokenizer(list(_sample(inputs)), known) if isinstance(known, int) else known
-    write_file(work / STORE / made.file, made.model)
-    document_ends = inputs["options"].get("document_ends", "bos")
-    facts = {
-        "tokenizer": made.file,
-        "dtype": next(name for name, ids in DTYPES.items() if made.vocab_size <= ids),
-        "bos_id": _opening_id(made, document_ends),
-        "eos_id": None if made.eos_id == NONE else made.eos_id,
-        "begin": [] if document_ends == "eos" else [made.bos_id],
-        "end": [] if document_ends == "bos" else [made.eos_id],
-    }
-    write_json(work / INPUTS, {**inputs, **facts})
+    tokenizer = known
+    if isinstance(tokenizer, int):
+        tokenizer = train_tokenizer(list(_sample(inputs)), tokenizer)
+    write_file(work / STORE / tokenizer.file, tokenizer.model)
+    ends = inputs.document_ends
+    begun = dataclasses.replace(
+        inputs,
+        tokenizer=tokenizer.file,
+        dtype=_dtype(tokenizer.vocab_size),
+        bos_id=_opening_id(tokenizer, ends),
+        eos_id=None if tokenizer.eos_id == NONE else tokenizer.eos_id,
+        begin=[] if ends == "eos" else [tokenizer.bos_id],
+        end=[] if ends == "bos" else [tokenizer.eos_id],
+    )
+    begun.write(work)
 
 
-def _sample(inputs: dict[str, Any]) -> Iterator[str]:
+def _dtype(vocab_size: int) -> str:
+    """The smallest that holds every id."""
+    return next(name for name, ids in DTYPES.items() if vocab_size <= ids)
+
+
+def _sample(inputs: Inputs) -> Iterator[str]:
     """Training text from all over the corpus: files by the hashes of their names, of each no more than its share."""
-    files: list[File] = sorted(inputs["files"], key=lambda f: hashlib.sha256(os.fsencode(f.name)).digest())
+    files = sorted(inputs.files, key=lambda file: hashlib.sha256(os.fsencode(file.name)).digest())
     share = max(TRAINING_CHARACTERS // len(files), 2**20)
     total = 0
     for file in files:
         taken = 0
         for document in read_file(inputs, file, Skipped()):
-            if fraction(document.id) >= inputs["options"]["validation"]:
+            if fraction(document.id) >= inputs.validation:
                 yield document.text[: share - taken]
                 taken += len(document.text)
             if taken >= share:
@@ -285,7 +294,7 @@ def _sample(inputs: dict[str, Any]) -> Iterator[str]:
 
 def _pipeline(work: Path, validation: float | None = None) -> list[PipelineStep]:
     if validation is None:
-        validation = json.loads((work / INPUTS).read_bytes())["options"]["validation"]
+        validation = Inputs.of(work).validation
     reader = Reader(str(work))
     return [reader, TokenWriter(str(work), reader, validation)]
 
@@ -320,60 +329,76 @@ def _start_worker() -> None:
 
 def _submit(work: Path, out: Path, tasks: int, options: dict[str, Any]) -> None:
     """Has Slurm run the tasks, and then, when all are done, the last step."""
-    options = {"qos": "", "venv_path": f"{sys.prefix}/bin/activate", "job_name": f"prepare-{out.name}", **options}
+    defaults = {
+        "qos": "",
+        "venv_path": f"{sys.prefix}/bin/activate",
+        "job_name": f"prepare-{out.name}",
+    }
+    options = defaults | options
     encode = SlurmPipelineExecutor(_pipeline(work), tasks, logging_dir=str(work / "log"), **options)
-    last = {"depends": encode, "skip_completed": False, "logging_dir": str(out.with_name(f".{out.name}.slurm"))}
+    last_step = SlurmPipelineExecutor(
+        [partial(finish, work, out)],
+        tasks=1,
+        depends=encode,
+        skip_completed=False,
+        logging_dir=str(out.with_name(f".{out.name}.slurm")),
+        **options,
+    )
     try:
-        SlurmPipelineExecutor([partial(finish, work, out)], 1, **last, **options).run()
+        last_step.run()  # submits what it depends on first
     except subprocess.CalledProcessError as error:  # sbatch has said why
         raise PrepareError("Slurm has refused the job (above); what was submitted of it waits: see squeue") from error
 
 
 def finish(work: Path, out: Path, *_: Any) -> None:
     """Makes the work of all tasks the store ``out``, or a part of it; doing it again after a kill does the rest."""
-    inputs = json.loads((work / INPUTS).read_bytes())
-    store = work / STORE
-    parts = _with_validation(work, _records(work, len(inputs["tasks"])), inputs["options"]["validation"])
-    skipped = Skipped(inputs["skipped"])
+    inputs = Inputs.of(work)
+    parts = _with_validation(work, _records(work, len(inputs.tasks)), inputs.validation)
+    skipped = Skipped(inputs.skipped)
     for part in parts:
         skipped.merge(part["skipped"])
-    splits = {split: _joined([part["splits"][split] for part in parts]) for split in SPLITS}
+    splits = {split: _joined(_of(split, parts)) for split in SPLITS}
     _refuse_empty(splits, skipped)
 
-    # The list of the corpus' files, by which a token is traced to its document.
-    list_file = f"sources-{inputs['corpus']:02d}.json"
-    list_content = json.dumps({"columns": LIST_COLUMNS, "files": _listing(inputs, parts)}).encode()
-    write_file(store / list_file, list_content)
-    corpus = {name: inputs[name] for name in ("fingerprint", "options", "sources")}
-    corpus["skipped"] = skipped
-    corpus["list"] = {"file": list_file, "sha256": hashlib.sha256(list_content).hexdigest()}
-
-    tokenizer = Tokenizer.parse((store / inputs["tokenizer"]).read_bytes(), inputs["tokenizer"])
+    corpus = {
+        "fingerprint": inputs.fingerprint,
+        "options": inputs.options,
+        "sources": [asdict(source) for source in inputs.sources],
+        "skipped": skipped,
+        "list": _write_list(work, inputs, parts),
+    }
+    content = (work / STORE / inputs.tokenizer).read_bytes()
+    tokenizer = Tokenizer.parse(content, inputs.tokenizer)
+    versions = {package: metadata.version(package) for package in PACKAGES}
     manifest = {
         "format": FORMAT,
-        "dtype": inputs["dtype"],
+        "dtype": inputs.dtype,
         "vocab_size": tokenizer.vocab_size,
-        "bos_id": inputs.get("bos_id", tokenizer.bos_id),
-        "eos_id": inputs.get("eos_id"),
-        "document_ends": inputs["options"].get("document_ends", "bos"),
-        "tokenizer": {"file": inputs["tokenizer"], "sha256": tokenizer.sha256},
+        "bos_id": tokenizer.bos_id if inputs.bos_id is None else inputs.bos_id,
+        "eos_id": inputs.eos_id,
+        "document_ends": inputs.document_ends,
+        "tokenizer": {"file": inputs.tokenizer, "sha256": tokenizer.sha256},
         "splits": splits,
         "corpora": [corpus],
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **versions},
     }
     _put_in_place(work, out, manifest)
 
 
-def _listing(inputs: dict[str, Any], parts: list[dict[str, Any]]) -> list[list[Any]]:
-    """A row of LIST_COLUMNS for every file."""
+def _write_list(work: Path, inputs: Inputs, parts: list[dict[str, Any]]) -> dict[str, str]:
+    """Writes the list of the corpus' files, by which a token is traced to its document; returns its name and hash."""
     documents: dict[str, list[int]] = {}  # of each file, by its number: in train, in validation
     for part in parts:
         documents |= part["files"]
     rows = []
-    for number, (source, name, size, _) in enumerate(inputs["files"]):
-        root = inputs["sources"][source]["root"]
-        rows.append([root, name, size, *documents.get(str(number), [0, 0])])
-    return rows
+    for number, file in enumerate(inputs.files):
+        root = inputs.sources[file.source].root
+        in_splits = documents.get(str(number), [0, 0])
+        rows.append([root, file.name, file.bytes, *in_splits])
+    content = json.dumps({"columns": LIST_COLUMNS, "files": rows}).encode()
+    name = f"sources-{inputs.corpus:02d}.json"
+    write_file(work / STORE / name, content)
+    return {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _refuse_empty(splits: dict[str, Any], skipped: Skipped) -> None:
@@ -395,15 +420,22 @@ def _records(work: Path, tasks: int) -> list[dict[str, Any]]:
 def _with_validation(work: Path, parts: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
     """The records; where no document of several was held out, after the task that has the one next to it is done again
     with that one held out."""
-    held_out = sum(part["splits"]["validation"]["documents"] for part in parts)
-    trained = sum(part["splits"]["train"]["documents"] for part in parts)
+    held_out = _joined(_of("validation", parts))["documents"]
+    trained = _joined(_of("train", parts))["documents"]
     if share == 0 or held_out or trained < 2:
         return parts
-    rank = min(range(len(parts)), key=lambda i: parts[i]["lowest"])
-    just_above = float(np.nextafter(parts[rank]["lowest"], 1))
+    lowest = [part["lowest"] for part in parts]
+    rank = lowest.index(min(lowest))
+    just_above = float(np.nextafter(lowest[rank], 1))
     reader, writer = _pipeline(work, validation=just_above)
-    writer.run(reader.run(None, rank, len(parts)), rank, len(parts))
+    again = reader.run(None, rank, len(parts))
+    writer.run(again, rank, len(parts))
     return _records(work, len(parts))
+
+
+def _of(split: str, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each task's record says of a split."""
+    return [part["splits"][split] for part in parts]
 
 
 def _joined(splits: Sequence[dict[str, Any]]) -> dict[str, Any]:

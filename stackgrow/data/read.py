@@ -12,7 +12,7 @@ import json
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from datatrove.io import DataFolder, get_datafolder
 from datatrove.pipeline.base import PipelineStep
 from fsspec.utils import glob_translate
 from loguru import logger
+
+from stackgrow.seal.files import read_json, write_json
 
 logger.disable("datatrove")  # tracebacks and tables; its log files stay
 
@@ -84,6 +86,54 @@ class File(NamedTuple):
     version: str
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a corpus is prepared from and how, as a file in the preparation's work folder tells it to every task."""
+
+    fingerprint: str  # of format, options and files: equal ones are not prepared again
+    corpus: int  # its number in the store, from 0
+    options: dict[str, Any]
+    sources: list[Source]
+    files: list[File]
+    tasks: list[tuple[int, int]]  # of each the first of its files, and the one after its last
+    skipped: dict[str, dict[str, Any]]  # files that were left out when they were listed
+    # What is known as soon as there is a tokenizer: its file, the tokens' type, and what stands around a document.
+    tokenizer: str = ""
+    dtype: str = ""
+    bos_id: int | None = None
+    eos_id: int | None = None
+    begin: list[int] | None = None  # None: an earlier version began this, and BOS opens every document
+    end: list[int] = field(default_factory=list)
+
+    @property
+    def validation(self) -> float:
+        return float(self.options["validation"])
+
+    @property
+    def document_ends(self) -> str:
+        return str(self.options.get("document_ends", "bos"))
+
+    @classmethod
+    def read(cls, work: Path) -> Inputs | None:
+        """Those of the preparation in a work folder; None where none has begun."""
+        raw = read_json(work / INPUTS)
+        if raw is None:
+            return None
+        raw["sources"] = [Source(row["root"], row["pattern"], tuple(row["exclude"])) for row in raw["sources"]]
+        raw["files"] = [File(*row) for row in raw["files"]]
+        return cls(**raw)
+
+    @classmethod
+    def of(cls, work: Path) -> Inputs:
+        """Those of a preparation that has begun."""
+        inputs = cls.read(work)
+        assert inputs is not None
+        return inputs
+
+    def write(self, work: Path) -> None:
+        write_json(work / INPUTS, asdict(self))
+
+
 def stdlib_source() -> Source:
     """The Python standard library's own code: about 10 MB of text that every machine has."""
     exclude = []
@@ -111,21 +161,34 @@ def _list_source(number: int, source: Source, seen: set[str], skipped: Skipped) 
     if not folder.isdir(""):
         raise PrepareError(f"{source.root} is not a folder; give one that holds the text files")
     for name, info in sorted(_matching(folder, source.pattern).items()):
-        if info["type"] == "directory" or any(fnmatchcase(name, pattern) for pattern in source.exclude):
+        excluded = any(fnmatchcase(name, pattern) for pattern in source.exclude)
+        if excluded or info["type"] == "directory":
             continue
-        real = str(Path(source.root, name).resolve()) if folder.is_local() else folder.resolve_paths(name)
-        if info["type"] != "file" and not folder.isfile(name):
-            # Opening a pipe would wait for ever.
-            skipped.add("not a regular file", name)
-        elif _kind(name) in NO_DOCUMENTS:
-            skipped.add(f"{_kind(name)} is {NO_DOCUMENTS[_kind(name)]}", name)
-        elif real in seen:
-            skipped.add("same file found twice", name)
+        if folder.is_local():
+            real = str(Path(source.root, name).resolve())
         else:
-            # A link's own entry is not the file's, and a listing over HTTP has no sizes.
-            is_whole = info["type"] == "file" and info.get("size") is not None
-            yield _file(number, name, info if is_whole else _info(folder, name))
+            real = folder.resolve_paths(name)
+        reason = _why_not(folder, name, info)
+        if not reason and real in seen:
+            reason = "same file found twice"
         seen.add(real)
+        if reason:
+            skipped.add(reason, name)
+            continue
+        # A link's own entry is not the file's, and a listing over HTTP has no sizes.
+        if info["type"] != "file" or info.get("size") is None:
+            info = _info(folder, name)
+        yield _file(number, name, info)
+
+
+def _why_not(folder: DataFolder, name: str, info: dict[str, Any]) -> str:
+    """Why what stands under this name is no document, whatever is in it; "" where it may be one."""
+    if info["type"] != "file" and not folder.isfile(name):
+        return "not a regular file"  # opening a pipe would wait for ever
+    kind = _kind(name)
+    if kind in NO_DOCUMENTS:
+        return f"{kind} is {NO_DOCUMENTS[kind]}"
+    return ""
 
 
 def _matching(folder: DataFolder, pattern: str) -> dict[str, dict[str, Any]]:
@@ -324,20 +387,20 @@ class Reader(PipelineStep):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Raises PrepareError for a file that has changed since it was listed, or cannot be read."""
-        inputs = json.loads((Path(self.work) / INPUTS).read_bytes())
+        inputs = Inputs.of(Path(self.work))
         self.skipped = Skipped()
-        first, end = inputs["tasks"][rank]
+        first, end = inputs.tasks[rank]
         for number in range(first, end):
-            file = File(*inputs["files"][number])
-            for document in read_file(inputs, file, self.skipped):
+            for document in read_file(inputs, inputs.files[number], self.skipped):
                 document.metadata["file"] = number
                 yield document
 
 
-def read_file(inputs: dict[str, Any], file: File, skipped: Skipped) -> Iterator[Document]:
-    root = inputs["sources"][file.source]["root"]
-    options = inputs["options"]
-    reader = FileReader(root, options["text_key"], options["drop"], skipped)
-    if _file(file.source, file.name, _info(reader.folder, file.name)) != file:
+def read_file(inputs: Inputs, file: File, skipped: Skipped) -> Iterator[Document]:
+    """The documents of one file. Raises PrepareError where it has changed since it was listed, or cannot be read."""
+    root = inputs.sources[file.source].root
+    reader = FileReader(root, inputs.options["text_key"], inputs.options["drop"], skipped)
+    now = _file(file.source, file.name, _info(reader.folder, file.name))
+    if now != file:
         raise PrepareError(f"{root}/{file.name} changed while it was being prepared; run again")
     yield from reader.read_file(file.name)

@@ -297,29 +297,36 @@ class TokenStore:
     def document(self, token: int) -> int:
         """The number, from 0, of the document that this token of the split belongs to."""
         here = next(self._stretches(token, token + 1))
-        in_earlier_shards = sum(shard.documents for shard in self.shards[: here.shard])
-        separator = self.manifest.bos_id
+        earlier = sum(shard.documents for shard in self.shards[: here.shard])
+        start_of_shard = token - here.first
         if self.manifest.document_ends == "eos":
-            before = self.tokens(token - here.first, token)
-            return in_earlier_shards + int((before == separator).sum())
-        up_to_here = self.tokens(token - here.first, token + 1)
-        return in_earlier_shards + int((up_to_here == separator).sum()) - 1
+            return earlier + self._separators(self.tokens(start_of_shard, token))
+        return earlier + self._separators(self.tokens(start_of_shard, token + 1)) - 1
 
     def verify(self) -> None:
         """Reads every byte; raises StoreError at the first file whose content the manifest does not state."""
-        stated = {shard.file: shard.sha256 for shard in self.shards}
-        stated[self.manifest.tokenizer] = self.manifest.tokenizer_sha256
-        for corpus in self.manifest.raw.get("corpora", []):
-            stated[corpus["list"]["file"]] = corpus["list"]["sha256"]
         with ThreadPoolExecutor() as pool:  # hashing leaves other threads alone
-            hashes = pool.map(self._sha256, stated)
-            for (name, sha256), actual in zip(stated.items(), hashes, strict=True):
-                if actual != sha256:
+            stated = self._stated_hashes()
+            for name, sha256 in zip(stated, pool.map(self._sha256, stated), strict=True):
+                if sha256 != stated[name]:
                     raise StoreError(f"{self.manifest.folder / name} is damaged (SHA-256 differs); {AGAIN}")
         for start, shard in zip(self._starts, self.shards, strict=False):
             tokens = self.tokens(start, start + shard.tokens)
-            if int((tokens == self.manifest.bos_id).sum()) != shard.documents:
+            if self._separators(tokens) != shard.documents:
                 raise StoreError(f"{shard.file} does not hold the {shard.documents} documents it states; {AGAIN}")
+
+    def _stated_hashes(self) -> dict[str, str]:
+        """The SHA-256 that the manifest states of each file."""
+        stated = {shard.file: shard.sha256 for shard in self.shards}
+        stated[self.manifest.tokenizer] = self.manifest.tokenizer_sha256
+        for corpus in self.manifest.raw.get("corpora", []):
+            made_from = corpus["list"]
+            stated[made_from["file"]] = made_from["sha256"]
+        return stated
+
+    def _separators(self, tokens: np.ndarray) -> int:
+        """How many documents begin in these tokens (where ``document_ends`` is "eos": end)."""
+        return int((tokens == self.manifest.bos_id).sum())
 
     def _sha256(self, name: str) -> str:
         path = self.manifest.folder / name

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from stackgrow.data.read import INPUTS, Reader
+from stackgrow.data.read import Inputs, Reader
 from stackgrow.data.store import SPLITS, Shard
 from stackgrow.data.tokenizer import Tokenizer
 from stackgrow.seal.files import file_records, write_json
@@ -40,43 +39,51 @@ class TokenWriter(PipelineStep):
         self.validation = validation
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
-        began = time.monotonic()
-        inputs = json.loads((self.work / INPUTS).read_bytes())
-        tokenizer_file = self.work / STORE / inputs["tokenizer"]
-        tokenizer = _tokenizer(str(tokenizer_file), tokenizer_file.stat().st_mtime_ns)
-        begin = inputs.get("begin", [tokenizer.bos_id])  # before each document
-        end = inputs.get("end", [])  # after it
+        started = time.monotonic()
+        inputs = Inputs.of(self.work)
+        tokenizer = _tokenizer_in(self.work, inputs.tokenizer)
+        begin = inputs.begin
+        if begin is None:
+            begin = [tokenizer.bos_id]
         shards = self._shard_writers(inputs, rank, counts_ends=not begin)
-        counts: dict[int, list[int]] = {}  # number of the file -> documents in each of SPLITS
+        files: dict[int, list[int]] = {}  # number of the file -> documents in each of SPLITS
         lowest = 1.0
         for batch in batches(data):
-            encoded = tokenizer.encode_batch([document.text for document in batch])
-            for document, ids in zip(batch, encoded, strict=True):
+            texts = [document.text for document in batch]
+            for document, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
                 share = fraction(document.id)
                 lowest = min(lowest, share)
                 split = "validation" if share < self.validation else "train"
-                parts = [np.asarray(part, np.uint32) for part in (begin, ids, end)]
-                shards[split].add(np.concatenate(parts))
-                counts_of_file = counts.setdefault(document.metadata["file"], [0] * len(SPLITS))
-                counts_of_file[SPLITS.index(split)] += 1
+                shards[split].add(_concatenated(begin, ids, inputs.end))
+                documents = files.setdefault(document.metadata["file"], [0] * len(SPLITS))
+                documents[SPLITS.index(split)] += 1
         splits = {split: writer.finish() for split, writer in shards.items()}
-        record = {"splits": splits, "files": counts, "lowest": lowest, "skipped": self.reader.skipped}
+        record = {
+            "splits": splits,
+            "files": files,
+            "lowest": lowest,
+            "skipped": self.reader.skipped,
+        }
         write_json(self.work / PARTS / f"{rank:05d}.json", record)
         tokens = sum(split["tokens"] for split in splits.values())
-        rate = human(tokens / max(time.monotonic() - began, 1e-9))
+        rate = human(tokens / max(time.monotonic() - started, 1e-9))
         print(f"task {rank + 1} of {world_size}: {human(tokens)} tokens, {rate} tokens/s", file=sys.stderr, flush=True)
 
-    def _shard_writers(self, inputs: dict[str, Any], rank: int, *, counts_ends: bool) -> dict[str, ShardWriter]:
+    def _shard_writers(self, inputs: Inputs, rank: int, *, counts_ends: bool) -> dict[str, ShardWriter]:
         writers = {}
         for split in SPLITS:
             writers[split] = ShardWriter(
                 folder=self.work / STORE,
-                name=f"{split}-{inputs['corpus']:02d}-{rank:04d}",
-                size=inputs["options"]["tokens_per_shard"],
-                dtype=inputs["dtype"],
+                name=f"{split}-{inputs.corpus:02d}-{rank:04d}",
+                size=inputs.options["tokens_per_shard"],
+                dtype=inputs.dtype,
                 counts_ends=counts_ends,
             )
         return writers
+
+
+def _concatenated(*parts: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate([np.asarray(part, np.uint32) for part in parts])
 
 
 def fraction(digest: str) -> float:
@@ -98,8 +105,14 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
+def _tokenizer_in(work: Path, name: str) -> Tokenizer:
+    file = work / STORE / name
+    return _cached_tokenizer(str(file), file.stat().st_mtime_ns)
+
+
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: str, written: int) -> Tokenizer:
+def _cached_tokenizer(path: str, written: int) -> Tokenizer:
+    """One for all tasks of a process; ``written``: when its file was."""
     return Tokenizer.parse(Path(path).read_bytes(), path)
 
 
@@ -123,15 +136,17 @@ class ShardWriter:
     def add(self, document: np.ndarray) -> None:
         if not len(self.buffer):
             self.buffer = np.empty(self.size, self.dtype)  # memory is taken as it is filled
+        counted_at = len(document) - 1 if self.counts_ends else 0
         start = 0
         while start < len(document):
-            part = document[start : start + self.size - self.filled]
-            counted_at = len(document) - 1 if self.counts_ends else 0
-            if start <= counted_at < start + len(part):
+            room = self.size - self.filled
+            end = min(start + room, len(document))
+            filled = self.filled + end - start
+            self.buffer[self.filled : filled] = document[start:end]
+            if start <= counted_at < end:
                 self.documents += 1
-            self.buffer[self.filled : self.filled + len(part)] = part
-            self.filled += len(part)
-            start += len(part)
+            self.filled = filled
+            start = end
             if self.filled == self.size:
                 self._flush()
 

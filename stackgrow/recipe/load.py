@@ -160,12 +160,13 @@ def _is_within(where: str, keys: Sequence[str]) -> bool:
 
 def _paths(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every key that holds a path, and what the recipe gives there, whatever it is."""
-    for table, key in (("data", "path"), ("base", "from"), ("run", "folder"), ("eval", "include")):
-        yield f"{table}.{key}", _get(raw.get(table), key)
+    for name in ("data.path", "base.from", "run.folder", "eval.include"):
+        table, _, key = name.partition(".")
+        yield name, _get(raw.get(table), key)
     mix = _get(raw.get("data"), "mix")
     if isinstance(mix, list):
-        for i, row in enumerate(mix):
-            yield f"data.mix[{i}].path", _get(row, "path")
+        for index, row in enumerate(mix):
+            yield f"data.mix[{index}].path", _get(row, "path")
 
 
 def _get(table: Any, key: str) -> Any:
@@ -258,11 +259,7 @@ def _table_of(spec: dataclasses.Field[Any]) -> type | None:
 def _build(cls: Any, raw: Any, where: str, problems: list[Problem], *, partial: bool = False) -> Any:
     """An instance of dataclass ``cls`` from a raw table; ``partial``: a dict of the keys that are given."""
     if not isinstance(raw, dict):
-        header = f"[{where}]"
-        if where.endswith("]"):
-            array, _, _ = where.partition("[")
-            header = f"[[{array}]]"
-        problems.append((where, f"{_show(raw)} must be a table {header}"))
+        problems.append((where, f"{_show(raw)} must be a table {_header(where)}"))
         return None
     fields = _fields(cls)
     for name in raw:
@@ -275,12 +272,29 @@ def _build(cls: Any, raw: Any, where: str, problems: list[Problem], *, partial: 
     return values if partial else cls(**values)
 
 
+def _header(where: str) -> str:
+    """How a table is opened: [train], and [[growth]] for growth[0]."""
+    array, bracket, _ = where.partition("[")
+    return f"[[{array}]]" if bracket else f"[{where}]"
+
+
 def _build_key(spec: dataclasses.Field[Any], raw: Mapping[str, Any], where: str, problems: list[Problem]) -> Any:
-    if "kind" in spec.metadata:
+    """The value of one key, which is given or not: a single value, a table of overrides, a table, or several."""
+    meta = spec.metadata
+    if "kind" in meta:
         return _value(spec, raw, where, problems)
-    if "overrides" in spec.metadata:
-        return _build(spec.metadata["overrides"], raw.get(spec.name, {}), where, problems, partial=True)
-    return _table(spec, raw, where, problems)
+    given = raw.get(spec.name)
+    if "overrides" in meta:
+        table = {} if given is None else given
+        return _build(meta["overrides"], table, where, problems, partial=True)
+    if meta["many"]:
+        return _tables(meta["table"], given, where, problems)
+    if given is None and meta["required"]:
+        problems.append((where, f"is missing; add a table [{where}] ({meta['help']})"))
+        return None
+    if given is None and meta["optional"]:
+        return None
+    return _build(meta["table"], {} if given is None else given, where, problems)
 
 
 def _value(spec: dataclasses.Field[Any], raw: Mapping[str, Any], where: str, problems: list[Problem]) -> Any:
@@ -300,24 +314,17 @@ def _value(spec: dataclasses.Field[Any], raw: Mapping[str, Any], where: str, pro
         return spec.default
 
 
-def _table(spec: dataclasses.Field[Any], raw: Mapping[str, Any], where: str, problems: list[Problem]) -> Any:
-    meta = spec.metadata
-    if meta["many"]:
-        return _tables(spec, raw.get(spec.name, []), where, problems)
-    if spec.name not in raw and meta["required"]:
-        problems.append((where, f"is missing; add a table [{where}] ({meta['help']})"))
-        return None
-    if spec.name not in raw and meta["optional"]:
-        return None
-    return _build(meta["table"], raw.get(spec.name, {}), where, problems)
-
-
-def _tables(spec: dataclasses.Field[Any], rows: Any, where: str, problems: list[Problem]) -> tuple[Any, ...]:
+def _tables(cls: type, rows: Any, where: str, problems: list[Problem]) -> tuple[Any, ...]:
+    """One instance of ``cls`` for each table of an array."""
+    if rows is None:
+        return ()
     if not isinstance(rows, list):
         message = f"{_show(rows)} must be an array of tables: write [[{where}]] with double brackets"
         problems.append((where, message))
         return ()
-    tables = [_build(spec.metadata["table"], row, f"{where}[{i}]", problems) for i, row in enumerate(rows)]
+    tables = []
+    for index, row in enumerate(rows):
+        tables.append(_build(cls, row, f"{where}[{index}]", problems))
     return tuple(tables)
 
 

@@ -87,7 +87,7 @@ def test_nothing_of_a_strangers_manifest_steers_the_terminal(folder: Path, tmp_p
     assert "left out, ?[2J: 1, such as ?.txt" in told
 
 
-def test_tool_verifies(folder: Path, tmp_path: Path) -> None:
+def test_the_tool_finds_a_damaged_byte(folder: Path, tmp_path: Path) -> None:
     assert "every byte is what the manifest states" in tool(folder, "verify", "data/tiny").stdout
     shard = sorted((folder / "data" / "tiny").glob("validation-*.npy"))[0]
     content = shard.read_bytes()

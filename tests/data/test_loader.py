@@ -232,7 +232,7 @@ class Recorder(WindowDataset):
         return inputs, torch.full_like(labels, os.getpid())
 
 
-def test_dataset_pickles(store: TokenStore) -> None:
+def test_a_pickled_dataset_reads_the_same(store: TokenStore) -> None:
     inputs, labels = pickle.loads(pickle.dumps(dataset(store))).__getitems__([70, 5])
     order = reference(store, 71)
     assert windows_of(({"input": inputs}, labels)) == [order[70], order[5]]
@@ -247,13 +247,17 @@ def test_dataset_pickles(store: TokenStore) -> None:
         ({"ranks": 2, "rank": 2}, ValueError, "rank 2 is outside a world of 2"),
     ],
 )
-def test_bad_arguments(store: TokenStore, options: dict[str, int], error: type[Exception], message: str) -> None:
+def test_a_loader_refuses_batches_and_ranks_that_do_not_fit(
+    store: TokenStore, options: dict[str, int], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         loader(store, **options)
 
 
 @pytest.mark.parametrize(("sequences", "ranks", "micro"), [(1, 1, 1), (10, 1, 4), (10, 2, 3), (61, 4, 4), (3, 4, 2)])
-def test_validation_batches(store: TokenStore, sequences: int, ranks: int, micro: int) -> None:
+def test_validation_reads_each_window_once_over_all_ranks(
+    store: TokenStore, sequences: int, ranks: int, micro: int
+) -> None:
     rows = open_validation(Data(path=str(store.manifest.folder), seq_len=S), sequences)
     per_rank = [list(validation_batches(rows, S, micro, r, ranks)) for r in range(ranks)]
     assert len({len(batches) for batches in per_rank}) == 1

@@ -71,7 +71,7 @@ def test_permutations_of_five_spread_by_a_tenth() -> None:
     assert 0.05 < spread < 0.14
 
 
-def test_permute_spreads_evenly() -> None:
+def test_permute_sends_indices_everywhere_and_parts_neighbours() -> None:
     """Where the first tenth of 1,000 indices goes, over 300 keys; and neighbours do not stay neighbours."""
     images = np.stack([permute(np.arange(1000), 1000, epoch_key("m", 1, e)) for e in range(300)])
     bins = np.bincount(images[:, :100].ravel() // 100, minlength=10)
@@ -130,7 +130,7 @@ def test_what_each_store_gave_is_counted_exactly(position: int) -> None:
         assert seen[name]["tokens"] == seen[name]["epoch"] * n * 8 + seen[name]["epoch_tokens"]
 
 
-def test_apportion() -> None:
+def test_shares_add_up_and_the_largest_remainders_are_rounded_up() -> None:
     assert apportion([0.67, 0.15, 0.045, 0.045, 0.045, 0.045], BLOCK) == [6700, 1500, 450, 450, 450, 450]
     assert apportion([1, 1, 1], 10) == [4, 3, 3]
     assert apportion([3], 7) == [7]
@@ -145,7 +145,7 @@ def test_apportion() -> None:
         ([manifest(80), manifest(80, "b")], [1, 1e-5], "b: its weight is less than 1/10000 of all"),
     ],
 )
-def test_impossible_orders(manifests: list[Manifest], weights: list[float], message: str) -> None:
+def test_an_order_refuses_stores_that_do_not_fit(manifests: list[Manifest], weights: list[float], message: str) -> None:
     with pytest.raises(StoreError, match=message):
         Order(manifests, weights, 8, 7)
 

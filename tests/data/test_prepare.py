@@ -258,7 +258,7 @@ def test_killed_worker_is_told_of(corpus: Path, out: Path) -> None:
     assert not out.exists()
 
 
-def test_full_disk(corpus: Path, out: Path) -> None:
+def test_a_full_disk_is_told_and_then_it_goes_on(corpus: Path, out: Path) -> None:
     """A file may not grow beyond a limit, which is what a quota does; then the limit is gone, and it goes on."""
 
     def limit() -> None:
@@ -371,7 +371,7 @@ def test_split_is_by_document_and_stable(corpus: Path, out: Path) -> None:
     assert before[0] not in texts(out.with_name("b")), "a copy of what is held out is held out"
 
 
-def test_patterns(corpus: Path) -> None:
+def test_patterns_choose_files_and_exclusions_leave_them_out(corpus: Path) -> None:
     (corpus / "top.py").write_text("top = 1\n", encoding="utf-8")
     (corpus / "d0" / "deep" / "test").mkdir(parents=True)
     (corpus / "d0" / "deep" / "test" / "t.py").write_text("test = 1\n", encoding="utf-8")
@@ -585,7 +585,7 @@ def test_a_long_document_is_encoded_in_parts_that_are_the_whole(corpus: Path, ou
     assert contents(out) == contents(out.with_name("whole"))
 
 
-def test_other_file_systems(out: Path) -> None:
+def test_files_are_read_from_other_file_systems(out: Path) -> None:
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -595,7 +595,7 @@ def test_other_file_systems(out: Path) -> None:
     assert texts(out) == [words("memory", 20), ROWS[0]["text"], ROWS[1]["text"], ROWS[-1]["text"]]
 
 
-def test_http(corpus: Path, out: Path) -> None:
+def test_files_are_read_over_http(corpus: Path, out: Path) -> None:
     handler = partial(SimpleHTTPRequestHandler, directory=str(corpus))
     with ThreadingHTTPServer(("localhost", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -604,7 +604,7 @@ def test_http(corpus: Path, out: Path) -> None:
     assert texts(out) == [path.read_text(encoding="utf-8") for path in sorted(corpus.glob("d0/*.py"))] != []
 
 
-def test_no_documents(corpus: Path, out: Path) -> None:
+def test_a_corpus_without_documents_is_refused_with_the_reasons(corpus: Path, out: Path) -> None:
     model = model_of(corpus, out)
     folder = corpus.parent / "rows"
     folder.mkdir()
@@ -630,7 +630,7 @@ def test_second_run_changes_nothing_and_other_inputs_are_refused(corpus: Path, o
     assert contents(out) == before
 
 
-def test_append(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corpus_is_added_to_a_store(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made(corpus, out, validation=0.1)
     before, old = read_manifest(out), contents(out)
     more = corpus.parent / "more"
@@ -722,7 +722,7 @@ def test_large_vocabulary_takes_uint32(corpus: Path, out: Path, monkeypatch: pyt
     TokenStore.open(out).verify()
 
 
-def test_tool(corpus: Path, out: Path) -> None:
+def test_the_tool_prepares_once_and_says_what(corpus: Path, out: Path) -> None:
     arguments = ["--input", corpus, "--pattern", "**/*.py", "--exclude", "d2/*", "--out", out]
     done = tool(*arguments, "--train-tokenizer", 400)
     assert done.returncode == 0, done.stderr
@@ -758,7 +758,7 @@ def test_tool(corpus: Path, out: Path) -> None:
         (["--train-tokenizer", "400"], "--input FOLDER, or --stdlib"),
     ],
 )
-def test_tool_errors(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_the_tool_refuses_in_a_line_and_writes_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:
     done = tool(*arguments, "--out", tmp_path / "store")
     assert done.returncode == 2
     assert message in done.stderr

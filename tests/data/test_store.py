@@ -81,7 +81,7 @@ def test_any_range_across_shards(prepared: Path, monkeypatch: pytest.MonkeyPatch
             store.tokens(start, stop)
 
 
-def test_windows(prepared: Path) -> None:
+def test_a_store_has_as_many_windows_as_fit_with_their_labels(prepared: Path) -> None:
     store = TokenStore.open(prepared)
     n = store.n_tokens
     assert [store.windows(s) for s in (n, n - 1, n // 2, 1)] == [0, 1, 2 if n % 2 else 1, n - 1]
@@ -136,14 +136,16 @@ def test_hash_depends_on_content_order_and_split_only(copy: Path) -> None:
         (("tokenizer",), "tokenizer.model", "malformed"),
     ],
 )
-def test_bad_manifest(copy: Path, keys: tuple[Any, ...], value: Any, message: str) -> None:
+def test_a_manifest_that_contradicts_itself_is_refused(
+    copy: Path, keys: tuple[Any, ...], value: Any, message: str
+) -> None:
     edit(copy, *keys, value=value)
     with pytest.raises(StoreError, match=message) as caught:
         TokenStore.open(copy)
     assert str(copy / "manifest.json") in str(caught.value)
 
 
-def test_no_manifest(tmp_path: Path, copy: Path) -> None:
+def test_a_folder_without_a_whole_manifest_is_no_store(tmp_path: Path, copy: Path) -> None:
     for path in (tmp_path, tmp_path / "absent", copy / "manifest.json"):
         with pytest.raises(StoreError, match="is not a token store"):
             read_manifest(path)

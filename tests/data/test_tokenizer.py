@@ -39,18 +39,18 @@ def tokenizer() -> Tokenizer:
         "<s> </s> <unk> <0x0A>",
     ],
 )
-def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
+def test_every_text_comes_back_from_its_tokens(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert not {0, tokenizer.bos_id, tokenizer.eos_id} & set(ids)
 
 
-def test_batch_equals_single(tokenizer: Tokenizer) -> None:
+def test_texts_are_encoded_alike_together_and_alone(tokenizer: Tokenizer) -> None:
     texts = [*SOURCES, "", "▁", " x"]
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
-def test_ids_and_pieces(tokenizer: Tokenizer) -> None:
+def test_a_trained_tokenizer_has_the_usual_ids_and_splits_digits(tokenizer: Tokenizer) -> None:
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (700, 1, 2)
     assert len(tokenizer.encode("2024")) == 4, "digits are split"
     assert len(tokenizer.encode("        return")) < 4, "indentation is merged"
@@ -61,7 +61,7 @@ def test_training_is_deterministic(tokenizer: Tokenizer) -> None:
     assert train_tokenizer(SOURCES, 701).sha256 != tokenizer.sha256
 
 
-def test_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_loaded_tokenizer_is_the_saved_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "t.model"
     path.write_bytes(tokenizer.model)
     loaded = Tokenizer.load(path)
@@ -85,7 +85,7 @@ def test_foreign_model_with_dummy_prefix_is_left_as_it_is(tmp_path: Path) -> Non
     assert foreign.encode("a▁b") == plain.encode("a▁b")
 
 
-def test_errors(tmp_path: Path) -> None:
+def test_what_is_no_tokenizer_or_cannot_be_trained_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"not a model")
     with pytest.raises(TokenizerError, match=r"x\.model is not a SentencePiece model"):
         Tokenizer.load(tmp_path / "x.model")
@@ -120,7 +120,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.load(path)
 
 
-def test_tokenizer_json(hf: Tokenizer) -> None:
+def test_a_tokenizer_json_encodes_special_tokens_as_text(hf: Tokenizer) -> None:
     assert (hf.vocab_size, hf.bos_id, hf.eos_id, hf.file) == (600, 0, 1, "tokenizer.json")
     for text in [*SOURCES, "", "é 日本 😀", "<|begin_of_text|> spelled out <|end_of_text|>"]:
         ids = hf.encode(text)
@@ -198,7 +198,8 @@ def test_parts_of_a_long_text_are_its_tokens(
 ) -> None:
     """Cut wherever a word ends: the tokens do not show it. Without such a place, bytes are still all there."""
     subject = {"trained": tokenizer, "prefix": with_prefix(), "json": hf}[kind]
-    text = SOURCES[0] * 3
+    # Words in every line: a stretch of code may hold no two that a space parts, and is then cut anywhere.
+    text = SOURCES[0].replace("\n", "  # and some words\n") * 3
     whole = subject.encode(text)
     for long in (400, 4096):
         monkeypatch.setattr(tokenizer_module, "LONG", long)

@@ -238,7 +238,7 @@ def outcome(
 
 
 @pytest.mark.parametrize("share", range(SHARES))
-def test_planned_or_refused(
+def test_a_mutated_recipe_is_planned_or_refused(
     tool: ModuleType, watch: Watch, share: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

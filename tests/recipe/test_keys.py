@@ -89,7 +89,7 @@ def test_to_dict_leaves_out_what_is_absent(tmp_path: Path) -> None:
     assert tree["run"] == {"init_timeout": 300, "train_timeout": 100, "stall_seconds": 600, "accept_versions": False}
 
 
-def test_folder(tmp_path: Path) -> None:
+def test_the_run_folder_is_named_after_the_recipe_or_by_it(tmp_path: Path) -> None:
     assert recipe_of(tmp_path, RECIPE).folder == "runs/tiny"
     assert recipe_of(tmp_path, RECIPE, ["run.folder=x"]).folder == "x"
 

@@ -91,7 +91,9 @@ NASTY: list[tuple[str, str, str, tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("old", "new", "where", "parts"), NASTY, ids=lambda v: v[:30] if isinstance(v, str) else "")
-def test_one_wrong_value(tmp_path: Path, old: str, new: str, where: str, parts: tuple[str, ...]) -> None:
+def test_one_wrong_value_is_told_with_its_place_and_rule(
+    tmp_path: Path, old: str, new: str, where: str, parts: tuple[str, ...]
+) -> None:
     problems = problems_of(tmp_path, edited((old, new)))
     assert where in problems, problems
     for part in parts:
@@ -127,11 +129,11 @@ BROKEN: list[tuple[str, str | bytes, str]] = [
 
 
 @pytest.mark.parametrize(("content", "message"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN])
-def test_broken_file(tmp_path: Path, content: str | bytes, message: str) -> None:
+def test_a_file_that_is_no_toml_is_told_why(tmp_path: Path, content: str | bytes, message: str) -> None:
     assert message in problems_of(tmp_path, content)[""]
 
 
-def test_unreadable_files(tmp_path: Path) -> None:
+def test_a_recipe_that_cannot_be_read_is_told_why(tmp_path: Path) -> None:
     huge = tmp_path / "huge.toml"
     huge.touch()
     os.truncate(huge, 50 * 2**20)
@@ -212,7 +214,9 @@ SETS: list[tuple[str, tuple[str, ...], Any]] = [
 
 
 @pytest.mark.parametrize(("assignment", "path", "value"), SETS, ids=[s[0] for s in SETS])
-def test_set(tmp_path: Path, assignment: str, path: tuple[str | int, ...], value: Any) -> None:
+def test_set_writes_a_value_where_it_points(
+    tmp_path: Path, assignment: str, path: tuple[str | int, ...], value: Any
+) -> None:
     node: Any = recipe_of(tmp_path, RECIPE, [assignment])
     for step in path:
         node = node[step] if isinstance(step, int) else getattr(node, step)
@@ -254,7 +258,7 @@ def test_set_may_replace_a_path_that_the_file_may_not_name(tmp_path: Path) -> No
         (f"seed={'9' * 5000}", "seed", "whole number"),
     ],
 )
-def test_wrong_set(tmp_path: Path, assignment: str, where: str, part: str) -> None:
+def test_a_wrong_set_is_told_with_what_to_write(tmp_path: Path, assignment: str, where: str, part: str) -> None:
     problems = problems_of(tmp_path, RECIPE, [assignment])
     assert part in problems[where], problems
 
@@ -306,7 +310,9 @@ def mutated(draw: st.DrawFn) -> bytes:
 
 @settings(max_examples=400, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(content=mutated() | st.binary(max_size=64))
-def test_fuzz(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_whatever_a_file_holds_is_a_plan_or_a_recipe_error(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
     """Whatever the file holds: a plan that can be shown and written down again, or a RecipeError."""
     folder = tmp_path_factory.getbasetemp()
     try:

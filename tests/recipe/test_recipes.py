@@ -37,7 +37,7 @@ def test_all_recipes_are_found() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=[str(f.relative_to(RECIPES)) for f in FILES])
-def test_recipe(file: Path) -> None:
+def test_a_shipped_recipe_plans_and_says_what_a_reader_needs(file: Path) -> None:
     recipe = load_recipe(file)
     made = make_plan(recipe, str(file))
     assert made.train_stages[-1].model == recipe.model
@@ -198,7 +198,7 @@ def test_every_operator_recipe_is_in_a_group() -> None:
 
 
 @pytest.mark.parametrize("setting", ["1.1b", "small"])
-def test_operators(setting: str) -> None:
+def test_operator_recipes_grow_as_they_are_named(setting: str) -> None:
     layers, base_steps = (6, 4768) if setting == "1.1b" else (2, 195)
     for name, operator in OPERATORS.items():
         made = plan(f"operators/{setting}_{name}.toml")
@@ -279,7 +279,7 @@ def test_standard_setting_of_the_operators() -> None:
     assert scratch.recipe.train == plan("paper/1.1b_100b_scratch.toml").recipe.train
 
 
-def test_ablations() -> None:
+def test_ablations_stack_and_freeze_as_the_paper_says() -> None:
     gradual, interleave, noise, last_layers, mslt = (plan(f"operators/small_{name}.toml") for name in ABLATIONS)
     assert maps(gradual) == [(0, 1, 0, 1), (0, 1, 2, 3, 0, 1, 2, 3)]
     assert maps(interleave) == [(0, 0, 0, 0, 1, 1, 1, 1)]
@@ -300,7 +300,7 @@ def spelled(method: str) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("method", PARTIAL)
-def test_partial_stacking(method: str) -> None:
+def test_partial_stacking_repeats_the_layers_that_it_is_named_after(method: str) -> None:
     made = plan(f"operators/small_partial_{method}.toml")
     (layer_map,) = maps(made)
     assert layer_map == spelled(method)
@@ -326,7 +326,7 @@ SWEEPS |= {f"3b_factor_{g}": ("3b_300b", g, 4768, 7e20) for g in (8, 16, 32)}
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_sweeps(name: str) -> None:
+def test_sweeps_vary_one_thing_of_the_main_run(name: str) -> None:
     run, factor, steps, flops = SWEEPS[name]
     made, main = plan(f"sweeps/{name}.toml"), plan(f"paper/{run}_gstack.toml")
     base, last = made.train_stages

@@ -26,7 +26,7 @@ def test_it_is_a_schema() -> None:
     Draft202012Validator.check_schema(recipe_schema())
 
 
-def test_files_are_fresh() -> None:
+def test_schema_and_reference_are_fresh() -> None:
     assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(), "run `make schema`"
     assert README_FILE.read_text(encoding="utf-8") == with_reference(README_FILE.read_text(encoding="utf-8")), (
         "run `make schema`"
@@ -53,7 +53,7 @@ def test_shipped_recipes_are_valid(file: Path) -> None:
         ('warmup = "4 steps"', "[parallel]\nshard = -1"),
     ],
 )
-def test_good_recipes(tmp_path: Path, old: str, new: str) -> None:
+def test_the_schema_accepts_what_the_loader_accepts(tmp_path: Path, old: str, new: str) -> None:
     text = edited((old, new))
     assert errors(text) == []
     recipe_of(tmp_path, text)
@@ -81,7 +81,7 @@ def test_the_resolved_recipe_is_valid(tmp_path: Path) -> None:
         ("[data]", "[[data]]", "$.data"),
     ],
 )
-def test_bad_recipes(tmp_path: Path, old: str, new: str, where: str) -> None:
+def test_the_schema_refuses_what_the_loader_refuses(tmp_path: Path, old: str, new: str, where: str) -> None:
     text = edited((old, new))
     assert errors(text) == [where]
     problems_of(tmp_path, text)

@@ -63,7 +63,7 @@ REFUSED: list[tuple[Kind, Any]] = [
 
 
 @pytest.mark.parametrize(("kind", "given", "parsed"), ACCEPTED, ids=range(len(ACCEPTED)))
-def test_accepted(kind: Kind, given: Any, parsed: Any) -> None:
+def test_a_value_is_read_as_meant(kind: Kind, given: Any, parsed: Any) -> None:
     value = kind.parse(given)
     assert value == parsed
     assert type(value) is type(parsed)
@@ -112,5 +112,5 @@ def test_nearest_is_exact_beyond_floats() -> None:
         (2.5e12, "2.5T"),
     ],
 )
-def test_human(amount: float, text: str) -> None:
+def test_amounts_have_three_digits_and_a_suffix(amount: float, text: str) -> None:
     assert human(amount) == text

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow
 
 from stackgrow.data.prepare import prepare
-from stackgrow.data.read import Skipped, Source, list_files, read_file, stdlib_source
+from stackgrow.data.read import FileReader, Skipped, Source, list_files, stdlib_source
 from stackgrow.data.store import TokenStore
 from stackgrow.data.tokenizer import train_tokenizer
 
@@ -71,11 +71,10 @@ def main() -> int:
 
 def stdlib_texts() -> list[str]:
     source = stdlib_source()
-    inputs = {"sources": [{"root": source.root}], "options": {"text_key": "text", "drop": []}}
+    reader = FileReader(source.root, text_key="text", drop=(), skipped=Skipped())
     texts = []
     for file in list_files([source], Skipped()):
-        for document in read_file(inputs, file, Skipped()):
-            texts.append(document.text)
+        texts += [document.text for document in reader.read_file(file.name)]
     return texts
 
 
