@@ -238,8 +238,9 @@ def _limit_differences(axes: Any, comparison: Comparison) -> None:
     for curve in comparison.curves[1:]:
         flops = _common_flops(baseline, curve.target)
         late = flops[flops > 0.1 * curve.target.flops[-1]]
-        apart = [curve.target.loss_at(amount) - baseline.loss_at(amount) for amount in late[::20]]
-        farthest = max([farthest, *map(abs, apart)])
+        for amount in late[::20]:
+            apart = curve.target.loss_at(amount) - baseline.loss_at(amount)
+            farthest = max(farthest, abs(apart))
     limit = 1.3 * farthest or 0.1
     axes.set_ylim(-limit, limit)
 

@@ -86,9 +86,11 @@ def write_report(runs: Sequence[Path], target: Path, force: bool = False) -> Non
             matplotlib is not installed.
         RecipeError: a run's recipe.toml cannot be read.
     """
+    # A section for each loss that all runs have; held-out text may be none.
     comparisons = [compare(runs, force=force)]
     if all(has_records(run, "validation") for run in runs):
         comparisons.append(compare(runs, "validation", force=force))
+
     first = comparisons[0]
     several = len(first.curves) > 1
     title = first.baseline.name

@@ -29,7 +29,7 @@ from stackgrow.run_folder.folder import RunFolder
 from stackgrow.run_folder.found import plan_of_run
 
 REFITS = 400
-LEAST_TRIED = 3  # timings of a size, for a parabola
+COEFFICIENTS = 3  # of a parabola, for which a size needs as many timings
 GUIDELINE = ("a", "b", "c")
 COLUMNS = ("parameters", "flops", "loss")
 ITERATIONS = 100  # of Gauss and Newton's; a law is found in ten
@@ -77,10 +77,11 @@ class Fit:
 
 def read_run(folder: Path, variable: str) -> Run:
     """A run; ``variable`` "timing" or "factor". Raises DamagedError where it has not come to its target model."""
-    (curve,) = read_curves([folder])
+    [curve] = read_curves([folder])
     if not curve.arrived:
         raise DamagedError(f"{folder} has not come to its target model; let it finish")
     recipe = load_recipe(RunFolder(folder).recipe_file, trusted=True)
+
     # The steps of a learn stage are the growth's own.
     learning = {stage.name for stage in plan_of_run(folder).stages if stage.learns_maps}
     bases = [stage for stage in curve.stages[:-1] if stage.stage not in learning]
@@ -90,6 +91,7 @@ def read_run(folder: Path, variable: str) -> Run:
     elif bases:
         layers = recipe.base.n_layers if recipe.base and recipe.base.n_layers else recipe.model.n_layers
         at = recipe.model.n_layers / layers
+
     # The guideline's N is without embedding and head; records count 6 N without the input embedding.
     parameters = recipe.model.non_embedding_parameters()
     head = recipe.model.vocab_size * recipe.model.dim
@@ -144,7 +146,7 @@ def valleys(runs: Sequence[Run], points: int = 6) -> list[Valley]:
 def _valleys_of_size(grown: list[Run], points: int) -> Iterator[Valley]:
     grown.sort(key=lambda run: run.at or 0)
     tried = [run.at or 0 for run in grown]
-    if len(set(tried)) < LEAST_TRIED:
+    if len(set(tried)) < COEFFICIENTS:
         return
     low = max(run.flops[0] for run in grown)
     high = min(run.flops[-1] for run in grown)
@@ -204,14 +206,20 @@ def _noise(good: Sequence[Valley]) -> tuple[float, int]:
     """The standard deviation of a run's losses from the parabolas, and its degrees of freedom: of each size's runs, a
     parabola takes three."""
     squares = 0.0
-    degrees = 0
+    degrees_of_points = 0
     runs_of_size: dict[float, int] = {}
     for valley in good:
-        squares += float(np.square(valley.losses - valley.on_parabola()).sum())
-        degrees += len(valley.tried) - 3
+        distances = valley.losses - valley.on_parabola()
+        squares += float(np.square(distances).sum())
+        degrees_of_points += len(valley.tried) - COEFFICIENTS
         runs_of_size[valley.parameters] = len(valley.tried)
-    noise = math.sqrt(squares / degrees) if degrees else 0.0
-    return noise, sum(runs_of_size.values()) - 3 * len(runs_of_size)
+    noise = math.sqrt(squares / degrees_of_points) if degrees_of_points else 0.0
+
+    # A run's points at other FLOPs are off by the same number: each run counts once.
+    degrees = 0
+    for runs in runs_of_size.values():
+        degrees += runs - COEFFICIENTS
+    return noise, degrees
 
 
 def _refits(good: Sequence[Valley], noise: float) -> list[np.ndarray]:
@@ -249,7 +257,9 @@ def _solve(good: Sequence[Valley], log_timings: np.ndarray) -> np.ndarray | None
     not determine them."""
     if len(good) < len(GUIDELINE):
         return None
-    rows = np.array([[math.log10(valley.parameters), 1 / math.log10(valley.flops), 1.0] for valley in good])
+    rows = np.empty((len(good), len(GUIDELINE)))
+    for i, valley in enumerate(good):
+        rows[i] = (math.log10(valley.parameters), 1 / math.log10(valley.flops), 1.0)
     # Columns of one size, or the rank could not be told.
     scale = np.abs(rows).max(axis=0)
     solution, _, rank, _ = np.linalg.lstsq(rows / scale, log_timings, rcond=1e-9)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from stackgrow.plan.stages import Plan, TrainStage
-from stackgrow.report.figure import color_of, new_figure
+from stackgrow.report.figure import amount_text, color_of, new_figure, plain_axes
 from stackgrow.text import human
 
 POINTS = 400  # of a stage's learning-rate curve
@@ -20,18 +20,20 @@ def draw_plan(plan: Plan, file: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
+    # Two columns, over tokens and over FLOPs; in each, parameters above and the learning rate below.
     figure = new_figure(11, 6)
     figure.suptitle(f"{plan.recipe.name}: {human(plan.tokens)} tokens, {plan.flops:.3g} FLOPs (6 N D)")
     axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(2, 1))
-    over_tokens, over_flops = axes[:, 0], axes[:, 1]  # each: parameters above, learning rate below
+    over_tokens = axes[:, 0]
+    over_flops = axes[:, 1]
     for number, stage in enumerate(plan.train_stages):
         color = color_of(number)
         _draw_stage(over_tokens, stage, color, start=stage.start_tokens, length=stage.tokens)
         _draw_stage(over_flops, stage, color, start=stage.start_flops, length=stage.flops)
     for axis in axes.flat:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        plain_axes(axis)
         axis.set_ylim(bottom=0)
+
     parameters, rate = over_tokens
     parameters.set_ylabel("parameters")
     parameters.yaxis.set_major_formatter(lambda value, _: human(value))
@@ -39,11 +41,14 @@ def draw_plan(plan: Plan, file: Path) -> None:
     parameters.xaxis.set_major_formatter(lambda value, _: human(value))
     rate.set_ylabel("learning rate")
     rate.set_xlabel("tokens since the start of the run")
+
     parameters, rate = over_flops
     parameters.set_xlim(0, plan.flops)
-    parameters.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+    parameters.xaxis.set_major_formatter(amount_text)
     rate.set_xlabel("FLOPs since the start of the run (6 N D)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=9)
+
+    bars, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(bars, labels, loc="outside lower center", fontsize=9)
     figure.savefig(file, dpi=110)
 
 

@@ -73,3 +73,16 @@ def test_every_page_may_be_left_early() -> None:
     for verb in VERBS:
         page = import_module(f"stackgrow.cli.{verb.page}")
         assert hasattr(page.main, "__wrapped__"), f"{verb.page}.main is without quiet_at_closed_pipe"
+
+
+def test_make_quickstart_ends_by_naming_what_comes_next() -> None:
+    """The page, which its installation brings what it needs for, the twin from scratch, and the comparison."""
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    quickstart = makefile[makefile.index("quickstart: ") : makefile.index("test: ")]
+    for part in (
+        "runs/quickstart/report.html",
+        "recipes/quickstart_scratch.toml",
+        "compare_runs.py runs/quickstart_scratch",
+    ):
+        assert part in quickstart
+    assert "-e '.[report]'" in makefile
