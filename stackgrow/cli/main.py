@@ -29,6 +29,7 @@ class Verb:
 VERBS = (
     Verb("run", "run", "run a recipe, or print its plan"),
     Verb("plan", "plan", "what a recipe costs on a cluster"),
+    Verb("twin", "twin", "the equal-FLOPs scratch twin of a recipe, as a recipe"),
     Verb("sweep", "sweep", "many runs of one recipe"),
     Verb("runs", "runs", "the runs in a folder: how far, how large, what can go"),
     Verb("dry-run", "dry_run", "build every stage as one rank of many, without GPUs"),
