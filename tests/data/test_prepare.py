@@ -314,6 +314,8 @@ def test_documents_end_as_asked(corpus: Path, out: Path, ends: str) -> None:
     assert manifest.document_ends == ends
     assert manifest.bos_id == (2 if ends == "eos" else 1), "what stands before a document"
     assert manifest.eos_id == 2
+    opened = store_tokenizer(manifest)
+    assert (opened.bos_id, opened.eos_id) == (manifest.bos_id, 2), "what evaluation and export put before a text"
     assert sorted(texts(out) + texts(out, "validation")) == sorted(
         path.read_text(encoding="utf-8") for path in corpus.rglob("*.py")
     )
