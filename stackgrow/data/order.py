@@ -148,6 +148,7 @@ class Order:
         return stores, before
 
     def _start_caches(self) -> None:
+        # Two of each: a batch may lie across a border.
         self._chunk = functools.lru_cache(maxsize=2)(self._resolve_chunk)
         self._block = functools.lru_cache(maxsize=2)(self._resolve_block)
 
@@ -199,9 +200,11 @@ def permute(index: np.ndarray, n: int, key: bytes) -> np.ndarray:
     x = np.array(index, dtype=np.int64, ndmin=1)
     if np.any((x < 0) | (x >= n)):
         raise IndexError(f"indices {x.min()}..{x.max()} are outside range({n})")
+    # A square of a power of two has two halves that can be exchanged.
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     keys = np.frombuffer(hashlib.shake_256(key).digest(8 * ROUNDS), dtype="<u8")
     x = _feistel(x.astype(np.uint64), half_bits, keys)
+    # A cycle that starts inside comes back inside, and no two do at the same place.
     outside = x >= np.uint64(n)
     while outside.any():
         x[outside] = _feistel(x[outside], half_bits, keys)

@@ -93,6 +93,7 @@ def prepare(
         raise PrepareError(f"validation share {validation} must be at least 0 and below 1")
     if not 1 <= tokens_per_shard <= 2**30:
         raise PrepareError(f"tokens per shard {tokens_per_shard} must be between 1 and {2**30}")
+    # What is prepared: its fingerprint covers all that decides the store's bytes.
     out = Path(out).absolute()
     work = out.with_name(f".{out.name}.partial")
     skipped = Skipped()
@@ -119,12 +120,14 @@ def prepare(
         tasks=_tasks(files),
         skipped=skipped,
     )
+    # Equal inputs are prepared once.
     existing = _existing(out, inputs, append)
     if existing:
         left_over = Inputs.read(work)
         if left_over and left_over.fingerprint == inputs.fingerprint:
             shutil.rmtree(work, ignore_errors=True)  # a kill came between the last two steps, or its owner is there
         return existing, False
+    # The tasks that are not done, here or on Slurm, and then the last step.
     with _locked(work, out):
         _begin(work, inputs, known)
         if slurm:
@@ -455,6 +458,7 @@ def _put_in_place(work: Path, out: Path, manifest: dict[str, Any]) -> None:
     named = {manifest["tokenizer"]["file"], manifest["corpora"][0]["list"]["file"]}
     for split in manifest["splits"].values():
         named.update(shard["file"] for shard in split["shards"])
+    # What a killed worker left must not become part of the store.
     for path in store.iterdir():
         if path.name not in named:  # of a killed worker, or of a task done again
             path.unlink()

@@ -282,6 +282,7 @@ class TokenStore:
         parts = [self._read(stretch) for stretch in self._stretches(start, stop)]
         content = parts[0] if len(parts) == 1 else b"".join(parts)
         tokens = np.frombuffer(content, self.manifest.dtype)
+        # Whatever a store's hashes say: an embedding must not be indexed beyond its end.
         if len(tokens) and int(tokens.max()) >= self.manifest.vocab_size:
             self._refuse_token(start + int(tokens.argmax()), int(tokens.max()))
         return tokens
@@ -342,6 +343,7 @@ class TokenStore:
         left = (stretch.last - stretch.first) * token_bytes
         descriptor = self._file(stretch.shard)
         parts = []
+        # One read may give less than was asked for.
         while left:
             part = os.pread(descriptor, left, end - left)
             if not part:

@@ -48,6 +48,7 @@ class TokenWriter(PipelineStep):
         shards = self._shard_writers(inputs, rank, counts_ends=not begin)
         files: dict[int, list[int]] = {}  # number of the file -> documents in each of SPLITS
         lowest = 1.0
+        # A document's split follows from its text alone: no other file, and no second preparation, moves it.
         for batch in batches(data):
             texts = [document.text for document in batch]
             for document, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
@@ -58,6 +59,7 @@ class TokenWriter(PipelineStep):
                 documents = files.setdefault(document.metadata["file"], [0] * len(SPLITS))
                 documents[SPLITS.index(split)] += 1
         splits = {split: writer.finish() for split, writer in shards.items()}
+        # Written last: a task without its record is done again.
         record = {
             "splits": splits,
             "files": files,

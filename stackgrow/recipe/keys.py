@@ -176,6 +176,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Train:
+    # The batch.
     global_batch_tokens: int = key(values.tokens(), "tokens in one optimizer step, over all ranks")
     batch_warmup: tuple[Phase, ...] = key(
         values.phases(), "smaller batches at the start of the stage, each for a while, then global_batch_tokens", ()
@@ -186,6 +187,7 @@ class Train:
         8,
         free=True,
     )
+    # The learning rate over the stage.
     learning_rate: float = key(values.number(above=True), "peak learning rate")
     min_learning_rate: float = key(values.number(), "learning rate at the end of the horizon", 0.0)
     schedule: str = key(
@@ -200,11 +202,13 @@ class Train:
         "stage",
     )
     decay_fraction: float = key(values.number(0, 1, above=True), "wsd: the last part of the horizon that decays", 0.1)
+    # AdamW.
     beta1: float = key(values.number(0, 1, below=True), "AdamW", 0.9)
     beta2: float = key(values.number(0, 1, below=True), "AdamW", 0.95)
     eps: float = key(values.number(above=True), "AdamW", 1e-8)
     weight_decay: float = key(values.number(), "AdamW, on all parameters", 0.1)
     max_grad_norm: float = key(values.number(above=True), "gradient norm is clipped to this", 1.0)
+    # How the work is computed: all but the precision gives the same model to rounding.
     precision: str = key(
         values.choice("bf16", "fp32", "float8"),
         "of matrix products (weights and moments stay float32); float8: torchao's, by rows, all but the head's",
@@ -229,7 +233,7 @@ class Train:
     )
     cpu_offload: bool = key(values.boolean(), "keep sharded weights and moments in host memory", False, free=True)
     deterministic: bool = key(values.boolean(), "only deterministic kernels; slower on GPUs", False, free=True)
-    # Free, so that a run that was stopped can go on without the batch; up to there it took the updates that a run with
+    # What a bad step leads to. Free, so that a run that was stopped can go on without the batch; up to there it took the updates that a run with
     # "skip" takes. metrics.jsonl, whose hash each seal states, tells which were left out.
     on_nonfinite: str = key(
         values.choice("stop", "skip"),
@@ -314,6 +318,7 @@ class Growth:
         values.operator(*OPERATORS),
         "what makes the grown weights: see the table of operators; or a function of your own, with --trust",
     )
+    # When, and to how many layers.
     timing: Duration | Share | str | LossSlope = key(
         values.duration(1, words=("auto", "start"), share=True),
         'tokens since the start of the run at this growth; "auto": guideline; "start": at once, with base.from; or a '
@@ -344,6 +349,7 @@ class Growth:
         "whole factors (official code)",
         "scaled",
     )
+    # What of the training goes on over the growth.
     optimizer: str = key(
         values.choice("reset", "copy", "asymmetric"),
         "AdamW's moments: start afresh; grow by the same map as the weights; or only the first copy of each weight "

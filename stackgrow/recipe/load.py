@@ -45,6 +45,7 @@ def load_recipe(file: str | Path, sets: Sequence[str] = (), *, trusted: bool = F
     Raises:
         RecipeError: unreadable file, bad TOML, unknown keys, wrong types or values; all of them at once.
     """
+    # Every step adds its problems and goes on, so that all are told at once.
     raw = _read_toml(Path(file))
     problems: list[Problem] = []
     for assignment in sets:
@@ -337,6 +338,7 @@ def _join(where: str, name: str) -> str:
 def _unknown(name: str, cls: type, where: str) -> str:
     """What is wrong with a key that table ``where`` does not have."""
     below, _, _ = where.partition("[")
+    # A right key in the wrong table is more likely than a key that happens to look like it.
     homes = [header for header, table in _tables_in(cls, below) if name in _fields(table)]
     if homes:
         return f"unknown key; it belongs in {' or '.join(homes)}"

@@ -18,7 +18,7 @@ from typing import Any
 
 from stackgrow.text import SUFFIXES
 
-MAX_INT = 2**63 - 1
+MAX_INT = 2**63 - 1  # TOML's largest
 MAX_DIGITS = 40  # in the text of an amount: enough for any, and too few to choke on
 WHOLE_NUMBER = r"[0-9]+(?:_[0-9]+)*"
 TOKENS = rf"({WHOLE_NUMBER}(?:\.[0-9]+)?) ?(K|M|B|T|Ki|Mi|Gi|Ti)?(?: ?tokens?)?"
