@@ -233,8 +233,8 @@ class Train:
     )
     cpu_offload: bool = key(values.boolean(), "keep sharded weights and moments in host memory", False, free=True)
     deterministic: bool = key(values.boolean(), "only deterministic kernels; slower on GPUs", False, free=True)
-    # What a bad step leads to. Free, so that a run that was stopped can go on without the batch; up to there it took the updates that a run with
-    # "skip" takes. metrics.jsonl, whose hash each seal states, tells which were left out.
+    # What a bad step leads to. Free, so that a run that was stopped can go on without the batch; up to there it took
+    # the updates that a run with "skip" takes. metrics.jsonl, whose hash each seal states, tells which were left out.
     on_nonfinite: str = key(
         values.choice("stop", "skip"),
         "at a NaN or infinite loss or gradient; skip: no update from it",
