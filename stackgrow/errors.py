@@ -6,7 +6,7 @@
     65  something on disk is damaged, or was made by another recipe, other data or other versions; or a benchmark
         asks for what the model cannot answer
     69  a package is not installed that a page or a picture needs
-    70  another rank died or hangs
+    70  another rank died or hangs, or a process that reads data for one
     73  another process works in the run folder
     74  the disk is full, or reading or writing failed
     75  a signal asked to stop; a sealed checkpoint stands, and the same command goes on

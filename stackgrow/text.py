@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,10 +71,25 @@ def short(path: Path) -> str:
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """``train.learning_rate: 0.001 -> 0.002`` for every leaf that differs between two trees."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted(old.keys() | new.keys()):
+    """``train.learning_rate: 0.001 -> 0.002`` for every leaf that differs between two trees of dictionaries, and of
+    lists of these (``growth[0].factor``). What only one of them has differs, leaf by leaf, from None."""
+    if _is_tree(old, new):
+        for name in sorted((old or {}).keys() | (new or {}).keys()):
             inner = f"{where}.{name}" if where else name
-            yield from differences(old.get(name), new.get(name), inner)
+            yield from differences((old or {}).get(name), (new or {}).get(name), inner)
+    elif _is_list_of_trees(old, new):
+        for index, (one, other) in enumerate(itertools.zip_longest(old or [], new or [])):
+            yield from differences(one, other, f"{where}[{index}]")
     elif old != new:
         yield f"{where}: {old} -> {new}"
+
+
+def _is_tree(old: Any, new: Any) -> bool:
+    return all(value is None or isinstance(value, dict) for value in (old, new)) and bool(old or new)
+
+
+def _is_list_of_trees(old: Any, new: Any) -> bool:
+    if not all(value is None or isinstance(value, list) for value in (old, new)):
+        return False
+    entries = [*(old or []), *(new or [])]
+    return bool(entries) and all(isinstance(entry, dict) for entry in entries)

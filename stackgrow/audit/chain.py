@@ -11,7 +11,7 @@ import tomli
 from stackgrow import seal
 from stackgrow.audit import contents
 from stackgrow.audit.case import Case, open_case
-from stackgrow.audit.report import Audit, Look
+from stackgrow.audit.report import Audit, Look, NotChecked, RestsOn, numbered
 from stackgrow.plan.stages import Stage, TrainStage
 from stackgrow.recipe.load import Problem
 from stackgrow.recipe.write import canonical_hash
@@ -37,6 +37,8 @@ def audit_run(
     if not opened:  # a finding says why
         return audit
     case = opened[0]
+    if "replay" not in further:
+        audit.not_checked.append("losses: no step was trained again (--replay)")
     state = "finished" if case.run.ledger_file.is_file() else "not finished"
     audit.title = f"{case.plan.recipe.name}, {state}"
     for name, check in further.items():
@@ -46,7 +48,9 @@ def audit_run(
     audit.look("checkpoints", contents.checkpoints(case))
     audit.look("records", contents.records(case))
     audit.look("growth", contents.growth(case))
+    audit.look("eval", contents.evaluations(case))
     audit.look("data", contents.data(case, full))
+    audit.rests_on.append("nobody having written the whole folder anew: no signature is looked at (SECURITY.md)")
     return audit
 
 
@@ -57,8 +61,10 @@ def _open_and_check_recipe(run: Path, data: Sequence[Path], opened: list[Case]) 
     recipe = tomli.loads(case.run.recipe_file.read_text(encoding="utf-8"))
     recipe_hash = canonical_hash(recipe)
     sessions = case.record["sessions"]
-    if recipe_hash not in [session["recipe_hash"] for session in sessions]:
+    hashes = [session["recipe_hash"] for session in sessions]
+    if recipe_hash not in hashes:
         yield RECIPE, f"is not the recipe of any session ({recipe_hash[:12]})"
+        # What was changed is seen against the last one, whose text stands in provenance.json.
         text_hash = sessions[-1]["texts"]["recipe"]
         last_recipe = tomli.loads(case.record["texts"][text_hash])
         for change in differences(last_recipe, recipe):
@@ -69,20 +75,9 @@ def _open_and_check_recipe(run: Path, data: Sequence[Path], opened: list[Case]) 
 def _provenance(case: Case) -> Look:
     """Sessions are chained to each other and to the checkpoints that they made."""
     sessions = case.record["sessions"]
-    identities: list[str] = []
-    for number, session in enumerate(sessions):
-        previous = identities[-1] if identities else None
-        if session["previous"] != previous:
-            yield PROVENANCE, f"session {number} does not follow the one before it: one of them was edited"
-        identities.append(provenance.identity(session))
-        for name, text_hash in session["texts"].items():
-            if provenance.text_hash(case.record["texts"].get(text_hash, "")) != text_hash:
-                yield PROVENANCE, f"session {number}: the text of {name} is not the one that ran"
+    yield from _session_chain(case, sessions)
     for stage in case.plan.own_stages:
-        for checkpoint in case.checkpoints(stage):
-            if checkpoint.manifest.get("session") not in identities:
-                where = case.within(checkpoint.path)
-                yield where, "was made by no session of provenance.json: one of the two was edited"
+        yield from _makers_of_checkpoints(case, stage, sessions)
     packages = case.run.requirements_file.read_text(encoding="utf-8")
     if provenance.text_hash(packages) != sessions[-1]["texts"]["packages"]:
         yield REQUIREMENTS, "is not that of the last session"
@@ -90,12 +85,61 @@ def _provenance(case: Case) -> Look:
         if case.record[name] != sessions[-1][name]:
             yield PROVENANCE, "does not begin with the recipe and the data of its last session"
             break
-    if len({session["data"]["manifest_hash"] for session in sessions}) > 1:
+
+    # All sessions had the same tokens, to train on and to be measured by.
+    trained_on = {session["data"]["manifest_hash"] for session in sessions}
+    if len(trained_on) > 1:
         yield PROVENANCE, "the sessions trained on different data"
-    if len({session["data"]["validation_hash"] for session in sessions}) > 1:
+    validated_on = {session["data"]["validation_hash"] for session in sessions}
+    if len(validated_on) > 1:
         yield PROVENANCE, "the sessions validated on different data"
+
+    yield from _code(sessions)
+    yield RestsOn(
+        "what provenance.json says of machines, packages and environment, which nobody can measure afterwards"
+    )
     end = sessions[-1].get("ended", {}).get("how", "killed, or running")
-    return f"{len(sessions)} sessions; the last: {end}"
+    return f"{numbered(len(sessions), 'session')}; the last: {end}"
+
+
+def _session_chain(case: Case, sessions: list[dict[str, Any]]) -> Iterator[Problem]:
+    before: dict[str, Any] | None = None
+    for number, session in enumerate(sessions):
+        if session["previous"] != provenance.link(before, session.get("chain")):
+            yield PROVENANCE, f"session {number} does not follow the one before it: one of them was edited"
+        before = session
+        for name, text_hash in session["texts"].items():
+            if provenance.text_hash(case.record["texts"].get(text_hash, "")) != text_hash:
+                yield PROVENANCE, f"session {number}: the text of {name} is not the one that ran"
+
+
+def _makers_of_checkpoints(case: Case, stage: Stage, sessions: list[dict[str, Any]]) -> Iterator[Problem]:
+    """A checkpoint's seal names its session; of a train stage, that is the last one that began before its step."""
+    identities = [provenance.identity(session) for session in sessions]
+    for checkpoint in case.checkpoints(stage):
+        where, identity = case.within(checkpoint.path), checkpoint.manifest.get("session")
+        if identity not in identities:
+            yield where, "was made by no session of provenance.json: one of the two was edited"
+        elif stage.trains:
+            step = checkpoint.manifest["step"]
+            maker = provenance.maker(sessions, stage.name, step)
+            if maker is None or identities[maker] != identity:
+                yield PROVENANCE, f"its sessions' start_step of {stage.name} are not those that made step {step}"
+
+
+def _code(sessions: list[dict[str, Any]]) -> Iterator[NotChecked | RestsOn]:
+    codes = [session.get("code", {}) for session in sessions]
+    commits: list[str] = []
+    for code in codes:
+        commit = code.get("commit", "")[:12]
+        if commit and commit not in commits:
+            commits.append(commit)
+    if commits:
+        yield RestsOn(f"the code of commit {', '.join(commits)}")
+    if not all("commit" in code for code in codes):
+        yield NotChecked("code: a session names no commit")
+    if any("dirty_sha256" in code for code in codes):
+        yield NotChecked("code: a session ran files that differ from their commit, of which only a hash is kept")
 
 
 def _stages(case: Case) -> Look:
@@ -105,7 +149,10 @@ def _stages(case: Case) -> Look:
     unfinished: list[str] = []
     for stage in case.plan.stages:
         folder = case.folder(stage)
-        stored, done = seal.read_json(folder.stage_file), folder.done()
+        stored = seal.read_json(folder.stage_file)
+        done = folder.done()
+
+        # Stages are finished in their order.
         if done is None:
             unfinished.append(stage.name)
         elif unfinished:
@@ -114,24 +161,31 @@ def _stages(case: Case) -> Look:
             if done is not None:
                 yield case.within(folder.stage_file), "is missing"
             continue
+
+        # What the stage says of itself, at its beginning and at its end.
         yield from _stage_file(case, stage, stored, parent)
         if done is not None:
-            due = {"seconds": done.get("seconds"), **_due_in_done(case, stage, stage_before)}
+            due = _due_in_done(case, stage, stage_before)
+            due["seconds"] = done.get("seconds")  # which nothing else states
             for change in differences(done, due):
                 yield case.within(folder.done_file), f"{change}, as found"
+
         # What the next stage's hash is made of.
         stage_before = stage
         parent = case.hashes[stage.name]
         if stage.name in case.plan.found:
             parent = canonical_hash({"parent": parent, "found": case.plan.found[stage.name]})
+
     trained = counts(case.plan, case.run)
     yield from _ledger(case, trained, unfinished)
     for folder in case.run.stages():
         if folder.name not in case.hashes:
             yield folder.name, "is no stage of the recipe"
+
     all_stages = len(case.plan.stages)
-    finished = f"{all_stages - len(unfinished)} of {all_stages} done"
-    return f"{finished}; {trained['total']['tokens']:,} tokens trained, {case.plan.tokens:,} planned"
+    finished = all_stages - len(unfinished)
+    tokens = trained["total"]["tokens"]
+    return f"{finished} of {all_stages} done; {tokens:,} tokens trained, {case.plan.tokens:,} planned"
 
 
 def _stage_file(case: Case, stage: Stage, stored: dict[str, Any], parent: str) -> Iterator[Problem]:

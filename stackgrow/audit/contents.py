@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackgrow import seal
-from stackgrow.audit.report import Look
+from stackgrow.audit.report import Look, NotChecked, RestsOn, numbered
 from stackgrow.data.order import Order
 from stackgrow.data.store import Manifest, StoreError, read_manifest
+from stackgrow.errors import DamagedError
 from stackgrow.growth import own
 from stackgrow.growth.rules import Alias
 from stackgrow.plan.stages import GrowStage, ImportStage, Stage, TrainStage
 from stackgrow.recipe.load import Problem
 from stackgrow.recipe.write import canonical_hash
+from stackgrow.run_folder.evaluations import read_evaluation, weights_hash
 from stackgrow.run_folder.folder import GROWTH, LEDGER, METRICS, PROVENANCE, VALIDATION
 from stackgrow.run_folder.lines import iter_records
 from stackgrow.run_folder.provenance import data_facts
@@ -48,7 +50,9 @@ def checkpoints(case: Case) -> Look:
             tensors += len(fingerprints_of(manifest))
         if case.done(stage):
             yield from _unsealed(case, stage)
-    return f"{count} sealed; {files} files by SHA-256, {tensors} tensors by fingerprint"
+    looked_at = f"{numbered(files, 'file')} by SHA-256, {numbered(tensors, 'tensor')} by fingerprint"
+    yield RestsOn(f"the seals of {numbered(count, 'checkpoint')}, and what the stages' DONE say of them")
+    return f"{count} sealed; {looked_at}"
 
 
 def _unsealed(case: Case, stage: Stage) -> Iterator[Problem]:
@@ -68,8 +72,11 @@ def _inside(case: Case, stage: Stage, checkpoint: Sealed) -> Iterator[str]:
     from stackgrow.checkpoint.grow import fingerprints_of
     from stackgrow.seal.tensors import fingerprint
 
-    path, manifest = checkpoint.path, checkpoint.manifest
+    path = checkpoint.path
+    manifest = checkpoint.manifest
     metadata = read_metadata(path)
+
+    # Where in the run it is: as its seal states it, and as it holds it for whoever goes on from it.
     due = _due_place(case, stage, path)
     stated = {name: manifest[name] for name in due}
     if stated != due:
@@ -81,6 +88,8 @@ def _inside(case: Case, stage: Stage, checkpoint: Sealed) -> Iterator[str]:
         }
         if held != due:
             yield f"holds {held}, and must hold {due}"
+
+    # The model's tensors: all of them, no other, in their shapes, and each as it was sealed.
     shapes = {name: shape for name, (shape, _) in tensor_shapes(metadata).items() if is_model_key(name)}
     due_shapes = stage.checkpoint_tensors()
     if shapes != due_shapes or manifest["tensors"].keys() != due_shapes.keys():
@@ -124,16 +133,20 @@ def _lines(case: Case, stage: TrainStage, name: str) -> Generator[Problem, None,
     file = case.folder(stage).record_file(name)
     where = case.within(file)
     steps: list[int] = []
-    for record in iter_records(file):
-        step = record["step"]
-        if steps and step <= steps[-1]:
-            yield where, f"step {step} follows step {steps[-1]}"
-        steps.append(step)
-        wrong = [key for key, value in stage.place(step).items() if record.get(key) != value]
-        if name == METRICS and not math.isclose(record["lr"], stage.learning_rate(step), rel_tol=SAME_RATE):
-            wrong.append("lr")
-        if wrong:
-            yield where, f"step {step}: {', '.join(wrong)} is not what the plan has"
+    try:
+        for record in iter_records(file):
+            step = record["step"]
+            if steps and step <= steps[-1]:
+                yield where, f"step {step} follows step {steps[-1]}"
+            steps.append(step)
+            wrong = [key for key, value in stage.place(step).items() if record.get(key) != value]
+            if name == METRICS and not math.isclose(record["lr"], stage.learning_rate(step), rel_tol=SAME_RATE):
+                wrong.append("lr")
+            if wrong:
+                yield where, f"step {step}: {', '.join(wrong)} is not what the plan has"
+    except DamagedError as error:
+        yield where, f"cannot be read further: {error}"
+        return len(steps)
     # Of a recipe whose intervals have changed between two sessions it is not known which steps were written down.
     recipes = {session["recipe_hash"] for session in case.record["sessions"]}
     if len(recipes) == 1 and case.done(stage):
@@ -195,9 +208,12 @@ def growth(case: Case) -> Look:
             skipped.append(stage)
         else:
             count += yield from _one_growth(case, stage)
-    line = f"{count} tensors made again from their sources"
+    line = f"{numbered(count, 'tensor')} made again from their sources"
     for stage in skipped:
         line += f"; {stage.name} not: {stage.operator} is code, which runs with --trust alone"
+        yield NotChecked(
+            f"growth: {stage.name}, whose operator {stage.operator} is code, which runs with --trust alone"
+        )
     return line
 
 
@@ -208,18 +224,23 @@ def _one_growth(case: Case, stage: GrowStage) -> Generator[Problem, None, int]:
     source_stage, network_stage = case.plan.inputs(stage)
     source = case.output(source_stage) if source_stage else None
     network = case.output(network_stage) if network_stage else None
-    output, growth_file = case.output(stage), case.folder(stage).growth_file
+    output = case.output(stage)
+    growth_file = case.folder(stage).growth_file
     before = seal.read_seal(source) if source else None
     after = seal.read_seal(output)
     record = seal.read_json(growth_file)
     if source is None or before is None or after is None or record is None:
         yield stage.name, "its source or its result is not there any more"
         return 0
+
+    # Made again, and compared with what the result's seal and growth.json state.
     made = _made_again(stage, source, before, network)
     for path, stated in ((output, fingerprints_of(after)), (growth_file, fingerprints_of(record))):
         wrong = sorted(name for name in made.keys() | stated.keys() if made.get(name) != stated.get(name))
         if wrong:
             yield case.within(path), f"{len(wrong)} of {len(made)} tensors are not what grows, first {wrong[0]}"
+
+    # Which source it was: growth.json and the sessions name it.
     if record["source"]["stage_hash"] != before["stage_hash"]:
         yield case.within(growth_file), "names another source"
     if not _noted(case, stage, source, output):
@@ -256,6 +277,38 @@ def _noted(case: Case, stage: GrowStage, source: Path, output: Path) -> bool:
     return bool(notes) and all(note[key] == hashes[key] for note in notes for key in hashes)
 
 
+def evaluations(case: Case) -> Look:
+    """Every file of benchmark results against its own seal, and the weights that it is of against their checkpoint."""
+    count = compared = 0
+    for file in case.run.eval_files():
+        record = read_evaluation(file)
+        count += 1
+        weights = _weights_evaluated(case, record)
+        if "weights" not in record:
+            yield NotChecked(f"eval: {file.name}, which has no seal, as an earlier version wrote it")
+        elif weights is None:
+            yield NotChecked(f"eval: the weights that {file.name} is of, whose checkpoint is not kept")
+        else:
+            compared += 1
+            if record["weights"] != weights:
+                yield case.within(file), "is of other weights than the checkpoint that it names"
+    if count:
+        yield NotChecked("eval: the scores themselves, which only evaluating again can show")
+    return f"{numbered(count, 'result')}, {compared} of weights that are kept"
+
+
+def _weights_evaluated(case: Case, record: Mapping[str, Any]) -> str | None:
+    """The hash of the weights in the checkpoint that results are of; None where it is not there any more."""
+    for stage in case.plan.stages:
+        if stage.name != record["stage"]:
+            continue
+        folder = case.folder(stage)
+        path = folder.checkpoint(record["step"]) if stage.trains else folder.checkpoints
+        manifest = seal.read_seal(path)
+        return None if manifest is None else weights_hash(manifest["tensors"])
+    raise DamagedError(f"{record['stage']} is no stage of the recipe")
+
+
 def data(case: Case, full: bool) -> Look:
     """The token stores against the hashes that the run has of them; their files whole, or a few of them."""
     recipe = case.plan.recipe
@@ -264,14 +317,19 @@ def data(case: Case, full: bool) -> Look:
     # A stranger's recipe must not make an audit read just anything on this machine.
     outside = [str(path) for path in stores if path.is_absolute() or ".." in path.parts]
     if case.data_from_recipe and outside:
-        return f"not checked: {', '.join(outside)} leaves the working directory; name every store with --data"
+        why = f"{', '.join(outside)} leaves the working directory; name every store with --data"
+        yield NotChecked(f"data: {why}")
+        return f"not checked: {why}"
     try:
         manifests = [read_manifest(store) for store in stores]
         order = Order(manifests, weights, recipe.data.seq_len, recipe.seed)
     except StoreError as error:
         if not case.data_from_recipe:
             yield "data", str(error)
+        yield NotChecked(f"data: {error}")
         return f"not checked: {error}"
+
+    # The stores are the run's, and give what the ledger says that they gave.
     names = ", ".join(map(str, stores))
     facts = data_facts(case.plan, order)
     for name in ("manifest_hash", "validation_hash", "tokenizer_sha256"):
@@ -283,6 +341,8 @@ def data(case: Case, full: bool) -> Look:
         due = list(order.seen(case.plan.sequences).values())
         if stated != due:
             yield LEDGER, f"states {stated} of the stores, the order of the data gives {due}"
+
+    # And their files are what their manifests say.
     files = _files_of_stores(manifests)
     chosen = sorted(files)
     if not full:
@@ -290,7 +350,9 @@ def data(case: Case, full: bool) -> Look:
     for file in chosen:
         if not file.is_file() or seal.sha256(file) != files[file]:
             yield str(file), "is damaged or missing"
-    return f"{names}: {len(chosen)} of {len(files)} files read"
+    if len(chosen) < len(files):
+        yield NotChecked(f"data: {numbered(len(files) - len(chosen), 'file')} of the token stores (--full)")
+    return f"{names}: {len(chosen)} of {numbered(len(files), 'file')} read"
 
 
 def _files_of_stores(manifests: list[Manifest]) -> dict[Path, str]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from stackgrow import seal
 from stackgrow.audit.case import Case
-from stackgrow.audit.report import Look, WrongRequest
+from stackgrow.audit.report import Look, NotChecked, WrongRequest, numbered
+from stackgrow.errors import DamagedError
 from stackgrow.plan.checks import world_problems
 from stackgrow.plan.stages import TrainStage
 from stackgrow.process.logs import log_to
@@ -24,7 +25,7 @@ from stackgrow.recipe.keys import Recipe
 from stackgrow.recipe.values import MAX_INT, Duration
 from stackgrow.run.engine import stage_job
 from stackgrow.run_folder import provenance
-from stackgrow.run_folder.folder import METRICS, VALIDATION, RunFolder, StageFolder
+from stackgrow.run_folder.folder import METRICS, PROVENANCE, VALIDATION, RunFolder, StageFolder
 from stackgrow.run_folder.lines import iter_records
 
 if TYPE_CHECKING:
@@ -49,9 +50,14 @@ class Request:
         return self.first < step <= self.last
 
 
-def replay(case: Case, words: str) -> Look:
+def replay(case: Case, words: str, strict: bool = False) -> Look:
     """``words``: "STAGE:STEP+N". Step 0 is the stage's input; any other must be a kept checkpoint. Called by every
-    rank; the comparison is rank 0's."""
+    rank; the comparison is rank 0's. ``strict``: bit for bit, the optimizer's state too, whatever the run claims of the
+    machine and the software that it was made with.
+
+    Raises:
+        WrongRequest: there is nothing to train again or to compare with, or not on these ranks.
+    """
     import torch.distributed as dist
 
     from stackgrow.titan.session import start, stop
@@ -63,6 +69,10 @@ def replay(case: Case, words: str) -> Look:
         told = "; ".join(": ".join(problem) for problem in problems)
         raise WrongRequest(f"{words} needs other ranks: {told}")
     others = _other_circumstances(case, request)  # before torchtitan changes the environment
+    if strict:
+        _require_the_same_ranks(case, request, others)
+        others = []
+
     recipe = _undisturbed(case.plan.recipe)
     start(recipe, Path(tempfile.gettempdir()))
     # Rank 0's folder is everyone's: they share its file system. Progress goes where it does not mix with the result.
@@ -125,6 +135,8 @@ def _compared(case: Case, request: Request, again: StageFolder, others: list[str
     if others:
         loss_limit = LOSS_TOLERANCE[stage.train.precision]
         weight_limit = WEIGHT_TOLERANCE[stage.train.precision]
+
+    # What was written down of each step, where both have written it.
     numbers: list[float] = []
     for name, keys in {METRICS: COMPARED, VALIDATION: ("loss",)}.items():
         file = case.folder(stage).record_file(name)
@@ -133,6 +145,8 @@ def _compared(case: Case, request: Request, again: StageFolder, others: list[str
             wrong = {d.name: f"{d.before} -> {d.after}" for d in differences if d.size > loss_limit}
             if wrong:
                 yield case.within(file), f"step {step} differs when trained again: {wrong}"
+
+    # The weights at the end, where the run has kept them; AdamW's state too, where all bits must be equal.
     tensors: list[float] = []
     kept = case.folder(stage).checkpoint(last)
     if seal.read_seal(kept) is not None:
@@ -140,12 +154,18 @@ def _compared(case: Case, request: Request, again: StageFolder, others: list[str
             tensors.append(size)
             if size > weight_limit:
                 yield case.within(kept), f"{name} differs by {size:.1e} when trained again"
-    what = f"{stage.name} {request.first} to {last}: {len(numbers)} numbers"
+
+    # In words.
+    what = f"{stage.name} {request.first} to {last}: {numbered(len(numbers), 'number')}"
     if tensors:
-        what += f", {len(tensors)} tensors of {kept.name}"
+        what += f", {numbered(len(tensors), 'tensor')} of {kept.name}"
     worst = max([*numbers, *tensors], default=0.0)
     what += f"; largest difference {worst:.1e}" if worst else "; equal bit for bit"
+    yield NotChecked(f"losses: all steps but {request.first + 1} to {last} of {stage.name}")
     if others:
+        yield NotChecked(f"equality bit for bit: {', '.join(others)} differ, and a tolerance was used")
+        if tensors:
+            yield NotChecked("the optimizer's state")
         what += f"; allowed are {loss_limit:g} and for weights {weight_limit:g}, since {', '.join(others)} differ"
     return what
 
@@ -168,16 +188,27 @@ def _other_circumstances(case: Case, request: Request) -> list[str]:
     return [circumstance for circumstance in now if circumstance in different]
 
 
+def _require_the_same_ranks(case: Case, request: Request, others: list[str]) -> None:
+    """Other ranks sum in another order: no two such trainings are equal bit for bit."""
+    if "world_size" in others or "mesh" in others:
+        ranks = sorted({session["world_size"] for session in _makers(case, request)})
+        told = ", ".join(map(str, ranks))
+        raise WrongRequest(f"--strict compares bit for bit, on the ranks that the run states for these steps: {told}")
+
+
 def _makers(case: Case, request: Request) -> list[dict[str, Any]]:
-    """The sessions that made the steps: each step is of the last session that began before it."""
+    """The sessions that made the steps.
+
+    Raises:
+        DamagedError: no session says that it made one of them.
+    """
     sessions = case.record["sessions"]
-    starts = []
-    for session in sessions:
-        noted = session.get("stages", {}).get(request.stage.name, {})
-        starts.append(noted.get("start_step", MAX_INT))
     makers = set()
     for step in range(request.first + 1, request.last + 1):
-        makers.add(max(index for index, start in enumerate(starts) if start < step))
+        maker = provenance.maker(sessions, request.stage.name, step)
+        if maker is None:
+            raise DamagedError(f"{PROVENANCE}: no session says that it made step {step} of {request.stage.name}")
+        makers.add(maker)
     return [sessions[index] for index in sorted(makers)]
 
 

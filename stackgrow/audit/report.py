@@ -1,4 +1,4 @@
-"""What an audit looked at and what it found, as plain values and as text."""
+"""What an audit looked at, what it found and what it rests on, as plain values and as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,25 @@ from stackgrow.errors import LockedError, RunError
 from stackgrow.recipe.load import Problem
 from stackgrow.text import printable
 
-Look: TypeAlias = Generator[Problem, None, str]  # yields (place, what is wrong), returns what was looked at
+NEVER_LOOKED_AT = "report.html, TensorBoard's files and logs: they are no part of the proof"
+
+
+@dataclass(frozen=True)
+class NotChecked:
+    """Something that a reader might take for checked, and why it was not."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class RestsOn:
+    """Something that was taken as it stands."""
+
+    what: str
+
+
+# A check yields (place, what is wrong) and the two above, and returns in words what it looked at.
+Look: TypeAlias = Generator[Problem | NotChecked | RestsOn, None, str]
 
 
 class WrongRequest(RunError):
@@ -35,15 +53,16 @@ class Audit:
     title: str = ""
     checks: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
+    rests_on: list[str] = field(default_factory=list)
 
     def look(self, check: str, steps: Look) -> None:
-        """Takes a check's findings. A run folder can hold anything, so that whatever a check cannot read is a finding
+        """Takes what a check gives. A run folder can hold anything, so that whatever a check cannot read is a finding
         too."""
         self.checks[check] = "incomplete"
         try:
             while True:
-                where, message = next(steps)
-                self.findings.append(Finding(check, printable(where), printable(message)))
+                self._take(check, next(steps))
         except StopIteration as end:
             self.checks[check] = printable(end.value)
         except (LockedError, WrongRequest):
@@ -52,19 +71,44 @@ class Audit:
             what = f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"
             self.findings.append(Finding(check, "", printable(what)))
 
+    def _take(self, check: str, given: Problem | NotChecked | RestsOn) -> None:
+        if isinstance(given, NotChecked):
+            self.not_checked.append(printable(given.what))
+        elif isinstance(given, RestsOn):
+            self.rests_on.append(printable(given.what))
+        else:
+            where, message = given
+            self.findings.append(Finding(check, printable(where), printable(message)))
+
+    @property
+    def verdict(self) -> str:
+        if self.findings:
+            return f"FAILED: {numbered(len(self.findings), 'finding')}"
+        if self.not_checked:
+            return f"PASSED, BUT NOT CHECKED: {'; '.join(self.not_checked)}"
+        return "PASSED"
+
     def to_dict(self) -> dict[str, Any]:
-        return {"ok": not self.findings, **dataclasses.asdict(self)}
+        values = {"ok": not self.findings, "verdict": self.verdict, **dataclasses.asdict(self)}
+        return {**values, "never_looked_at": NEVER_LOOKED_AT}
 
     def render(self) -> str:
         lines = [f"{self.run}   {self.title}".rstrip()]
         for name, what in self.checks.items():
             lines.append(f"  {name:<13}{what}")
-        count = len(self.findings)
-        if count == 0:
-            lines.append("nothing found")
-        else:
-            lines.append("1 finding" if count == 1 else f"{count} findings")
+        lines.append(self.verdict)
         for finding in self.findings:
             where = f"{finding.where}: " if finding.where else ""
             lines.append(f"  {finding.check}  {where}{finding.message}")
+        if self.findings:
+            lines += [f"  not checked  {what}" for what in self.not_checked]  # else the verdict says it
+        lines += [f"  rests on  {what}" for what in self.rests_on]
+        lines.append(f"  never looked at  {NEVER_LOOKED_AT}")
         return "\n".join(lines)
+
+
+def numbered(count: int, thing: str, things: str = "") -> str:
+    """``1 session``, ``2 sessions``; ``things``: where it does not end in s."""
+    if count == 1:
+        return f"1 {thing}"
+    return f"{count} {things or thing + 's'}"

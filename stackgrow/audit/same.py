@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 from stackgrow import seal
 from stackgrow.audit.case import Case
-from stackgrow.audit.report import Look
+from stackgrow.audit.report import Look, numbered
 from stackgrow.plan.stages import Stage, TrainStage
 from stackgrow.recipe.load import Problem
+from stackgrow.recipe.write import to_dict
 from stackgrow.run_folder.folder import METRICS, VALIDATION
 from stackgrow.run_folder.lines import iter_records
 from stackgrow.text import differences
@@ -18,7 +18,7 @@ from stackgrow.text import differences
 
 def same_run(case: Case, other: Case) -> Look:
     """Both as they state themselves: whether they state the truth is for an audit of each."""
-    for change in differences(_training(case), _training(other)):
+    for change in _recipe_differences(case, other):
         yield "recipe", change
     if case.record["data"]["manifest_hash"] != other.record["data"]["manifest_hash"]:
         yield "data", "they were trained on different tokens"
@@ -29,13 +29,21 @@ def same_run(case: Case, other: Case) -> Look:
     ended = 0
     for stage in case.plan.stages:
         ended += yield from _same_weights(case, other, stage)
-    return f"{other.run.path}: {losses} losses, and the weights at the end of {ended} stages"
+    at_the_end = f"the weights at the end of {numbered(ended, 'stage')}"
+    return f"{other.run.path}: {numbered(losses, 'loss', 'losses')}, and {at_the_end}"
 
 
-def _training(case: Case) -> dict[str, Any]:
-    """What the run trains, free keys left out."""
+def _recipe_differences(case: Case, other: Case) -> Iterator[str]:
+    """In what two runs' trainings differ, free keys left out. Runs with other stages are compared by their recipes'
+    keys: a stage that one of them has not differs in everything."""
     stages = {stage.name: stage.identity() for stage in case.plan.stages}
-    return {"seed": case.plan.recipe.seed, **stages}
+    other_stages = {stage.name: stage.identity() for stage in other.plan.stages}
+    if stages.keys() == other_stages.keys():
+        seed, other_seed = case.plan.recipe.seed, other.plan.recipe.seed
+        yield from differences({"seed": seed, **stages}, {"seed": other_seed, **other_stages})
+        return
+    yield f"its stages are {', '.join(stages)}, the other's {', '.join(other_stages)}"
+    yield from differences(to_dict(case.plan.recipe), to_dict(other.plan.recipe))
 
 
 def _same_losses(case: Case, other: Case, stage: TrainStage, name: str) -> Generator[Problem, None, int]:

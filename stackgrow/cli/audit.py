@@ -4,11 +4,13 @@ python tools/audit_run.py runs/quickstart
 python tools/audit_run.py runs/quickstart --against runs/quickstart-2
 torchrun --standalone --nproc-per-node 2 tools/audit_run.py runs/mine --replay stage-2-train-8L:100+50
 
+The verdict is PASSED, FAILED, or PASSED, BUT NOT CHECKED with what was not; then comes what it rests on (SECURITY.md).
+
 --replay trains N steps again from a checkpoint that the run has kept (or from step 0), in a scratch folder, and
-compares losses and weights: bit for bit on the ranks, machine and software of the run, else within a stated tolerance.
+compares losses and weights: bit for bit on the ranks, machine and software of the run, else within a stated tolerance;
+with --strict, always bit for bit.
 Nothing in the run folder is changed, or followed out of it; an operator that its recipe names as module:function is
-executed with --trust alone. Exit codes: 0 nothing found, 65 findings, 73 the
-run is running, 2 a wrong command line.
+executed with --trust alone. Exit codes: 0 passed, 65 failed, 73 the run is running, 2 a wrong command line.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.replay:
         from stackgrow.audit.replay import replay
 
-        further["replay"] = lambda case: replay(case, arguments.replay)
+        further["replay"] = lambda case: replay(case, arguments.replay, arguments.strict)
     if arguments.against:
         further["against"] = lambda case: same_run(case, open_case(arguments.against))
     try:
@@ -64,10 +66,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--full", action="store_true", help="read every file of the token store, not a few")
     parser.add_argument("--replay", metavar="STAGE:STEP+N", help="train N steps again from a checkpoint, and compare")
+    strict = "with --replay: no tolerance for a machine or software that the run claims, and the optimizer's state too"
+    parser.add_argument("--strict", action="store_true", help=strict)
     parser.add_argument("--against", type=Path, metavar="OTHER", help="whether another run folder holds the same run")
     add_trust(parser)
     parser.add_argument("--json", action="store_true", help="for machines")
     arguments = parser.parse_args(argv)
+    if arguments.strict and not arguments.replay:
+        parser.error("--strict says how --replay compares: give both")
     for folder in filter(None, (arguments.run, arguments.against, *arguments.data)):
         if not folder.is_dir():
             parser.error(f"{folder} is no folder")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from stackgrow.errors import RunError
-from stackgrow.process.progress import hush
+from stackgrow.errors import RunError, disk_error
+from stackgrow.process.progress import hush, say
 
 # torchrun kills the other ranks when one fails: they wait, so that the reason is told by then.
 TOLD_AFTER_SECONDS = 3
@@ -20,7 +22,8 @@ CLOSED_PIPE = 141  # 128 + SIGPIPE, as of any command whose output nobody reads 
 
 
 def quiet_at_closed_pipe(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """A page's ``main`` that ends without a word where its output is closed, as by ``| head``."""
+    """A page's ``main`` that ends without a word where its output is closed, as by ``| head``, and with a line where a
+    file cannot be read or written."""
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +33,8 @@ def quiet_at_closed_pipe(main: Callable[[Sequence[str] | None], int]) -> Callabl
         except BrokenPipeError:
             hush(sys.stdout)
             return CLOSED_PIPE
+        except OSError as error:
+            return tell(disk_error(error))
         return code
 
     return wrapped
@@ -55,10 +60,20 @@ def tell(error: RunError) -> int:
     """One message for the whole job, from the rank that is to tell it, or for each node; returns the exit code."""
     rank = "LOCAL_RANK" if error.teller is None else "RANK"
     if int(os.environ.get(rank, "0")) == (error.teller or 0):
-        print(error, file=sys.stderr, flush=True)
+        say(str(error), stream=sys.stderr)
+        _tell_torchrun(str(error))
     else:
         time.sleep(TOLD_AFTER_SECONDS)
     return error.exit_code
+
+
+def _tell_torchrun(message: str) -> None:
+    """torchrun ends with a traceback of its own, and at the very end with what it finds in a file of each rank."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        facts = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        content = {"message": {"message": message, "extraInfo": facts}}
+        Path(file).write_text(json.dumps(content), encoding="utf-8")
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

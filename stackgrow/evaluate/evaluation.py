@@ -31,6 +31,7 @@ from stackgrow.process.ranks import from_rank0
 from stackgrow.recipe.keys import Eval, Recipe
 from stackgrow.recipe.load import RecipeError
 from stackgrow.run_folder.choose import choose, tokenizer_of
+from stackgrow.run_folder.evaluations import read_evaluation, weights_hash, write_evaluation
 from stackgrow.run_folder.folder import EVAL, RunFolder
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Evaluation:
         stage, step = trainer.stage_job.stage, trainer.step
         if self.due(stage, step):
             session.at(f"{stage.name}, benchmarks after step {step}")
-            self.run(stage, step, partial(score, trainer, batch=self.wanted.batch))
+            self.run(stage, step, partial(score, trainer, batch=self.wanted.batch), _weights_hash(trainer))
 
     def due(self, stage: TrainStage, step: int) -> bool:
         """Whether the stage is to be evaluated after ``step`` and has not been. Every rank must call it."""
@@ -70,9 +71,12 @@ class Evaluation:
         asked = from_rank0(lambda: self._before(self._file(f"{stage.name}-{seal.step_name(step)}")).get("asked", []))
         return not set(self._names) <= set(asked)
 
-    def run(self, stage: TrainStage, step: int, score: Callable[..., Any], grown: str | None = None) -> None:
-        """Runs the tasks and writes their results; ``grown`` names the grow stage whose output was loaded. Other
-        tasks' results for the same weights stay. Collective; no random generator is left changed."""
+    def run(
+        self, stage: TrainStage, step: int, score: Callable[..., Any], weights: str, grown: str | None = None
+    ) -> None:
+        """Runs the tasks and writes their results for the weights with the hash ``weights``; ``grown`` names the grow
+        stage whose output was loaded. Other tasks' results for the same weights stay. Collective; no random generator
+        is left changed."""
         results = self._results(score, stage.seq_len)
         if dist.get_rank() != 0:
             return
@@ -83,13 +87,13 @@ class Evaluation:
             **stage.place(step),
             "stage": name,
             "stage_hash": self.stage_hash,
+            "weights": weights,
             "asked": sorted({*before.get("asked", []), *self._names}),
             "limit": self.wanted.limit,
             "tasks": every,
             "seven_task_mean": tasks.seven_task_mean(every),
         }
-        file.parent.mkdir(exist_ok=True)
-        seal.write_json(file, record)
+        write_evaluation(file, record)
         if self.recipe.log.tensorboard:
             _to_tensorboard(RunFolder(self.folder).stage(name).tensorboard / EVAL, results, record["tokens"])
         told = [f"{task} {best} {m[best]:.4f}" for task, m in results.items() if (best := tasks.headline(task, m))]
@@ -101,7 +105,10 @@ class Evaluation:
 
     def _before(self, file: Path) -> dict[str, Any]:
         """Earlier results for the same weights."""
-        found = seal.read_json(file) or {}
+        try:
+            found = read_evaluation(file)
+        except DamagedError:
+            return {}  # which this evaluation replaces
         return found if found.get("stage_hash") == self.stage_hash else {}
 
     def _file(self, checkpoint: str) -> Path:
@@ -132,6 +139,13 @@ def unchanged_generators() -> Iterator[None]:
         yield
     random.setstate(python)
     np.random.set_state(numbers)
+
+
+def _weights_hash(trainer: StageTrainer) -> str:
+    """Collective."""
+    from stackgrow.titan.shards import fingerprints
+
+    return weights_hash(fingerprints(trainer.checkpointer.weights()))
 
 
 def _metrics(values: Mapping[str, Any], examples: int) -> dict[str, float]:
@@ -219,7 +233,8 @@ def evaluate_checkpoint(evaluation: Evaluation, job: StageJob, checkpoint: Path,
         trainer.checkpointer.load_weights(checkpoint)
         trainer.step = step
         trainer.set_mask()
-        evaluation.run(job.stage, step, partial(score, trainer, batch=evaluation.wanted.batch), grown)
+        weights = _weights_hash(trainer)
+        evaluation.run(job.stage, step, partial(score, trainer, batch=evaluation.wanted.batch), weights, grown)
     finally:
         trainer.close()
     del trainer

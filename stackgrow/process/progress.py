@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from stackgrow.text import clock, human
 
 COLUMNS = 80  # of a terminal that does not say how wide it is
 WORTH_SAYING = 0.05  # of a step's time
+NOBODY_READS = (errno.EPIPE, errno.EIO)
 RENEW_LINE = "\r\x1b[K"  # back to its beginning, and erased
 
 
@@ -99,11 +101,13 @@ class Progress:
 
 
 def say(line: str, end: str = "\n", stream: TextIO | None = None) -> None:
-    """Prints a line at once. Training goes on where nobody reads any more, as in ``| head``."""
+    """Prints a line at once. Training goes on where nobody reads any more, as in ``| head`` or a closed terminal."""
     stream = stream or sys.stdout
     try:
         print(line, end=end, file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in NOBODY_READS:
+            raise
         hush(stream)
 
 

@@ -1,4 +1,5 @@
-"""SIGTERM, SIGUSR1 (Slurm's --signal) and SIGINT ask a run to stop at the next good place; a second one ends it.
+"""SIGTERM, SIGUSR1 (Slurm's --signal), SIGINT and SIGHUP (a terminal that was closed) ask a run to stop at the next
+good place; a second one ends it.
 
 A thread listens, since Python's own handlers wait as long as the main thread is inside a collective.
 """
@@ -13,7 +14,7 @@ import time
 
 from stackgrow.errors import StoppedError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # torchrun and Slurm each pass one request on to every process: what comes so soon is not a second one.
 SAME_REQUEST_SECONDS = 2.0
 START_SECONDS = 5.0  # after which a rank that waits for the others to start, one of which may have failed, just ends
@@ -30,6 +31,8 @@ def watch() -> None:
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing)
     for number in SIGNALS:
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue  # nohup: it is to go on without its terminal
         signal.signal(number, _noted)
     threading.Thread(target=_listen, args=(reading,), daemon=True).start()
     os.register_at_fork(after_in_child=_in_child)

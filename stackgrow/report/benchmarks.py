@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stackgrow import seal
 from stackgrow.errors import DamagedError
 from stackgrow.evaluate.tasks import SEVEN, headline
+from stackgrow.run_folder.evaluations import read_evaluation
 from stackgrow.run_folder.folder import RunFolder
 
 MEAN = "mean of seven"
@@ -61,11 +61,10 @@ def last_scores(run: Path) -> Scores:
 def _last_record(run: Path) -> dict[str, Any] | None:
     """Of the results for one checkpoint, those of all examples come after those of a try on a few."""
     records = []
-    for file in sorted(RunFolder(run).eval.glob("*.json")):
-        record: Any = seal.read_json(file)
-        if record is not None:
-            _check(record, file)
-            records.append(record)
+    for file in RunFolder(run).eval_files():
+        record = read_evaluation(file)
+        _check(record, file)
+        records.append(record)
     return max(records, key=lambda record: (record["tokens"], record["step"], not record.get("limit")), default=None)
 
 

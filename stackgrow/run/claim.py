@@ -40,7 +40,11 @@ def claim(held: ExitStack, plan: Plan, order: Order, file: str, sets: Sequence[s
     if problems:
         raise RecipeError(file, problems)
     held.enter_context(run_lock(run))
+
+    # Nothing is written before it is known that this is the run that was begun here.
     changes = _changes(plan, run, order)
+
+    # What runs stands in the folder before it runs.
     session = held.enter_context(provenance.session(run, plan, file, sets, order))
     _write_recipe(plan, run, sets)
     log_to(run.log_file(0))

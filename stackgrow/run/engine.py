@@ -182,7 +182,8 @@ def _open_stage(plan: Plan, stage: Stage, folder: StageFolder, stage_hash: str) 
 def _run_stage(session: _Session, stage: Stage) -> None:
     """Runs one stage to its DONE, and settles the plan with what it has found out."""
     started = time.monotonic()
-    folder, hashes = session.folder(stage), session.hashes
+    folder = session.folder(stage)
+    hashes = session.hashes
     if session.rank == 0:
         _open_stage(session.plan, stage, folder, hashes[stage.name])
     inputs = _inputs(session, stage)
@@ -192,6 +193,8 @@ def _run_stage(session: _Session, stage: Stage) -> None:
         output = _import(session, stage)
     else:
         output = _grow(session, stage, inputs)
+
+    # What it has found is part of the plan before DONE says that it is finished; then all ranks learn of it.
     if session.rank == 0:
         session.plan = with_found(session.plan, session.run, session.order.data_hash)
         stage = session.plan.stages[stage.index]  # with the number of steps that it has had in the end
@@ -230,7 +233,9 @@ def _train(session: _Session, stage: TrainStage, inputs: _Inputs) -> Path:
     from stackgrow.evaluate.evaluation import Evaluation
     from stackgrow.titan.trainer import run_stage
 
-    recipe, folder, stage_hash = session.plan.recipe, session.folder(stage), session.hashes[stage.name]
+    recipe = session.plan.recipe
+    folder = session.folder(stage)
+    stage_hash = session.hashes[stage.name]
     job = stage_job(recipe, stage, stage_hash, folder, inputs.source)
     job.session = session.identity
     job.finds_end = stage.until is not None and stage.name not in session.plan.found

@@ -196,6 +196,10 @@ class RunFolder:
         suffix = f"-limit-{limit}" if limit else ""
         return self.eval / f"{checkpoint}{suffix}.json"
 
+    def eval_files(self) -> list[Path]:
+        """The benchmark results that are there, by name."""
+        return sorted(self.eval.glob("*.json"))
+
     def stage(self, name: str) -> StageFolder:
         return StageFolder(self.path / name)
 
@@ -208,8 +212,17 @@ class RunFolder:
         return sorted((StageFolder(path) for path in self.path.glob("stage-*")), key=place)
 
     def provenance(self) -> dict[str, Any]:
-        """What provenance.json holds; {} where there is none."""
-        return seal.read_json(self.provenance_file) or {}
+        """What provenance.json holds; {} where there is none.
+
+        Raises:
+            DamagedError: it does not list sessions.
+        """
+        record = seal.read_json(self.provenance_file) or {}
+        sessions, data = record.get("sessions", []), record.get("data", {})
+        lists_sessions = isinstance(sessions, list) and all(isinstance(session, dict) for session in sessions)
+        if not lists_sessions or not isinstance(data, dict):
+            raise DamagedError(f"{self.provenance_file} is damaged: it lists no sessions; restore it")
+        return record
 
     def data_hash(self) -> str:
         """The hash of the data that the run was begun with; "" where nothing is written down yet."""

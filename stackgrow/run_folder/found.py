@@ -49,5 +49,7 @@ def with_found(plan: Plan, folder: RunFolder, data_hash: str, file: str | Path =
 def plan_of_run(folder: Path, sets: Sequence[str] = ()) -> Plan:
     """The plan of a run, from what it wrote; ``sets`` change free keys."""
     run = RunFolder(folder)
+    if run.recipe_file.exists() and not run.recipe_file.is_file():
+        raise DamagedError(f"{run.recipe_file} is no plain file; restore it")
     plan = make_plan(load_recipe(run.recipe_file, sets, trusted=True), run.recipe_file)
     return with_found(plan, run, run.data_hash(), run.recipe_file)

@@ -69,6 +69,8 @@ class RecordWriter:
         self.path = path
         self._bytes = 0
         self._digest = hashlib.sha256()
+        if path.exists() and not path.is_file():
+            raise self._damaged("it is no plain file")
         if sealed is not None:
             self._read_sealed(sealed)
         with named(path):

@@ -1,8 +1,8 @@
 """What ran, on what, from what: ``provenance.json`` of a run, one entry per session, and ``requirements.lock``.
 
-An entry is written before the work, and names the entry before it. Its identity, the SHA-256 of all that is known at
-its start, stands in the seal of every checkpoint that the session makes: an entry edited later is noticed. The stages
-that the session worked on and how it ended are added as it goes; of a killed session the end is not known.
+An entry is written before the work. Its identity, the SHA-256 of all that is known at its start, stands in the seal of
+every checkpoint that the session makes: an entry edited later is noticed. The stages that the session worked on and how
+it ended are added as it goes (of a killed session the end is not known); the next entry names the whole by its hash.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from stackgrow.run_folder.requirements import requirements
 
 PACKAGES = ("stackgrow", "torch", "torchtitan", "torchdata", "numpy", "sentencepiece", "triton", "flash-attn")
 REPOSITORY = Path(__file__).parents[2]
+CODE = ("stackgrow", "tools")
 GIT_SECONDS = 10
 ADDED = ("stages", "ended")  # to an entry, after its start
+CHAIN = 2  # how entries name the one before: see link()
 # What changes numerics, speed or placement; nothing else of the environment is written down.
 ENVIRONMENT = re.compile(
     r"(OMP|MKL|CUDA|CUBLAS|CUDNN|NCCL|GLOO|TORCH|PYTORCH|TORCHINDUCTOR|TRITON)_[A-Z0-9_]+"
@@ -60,7 +62,8 @@ def session(run: RunFolder, plan: Plan, file: str, sets: Sequence[str], order: O
         all_texts[text_hashes[name]] = text
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     entry = {
-        "previous": identity(earlier_sessions[-1]) if earlier_sessions else None,
+        "chain": CHAIN,
+        "previous": link(earlier_sessions[-1] if earlier_sessions else None, CHAIN),
         "started": now(),
         "command": sys.argv,
         "overrides": list(sets),
@@ -97,6 +100,24 @@ def session(run: RunFolder, plan: Plan, file: str, sets: Sequence[str], order: O
 def identity(entry: Mapping[str, Any]) -> str:
     """The SHA-256 of what a session's entry held when it was made."""
     return canonical_hash({name: value for name, value in entry.items() if name not in ADDED})
+
+
+def link(previous: Mapping[str, Any] | None, chain: int | None) -> str | None:
+    """How an entry names the one before it: by all that this one holds in the end, where each stage began and how the
+    session ended included. Entries without ``chain`` named no more than its identity."""
+    if previous is None:
+        return None
+    return canonical_hash(dict(previous)) if chain == CHAIN else identity(previous)
+
+
+def maker(sessions: Sequence[Mapping[str, Any]], stage: str, step: int) -> int | None:
+    """The index of the session that made a step of a stage: the last of those that began before it."""
+    found = None
+    for index, session in enumerate(sessions):
+        start = session.get("stages", {}).get(stage, {}).get("start_step")
+        if start is not None and start < step:
+            found = index
+    return found
 
 
 def text_hash(text: str) -> str:
@@ -192,16 +213,19 @@ def torch_build() -> dict[str, Any]:
 
 
 def code_version() -> dict[str, str]:
-    """The git commit of this code and a hash of what differs from it; empty outside a checkout."""
+    """The git commit of this code, and a hash of what differs from it, new files included; empty outside a checkout."""
     if not (REPOSITORY / "pyproject.toml").is_file():  # installed, perhaps inside another project's checkout
         return {}
     try:
         commit = _git("rev-parse", "HEAD").strip()
-        changes = _git("diff", "HEAD", "--", "stackgrow", "tools")
+        changes = _git("diff", "--no-ext-diff", "--no-textconv", "HEAD", "--", *CODE)
+        new_files = _git("ls-files", "--others", "--exclude-standard", "-z", "--", *CODE).split("\0")
     except (OSError, subprocess.TimeoutExpired):
         return {}
     if not commit:
         return {}
+    for name in sorted(filter(None, new_files)):
+        changes += f"{name} {seal.sha256(REPOSITORY / name)}\n"
     code = {"commit": commit}
     if changes:
         code["dirty_sha256"] = text_hash(changes)
@@ -209,8 +233,9 @@ def code_version() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints of this repository; "" where it fails."""
-    command = ["git", *arguments]
+    """What git prints of this repository; "" where it fails. It may be another user's, as on a cluster: whoever runs
+    its code trusts it already. Nothing that its configuration names is run."""
+    command = ["git", "-c", f"safe.directory={REPOSITORY}", "-c", "core.fsmonitor=false", *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=GIT_SECONDS)
     return done.stdout if done.returncode == 0 else ""
 

@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         DamagedError: the file is there but is not a JSON object.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would never end
+            raise DamagedError(f"{path} is no plain file; restore it or move its folder away")
         with named(path):
             value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,8 +1,9 @@
 """A 64-bit fingerprint of a tensor's bits that adds up over the pieces of any sharding.
 
 The sum, modulo 2^64, of each element's bits times an odd number drawn from its place in the whole tensor: no single
-changed element, swapped tensor or shifted row goes unnoticed. It guards against faults; an attacker is caught by the
-SHA-256 of the files.
+changed element, swapped tensor or shifted row goes unnoticed. It guards against faults, not against an attacker: a sum
+can be made to come out the same (two sign flips cancel where the numbers of their places agree in 33 bits), and who can
+write the files can write the SHA-256 beside them too. See SECURITY.md.
 
 The odd number of place p is mix(p) with signed 64-bit arithmetic that wraps around:
     m = p * _MIX;  mix(p) = ((m xor (m >> 29)) * _MIX) | 1

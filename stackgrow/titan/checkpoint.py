@@ -164,7 +164,7 @@ class StageCheckpoints(CheckpointManager):
     def save(self, curr_step: int, last_step: bool = False) -> None:
         if not self._should_save(curr_step, last_step):
             return
-        weights = self._weights()
+        weights = self.weights()
         moments = self._moments()
         all_fingerprints = fingerprints({**weights, **moments})
         self._refuse_nonfinite(curr_step)
@@ -196,7 +196,7 @@ class StageCheckpoints(CheckpointManager):
     def _refuse_nonfinite(self, step: int) -> None:
         """A model with a NaN or infinite weight is never saved, so that the last good checkpoint stays the newest."""
         finite_tensors = []
-        for weight in self._weights().values():
+        for weight in self.weights().values():
             finite_tensors.append(torch.isfinite(shard_of(weight).local).all())
         finite = torch.stack(finite_tensors).all().to(torch.int32)
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
@@ -253,7 +253,8 @@ class StageCheckpoints(CheckpointManager):
 
     # What is in memory
 
-    def _weights(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's tensors, by their names in a checkpoint."""
         return self.states[MODEL].state_dict()
 
     def _moments(self) -> dict[str, torch.Tensor]:
@@ -270,7 +271,7 @@ class StageCheckpoints(CheckpointManager):
 
     def _sealed_tensors(self, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
         """All that a seal has fingerprints of, as it is in memory."""
-        tensors = self._weights()
+        tensors = self.weights()
         if "moments" in manifest:
             tensors = {**tensors, **self._moments()}
         return tensors

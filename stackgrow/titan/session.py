@@ -117,6 +117,15 @@ def together() -> Iterator[None]:
             known.teller = _first_to_end(dist.get_rank(), known.exit_code).rank
         raise known from error.__cause__
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):  # torch raises it wherever the main thread is
+            why = str(error).splitlines()[0]
+            lost = LostRankError(
+                f"{place}: a process that reads data was ended from outside, as it is when memory runs out ({why}). "
+                "Give the same command again, with fewer of them (data.workers) or more memory"
+            )
+            with suppress(dist.DistError):
+                lost.teller = _first_to_end(dist.get_rank(), lost.exit_code).rank
+            raise lost from error
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise _why_collective_failed(error) from error

@@ -1,7 +1,7 @@
 """tools/run_recipe.py with a fault at a chosen point of its work, and a word on what it is doing.
 
 ``FAULT="kill seal.hashed 2"``: at the second passing of that point in rank ``FAULT_RANK`` (0), the process gets
-SIGKILL; "term" is SIGTERM, "stop" SIGSTOP, "full" an OSError "no space left", "nan" a loss that is NaN. Several are
+SIGKILL; "term" is SIGTERM, "stop" SIGSTOP, "reader" SIGKILL for the processes that read its data, "full" an OSError "no space left", "nan" a loss that is NaN. Several are
 parted by semicolons; in ``FAULT_RANK`` "all", every rank has them. "poison" makes a weight NaN, "sleep" takes 15
 seconds. ``FILE_LIMIT``: bytes beyond which no file can grow. ``RNG``: tells whether training drew from any global random
 number generator. ``STALE``: what other ranks than 0 see below this folder is STALE_SECONDS old (stale.py).
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import psutil
 import torch
 from disk import watch
 from stale import StaleNames
@@ -97,10 +98,14 @@ def install_fault(action: str, point: str, count: int) -> None:
             time.sleep(15)
             return result
         if action == "poison":
-            next(iter(args[0]._weights().values())).view(-1)[0] = float("nan")
+            next(iter(args[0].weights().values())).view(-1)[0] = float("nan")
             return None
         if action == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), point)
+        if action == "reader":
+            for child in psutil.Process().children():
+                child.kill()
+            return result
         os.kill(os.getpid(), SIGNALS[action])
         return result
 

@@ -19,11 +19,13 @@ from stackgrow import seal
 from stackgrow.audit.case import open_case
 from stackgrow.audit.chain import audit_run
 from stackgrow.audit.replay import replay
-from stackgrow.audit.report import Audit, WrongRequest
+from stackgrow.audit.report import NEVER_LOOKED_AT, Audit, WrongRequest
 from stackgrow.audit.same import same_run
 from stackgrow.checkpoint.dcp import read_metadata
 from stackgrow.errors import LockedError
 from stackgrow.run.claim import run_lock
+from stackgrow.run_folder import provenance
+from stackgrow.run_folder.evaluations import weights_hash, write_evaluation
 from stackgrow.run_folder.folder import RunFolder
 
 
@@ -110,6 +112,27 @@ def link_in_place_of_a_stage(run: RunFolder) -> None:
     run.stage(TARGET).path.symlink_to(away)
 
 
+def ended_otherwise(record: dict) -> None:
+    """Of two sessions the first is edited, which the second names."""
+    first = record["sessions"][0]
+    record["sessions"].append({**first, "previous": provenance.link(first, provenance.CHAIN)})
+    first["ended"]["how"] = "StoppedError"
+
+
+def write_benchmark(run: RunFolder, weights: str | None = None) -> Path:
+    """Results of the last checkpoint, sealed as evaluation seals them."""
+    manifest = seal.read_seal(run.stage(TARGET).checkpoint(20))
+    assert manifest is not None
+    record = {"stage": TARGET, "step": 20, "weights": weights or weights_hash(manifest["tensors"]), "tasks": {"x": 0.5}}
+    file = run.eval_file("last")
+    write_evaluation(file, record)
+    return file
+
+
+def edited_benchmark(run: RunFolder) -> None:
+    edit(write_benchmark(run), "0.5", "0.6")
+
+
 # what is done to the run -> a check that finds it, where, and a part of the message
 CHANGES: dict[str, tuple[Callable[[RunFolder], object], str, str, str]] = {
     "flipped byte": (lambda r: flip(shard(r.stage(TARGET).checkpoint(20))), "checkpoints", "step-20", "damaged (SHA-256"),
@@ -171,6 +194,13 @@ CHANGES: dict[str, tuple[Callable[[RunFolder], object], str, str, str]] = {
     "edited provenance": (lambda r: edit(r.provenance_file, '"cpus": ', '"cpus": 9'), "provenance", "checkpoint", "no session"),
     "recipe in provenance": (
         lambda r: edit(r.provenance_file, "micro_batch = 4", "micro_batch = 8"), "provenance", "provenance.json", "not the one that ran"),
+    "how the session ended": (lambda r: edit_json(r.provenance_file, ended_otherwise), "provenance", "provenance.json", "session 1 does not follow"),
+    "where a stage began": (
+        lambda r: edit_json(r.provenance_file, lambda p: p["sessions"][0]["stages"][TARGET].update(start_step=18)),
+        "provenance", "provenance.json", f"start_step of {TARGET} are not those that made step 16"),
+    "edited benchmark": (edited_benchmark, "eval", "", "last.json is not what was written"),
+    "benchmark of other weights": (
+        lambda r: write_benchmark(r, weights="0" * 64), "eval", "eval/last.json", "is of other weights"),
     "edited lock file": (lambda r: edit(r.requirements_file, "torch==", "torch==1"), "provenance", "requirements.lock", "last session"),
     "link": (lambda r: (r.logs / "x").symlink_to("/etc/passwd"), "recipe", "", "link"),
     "link in place of a checkpoint": (
@@ -192,6 +222,14 @@ def audit(run: Path) -> Audit:
 def test_the_run_itself_has_no_finding(run: Path) -> None:
     found = audit_run(run, full=True)
     assert not found.findings, found.render()
+    assert found.verdict.startswith("PASSED, BUT NOT CHECKED: losses: no step was trained again (--replay)")
+    assert "data" not in found.verdict, "all of it was read"
+    assert "the seals of 5 checkpoints, and what the stages' DONE say of them" in found.rests_on
+    assert any("no signature is looked at" in line for line in found.rests_on)
+    assert found.checks["provenance"] == "1 session; the last: finished"
+    for line in (found.verdict, *found.rests_on, NEVER_LOOKED_AT):
+        assert line in found.render()
+    assert found.to_dict()["verdict"] == found.verdict
     assert found.checks["stages"] == "3 of 3 done; 40,960 tokens trained, 40,960 planned"
     assert found.checks["growth"].startswith("39 tensors made again")
     assert found.checks["data"] == "store: 3 of 3 files read"
@@ -203,6 +241,27 @@ def test_every_change_is_found(run: Path, change: str) -> None:
     apply(RunFolder(run))
     found = audit(run)
     assert any(f.check == check and where in f.where and message in f.message for f in found.findings), found.render()
+
+
+def test_benchmarks_of_the_weights_that_are_there_have_no_finding(run: Path) -> None:
+    write_benchmark(RunFolder(run))
+    found = audit_run(run)
+    assert not found.findings, found.render()
+    assert found.checks["eval"] == "1 result, 1 of weights that are kept"
+    assert "eval: the scores themselves" in found.verdict
+
+
+def test_modified_code_and_missing_data_are_said_not_to_be_checked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = {"commit": "c" * 40, "dirty_sha256": "d" * 64}
+    edit_json(RunFolder(run).provenance_file, lambda p: p["sessions"][0].update(code=changed))
+    monkeypatch.chdir(run)
+    found = audit_run(run)
+    assert {f.message for f in found.findings} >= {
+        "was made by no session of provenance.json: one of the two was edited"
+    }
+    assert found.verdict == f"FAILED: {len(found.findings)} findings"
+    assert any("code: a session ran files that differ from their commit" in what for what in found.not_checked)
+    assert any(what.startswith("data: store is not a token store") for what in found.not_checked)
 
 
 def test_a_run_that_was_killed_has_no_finding(run: Path) -> None:
@@ -276,7 +335,14 @@ def test_two_runs_are_the_same_or_not(run: Path, tmp_path: Path) -> None:
 def test_replay_is_bit_for_bit(workplace: Workplace, run: Path) -> None:
     told = command_line(workplace, run, "--replay", f"{TARGET}:16+4")
     assert re.search(f"{TARGET} 16 to 20: 13 numbers, [0-9]+ tensors of step-20; equal bit for bit\n", told), told
-    assert "nothing found" in told
+    verdict = f"\nPASSED, BUT NOT CHECKED: losses: all steps but 17 to 20 of {TARGET}; "
+    assert verdict in told
+
+
+def json_in(output: str) -> dict:
+    """What a tool has printed as JSON, below its progress."""
+    found, _ = json.JSONDecoder().raw_decode(output, output.index("\n{") + 1)
+    return found
 
 
 def test_replay_on_other_ranks_finds_a_forged_loss(workplace: Workplace, run: Path) -> None:
@@ -285,7 +351,7 @@ def test_replay_on_other_ranks_finds_a_forged_loss(workplace: Workplace, run: Pa
     row = json.loads(metrics.read_text(encoding="utf-8").splitlines()[2])
     edit(metrics, f'"loss": {row["loss"]}', f'"loss": {row["loss"] - 0.01}')
     output = command_line(workplace, run, "--json", "--replay", f"{BASE}:0+20", ranks=2, code=65)
-    found, _ = json.JSONDecoder().raw_decode(output, output.index("\n{") + 1)
+    found = json_in(output)
     (forged,) = (f for f in found["findings"] if f["check"] == "replay")
     assert forged["where"] == f"{BASE}/metrics.jsonl"
     assert forged["message"].startswith("step 3 differs when trained again: {'loss':")
@@ -299,6 +365,42 @@ def test_replay_on_other_ranks_finds_a_forged_loss(workplace: Workplace, run: Pa
 def test_replay_of_what_is_not_there(run: Path, request_: str) -> None:
     with pytest.raises(WrongRequest, match=r"is not STAGE:STEP|can be gone on with at"):
         audit_run(run, further={"replay": lambda case: replay(case, request_)})
+
+
+def test_strict_replay_grants_nothing_to_a_machine_that_is_only_claimed(workplace: Workplace, run: Path) -> None:
+    """A forged loss within the tolerance, and hardware that would allow it."""
+    file, provenance_file = stage_of(run, TARGET).metrics_file, RunFolder(run).provenance_file
+    row = json.loads(file.read_text(encoding="utf-8").splitlines()[17])
+    edit(file, f'"loss": {row["loss"]}', f'"loss": {row["loss"] * (1 + 1e-7)}')
+    edit_json(provenance_file, lambda p: p["sessions"][0]["hardware"].update(cpu="another"))
+    claimed = json_in(command_line(workplace, run, "--json", "--replay", f"{TARGET}:16+4", code=65))
+    assert not [f for f in claimed["findings"] if f["check"] == "replay"], "within the tolerance"
+    assert any("hardware differ, and a tolerance was used" in what for what in claimed["not_checked"])
+    found = json_in(command_line(workplace, run, "--json", "--strict", "--replay", f"{TARGET}:16+4", code=65))
+    (forged,) = (f for f in found["findings"] if f["check"] == "replay")
+    assert forged["message"].startswith("step 18 differs when trained again: {'loss':")
+    output = command_line(workplace, run, "--strict", "--replay", f"{TARGET}:16+4", ranks=2, code=2)
+    assert "--strict compares bit for bit, on the ranks that the run states for these steps: 1" in output
+
+
+def test_a_start_that_no_session_states_is_a_finding(run: Path) -> None:
+    edit_json(RunFolder(run).provenance_file, lambda p: p["sessions"][0]["stages"][TARGET].update(start_step=99))
+    found = audit_run(run, further={"replay": lambda case: replay(case, f"{TARGET}:16+4")})
+    (told,) = (f.message for f in found.findings if f.check == "replay")
+    assert "no session says that it made step 17" in told
+    assert "ValueError" not in found.render()
+
+
+def test_runs_of_other_recipes_differ_by_their_keys(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, other := tmp_path / "other")
+    edit(RunFolder(other).recipe_file, "[base]\nn_layers = 2", "[base]\nn_layers = 1")
+    found = audit_run(run, further={"against": lambda case: same_run(case, open_case(other))})
+    told = [f.message for f in found.findings if f.where == "recipe" and f.check == "against"]
+    assert "base.n_layers: 2 -> 1" in told
+    assert told[0].startswith(
+        "its stages are stage-0-train-2L, stage-1-grow, stage-2-train-4L, the other's stage-0-train-1L"
+    )
+    assert not any("{" in message for message in told), told
 
 
 def test_replay_that_could_compare_nothing_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

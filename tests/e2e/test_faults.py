@@ -162,6 +162,15 @@ def test_a_request_to_one_rank_stops_all(workplace: Workplace, tmp_path: Path) -
     assert stage_of(place, BASE).sealed_steps() == [3, 5]
 
 
+def test_a_killed_reader_of_data_is_told_and_the_run_goes_on(workplace: Workplace, short: Path, tmp_path: Path) -> None:
+    """As by the kernel when memory runs out."""
+    place = tmp_path / "run"
+    output = run(workplace, place, "data.workers=1", code=70, FAULT="reader train.step 5")
+    assert "a process that reads data was ended from outside, as it is when memory runs out" in output
+    run(workplace, place, "data.workers=1")
+    assert_same(place, short)
+
+
 def test_a_rank_that_hangs_is_named(workplace: Workplace, tmp_path: Path) -> None:
     arguments = workplace.arguments(*SHORT, f"run.folder={tmp_path}/run", "run.train_timeout=10")
     env = {**environment(), "FAULT": "stop train.step 5", "FAULT_RANK": "1"}
@@ -215,6 +224,24 @@ def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before(workplace: 
     assert [p.name for p in stage_of(place, BASE).checkpoints.iterdir()] == ["step-3"]
     folder = stage_of(place, BASE).checkpoint(3)
     assert not seal.damage(folder, seal.read_seal(folder) or {})
+
+
+@pytest.mark.parametrize("damage", ["unreadable", "token"])
+def test_a_store_that_cannot_be_read_or_holds_no_token_is_named(
+    workplace: Workplace, tmp_path: Path, damage: str
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(workplace.folder / "store", store)
+    (shard,) = store.glob("train-*.npy")
+    if damage == "token":
+        content = bytearray(shard.read_bytes())
+        content[-400_000:] = b"\xff" * 400_000
+        shard.write_bytes(content)
+    else:
+        shard.unlink()
+        os.mkfifo(shard)
+    output = run(workplace, tmp_path / "run", f"data.path={store}", code=65 if damage == "token" else 2)
+    assert "beyond the vocabulary of 512" in output if damage == "token" else f"{shard}" in output
 
 
 def test_a_file_that_cannot_grow(workplace: Workplace, short: Path, tmp_path: Path) -> None:

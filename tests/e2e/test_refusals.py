@@ -15,6 +15,7 @@ from warm import Warm
 
 from stackgrow import seal
 from stackgrow.data.store import MANIFEST
+from stackgrow.run_folder.folder import RunFolder
 from stackgrow.run_folder.lines import read_records
 
 
@@ -134,8 +135,9 @@ def test_bad_recipe_is_told_once_under_torchrun(workplace: Workplace, tmp_path: 
     bad = RECIPE.replace("n_heads = 4", "n_heads = 5").replace("[train]", "[train]\nlr = 1")
     (workplace.folder / "bad.toml").write_text(bad)
     output = workplace.run(f"run.folder={tmp_path}/run", ranks=2, code=1, recipe="bad.toml")
-    assert output.count("bad.toml: ") == 1
+    assert output.count("bad.toml: ") == 2, "once by itself, and once more below torchrun's own traceback"
     assert output.index("train.lr: unknown key") < output.index("torch.distributed.elastic")
+    assert output.rindex("train.lr: unknown key") > output.rindex("File ")
     assert "exitcode  : 2" in output
     assert not list(tmp_path.iterdir())
 
@@ -178,3 +180,52 @@ def test_ranks_that_do_not_fit(workplace: Workplace, tmp_path: Path) -> None:
     output = workplace.run(f"run.folder={tmp_path}/run", "parallel.pipeline=2", code=2)
     assert "gradients" in output
     assert not list(tmp_path.iterdir())
+
+
+def provenance_of_another_form(run: Path) -> None:
+    RunFolder(run).provenance_file.write_text('{"sessions": 5}', encoding="utf-8")
+
+
+def recipe_that_is_a_pipe(run: Path) -> None:
+    RunFolder(run).recipe_file.unlink()
+    os.mkfifo(RunFolder(run).recipe_file)
+
+
+def line_that_is_a_number(run: Path) -> None:
+    file = stage_of(run, BASE).metrics_file
+    file.write_text("5\n" + file.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def loss_that_is_a_word(run: Path) -> None:
+    file = stage_of(run, BASE).metrics_file
+    file.write_text(file.read_text(encoding="utf-8").replace('"loss": ', '"loss": "low", "was": ', 1), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "tool", "message"),
+    [
+        (provenance_of_another_form, "run_recipe", "provenance.json is damaged: it lists no sessions"),
+        (provenance_of_another_form, "report", "provenance.json is damaged: it lists no sessions"),
+        (recipe_that_is_a_pipe, "report", "recipe.toml"),
+        (line_that_is_a_number, "report", "metrics.jsonl:1: '5' is no record of a step"),
+        (loss_that_is_a_word, "report", "metrics.jsonl:1: loss is 'low'"),
+    ],
+)
+def test_files_of_another_form_are_told_in_a_line(
+    workplace: Workplace, reference: Path, tmp_path: Path, damage: Callable[[Path], None], tool: str, message: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    damage(run)
+    arguments = ["tiny.toml", "--set", f"run.folder={run}"] if tool == "run_recipe" else [run]
+    code, output = workplace.tool(tool, *arguments)
+    assert code == 65, output
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_a_line(workplace: Workplace, reference: Path) -> None:
+    code, output = workplace.tool("report", reference, "--out", "/proc/nowhere/report.html")
+    assert code == 74, output
+    assert "/proc/nowhere" in output
+    assert "Traceback" not in output

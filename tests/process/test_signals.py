@@ -1,8 +1,11 @@
 """One request stops a run at the next good place, also while its main thread is in C; a second one ends it."""
 
+import fcntl
+import os
 import signal
 import subprocess
 import sys
+import termios
 import textwrap
 import time
 from pathlib import Path
@@ -26,7 +29,7 @@ def rest(process: subprocess.Popen) -> str:
     return process.stdout.read()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_one_request_is_noted_and_interrupts_nothing(number: signal.Signals) -> None:
     process = start(
         f"""
@@ -99,3 +102,45 @@ def test_a_forked_helper_does_not_report_to_its_parent() -> None:
         """
     )
     assert rest(process) == f"{int(signal.SIGTERM)} None\n"
+
+
+def test_a_closed_terminal_asks_to_stop_and_what_is_printed_then_is_no_error(tmp_path: Path) -> None:
+    """The kernel sends SIGHUP, and from then on writing to the terminal fails."""
+    program = f"""
+        import sys
+        from stackgrow.process.progress import say
+        signals.watch()
+        say('ready')
+        while not signals.asked():
+            time.sleep(0.01)
+        say('saving')
+        say('saved', stream=sys.stderr)
+        open({str(tmp_path / "end")!r}, 'w').write(signals.asked())
+        """
+    text = "import os, signal, time\nfrom stackgrow.process import signals\n" + textwrap.dedent(program)
+    terminal, inner = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", text], cwd=REPOSITORY, stdin=inner, stdout=inner, stderr=inner,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(inner)
+    assert os.read(terminal, 100).startswith(b"ready")
+    os.close(terminal)
+    assert process.wait(timeout=20) == 0
+    assert (tmp_path / "end").read_text(encoding="utf-8") == "SIGHUP"
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    """As under nohup."""
+    process = start(
+        """
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signals.watch()
+        print('ready')
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.3)
+        print(signals.asked())
+        """
+    )
+    assert rest(process) == "None\n"
+    assert process.wait(timeout=20) == 0

@@ -14,6 +14,7 @@ from stackgrow.errors import ChangedError, DamagedError
 from stackgrow.report.benchmarks import Score, benchmark_rows
 from stackgrow.report.compare import as_dict, compare, outcome, render
 from stackgrow.report.isoflop import read_run
+from stackgrow.run_folder.evaluations import write_evaluation
 from stackgrow.run_folder.folder import RunFolder
 
 NAME = ('name = "tiny"', 'name = "scratch"')
@@ -175,12 +176,11 @@ def test_curves_that_never_meet_are_told_with_their_spans(runs: list[Path], tmp_
 
 def test_benchmarks_are_those_of_the_last_checkpoint(runs: list[Path]) -> None:
     run = RunFolder(runs[1])
-    run.eval.mkdir()
     for step, accuracy in ((20, 0.25), (60, 0.5)):
         sciq = {"acc": 0.1, "acc_norm": accuracy, "acc_norm_stderr": 0.05}
         tasks = {"sciq": sciq, "wikitext": {"word_perplexity": 30.0}}
         record = {"stage": "s", "step": step, "tokens": 1024 * step, "tasks": tasks, "seven_task_mean": None}
-        run.eval_file(f"s-step-{step}").write_text(json.dumps(record))
+        write_evaluation(run.eval_file(f"s-step-{step}"), record)
     comparison = compare(runs)
     scores = {"sciq acc_norm": Score(0.5, 0.05), "wikitext word_perplexity": Score(30.0)}
     assert comparison.evaluations == {runs[1].name: scores}

@@ -15,6 +15,7 @@ from stackgrow.errors import ChangedError, MissingExtraError
 from stackgrow.report import figure, html
 from stackgrow.report.html import write_report
 from stackgrow.report.run_page import run_page
+from stackgrow.run_folder.evaluations import write_evaluation
 from stackgrow.run_folder.folder import RunFolder
 
 pytest.importorskip("matplotlib")
@@ -56,11 +57,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     provenance = {"recipe_hash": "a" * 64, "data": {"manifest_hash": "b" * 64}, "sessions": [session, session]}
     folder = RunFolder(grown)
     folder.provenance_file.write_text(json.dumps(provenance))
-    folder.eval.mkdir()
     sciq = {"acc_norm": 0.5, "acc_norm_stderr": 0.0158}
     tasks = {"sciq": sciq, "a_task_with_quite_a_long_name_of_its_own": {"acc": 0.25}}
     record = {"stage": "s", "step": 9, "tokens": 9, "tasks": tasks, "seven_task_mean": None}
-    folder.eval_file("s").write_text(json.dumps(record))
+    write_evaluation(folder.eval_file("s"), record)
     (folder.stage("stage-0-train-2L").quarantine / "step-4.0").mkdir(parents=True)
     return [scratch, grown]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,10 @@ def test_an_endless_line_is_not_read_whole(path: Path) -> None:
 def test_text_of_any_language_is_read(path: Path) -> None:
     path.write_text(json.dumps({"step": 1, "data": {"größe": 1}}, ensure_ascii=False) + "\n", encoding="utf-8")
     assert read_records(path) == [{"step": 1, "data": {"größe": 1}}]
+
+
+def test_a_pipe_in_place_of_the_records_is_told(path: Path) -> None:
+    os.mkfifo(path)
+    with pytest.raises(DamagedError, match="it is no plain file"):
+        RecordWriter(path)
+    assert read_records(path) == []

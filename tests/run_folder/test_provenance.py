@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -44,7 +45,10 @@ def test_sessions_are_appended_and_tell_how_they_ended(tmp_path: Path, order: Or
     record = read(tmp_path)
     one, two = record["sessions"]
     assert "ended" not in running, "nor does it of a session that is killed"
-    assert provenance.identity(running) == provenance.identity(one) == first == two["previous"]
+    assert provenance.identity(running) == provenance.identity(one) == first
+    assert two["previous"] == provenance.link(one, provenance.CHAIN)
+    for name in ("stages", "ended", "started"):
+        assert two["previous"] != provenance.link({**one, name: "edited"}, provenance.CHAIN)
     assert one["previous"] is None
     assert (one["overrides"], two["overrides"]) == (["log.interval=5 steps"], [])
     assert (one["ended"]["how"], two["ended"]["how"]) == ("finished", "ValueError: stopped in the middle")
@@ -82,3 +86,40 @@ def test_lock_file_states_what_is_installed_in_a_form_that_pip_takes(tmp_path: P
     assert "Would install" not in done.stdout, "every line is satisfied by what is there"
     pinned = [line for line in lock.splitlines() if line and not line.startswith(("#", "--"))]
     assert done.stdout.count("Requirement already satisfied") == len(pinned) > 30
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with one commit, in the place of this one."""
+    (tmp_path / "stackgrow").mkdir()
+    (tmp_path / "pyproject.toml").write_text("", encoding="utf-8")
+    (tmp_path / "stackgrow" / "code.py").write_text("x = 1\n", encoding="utf-8")
+    (tmp_path / ".gitignore").write_text("__pycache__\n", encoding="utf-8")
+    who = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
+    return tmp_path
+
+
+def test_the_code_is_the_commit_and_all_that_differs_from_it(checkout: Path) -> None:
+    """Files that are changed, and new ones, which git diff does not show; not those that git ignores."""
+    clean = provenance.code_version()
+    assert clean.keys() == {"commit"}
+    (checkout / "stackgrow" / "__pycache__").mkdir()
+    (checkout / "stackgrow" / "__pycache__" / "code.pyc").write_bytes(b"x")
+    assert provenance.code_version() == clean
+    hashes = []
+    for name, text in (("new.py", "y = 1\n"), ("new.py", "y = 2\n"), ("code.py", "x = 2\n")):
+        (checkout / "stackgrow" / name).write_text(text, encoding="utf-8")
+        hashes.append(provenance.code_version()["dirty_sha256"])
+    assert len(set(hashes)) == 3
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_the_code_of_a_checkout_of_another_user_is_named(checkout: Path) -> None:
+    named = provenance.code_version()
+    for path in (checkout, *checkout.rglob("*")):
+        os.chown(path, 12345, 12345)
+    assert provenance.code_version() == named
+    assert len(named["commit"]) == 40

@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 from contextlib import nullcontext
@@ -176,3 +177,27 @@ def test_damaged_json_is_told(tmp_path: Path, text: str) -> None:
     with pytest.raises(DamagedError, match="DONE is damaged"):
         seal.read_json(tmp_path / "DONE")
     assert seal.read_json(tmp_path / "absent") is None
+
+
+def test_a_pipe_in_place_of_a_file_is_told(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "DONE")
+    with pytest.raises(DamagedError, match="DONE is no plain file"):
+        seal.read_json(tmp_path / "DONE")
+
+
+def test_a_file_that_the_disk_does_not_give_is_damaged_and_named(sealed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EIO, after which the checkpoint before it is used."""
+    original = Path.open
+
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def opened(path: Path, *arguments: str, **keywords: str) -> object:
+        return Broken() if path.name == "__0_0.distcp" else original(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert damage(sealed) == ["__0_0.distcp cannot be read (Input/output error)"]
+    with pytest.raises(OSError, match="Input/output error") as told:
+        seal.sha256(sealed / "__0_0.distcp")
+    assert told.value.filename == str(sealed / "__0_0.distcp")
