@@ -7,6 +7,7 @@ python tools/data.py verify data/stdlib                                # read ev
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -31,20 +32,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs.add_parser("verify", help="read every byte of a store").add_argument("path", help="a token store")
     args = parser.parse_args(argv)
     try:
-        if args.verb == "verify":
-            print(inspect.verify(args.path))
-        elif not args.path.endswith(".toml"):
-            print(inspect.summary(read_manifest(args.path), "token store"))
-        else:
-            recipe = make_plan(load_recipe(args.path, args.set), args.path).recipe
-            for path, _ in recipe.data.stores:
-                print(inspect.summary(read_manifest(path), "token store"))
-            if args.position is not None:
-                print(inspect.sequence(recipe, args.position))
+        text = answer(args)
     except (ValueError, OSError) as error:
         print(f"data: {error}", file=sys.stderr)
         return 2
+    print(text)
     return 0
+
+
+def answer(args: argparse.Namespace) -> str:
+    if args.verb == "verify":
+        return inspect.verify(args.path)
+    if not args.path.endswith(".toml"):
+        return inspect.summary(read_manifest(args.path), "token store")
+    recipe = make_plan(load_recipe(args.path, args.set), args.path).recipe
+    texts = [inspect.summary(read_manifest(path), "token store") for path, _ in recipe.data.stores]
+    if args.position is not None:
+        texts.append(inspect.sequence(recipe, args.position))
+    return "\n".join(texts)
 
 
 if __name__ == "__main__":

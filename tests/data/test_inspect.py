@@ -1,6 +1,7 @@
 """Looking into stores: every training sequence is traced to the files it came from."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,17 @@ def test_the_tool_finds_a_damaged_byte(folder: Path, tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
     finally:
         shard.write_bytes(content)
+
+
+def test_a_reader_that_leaves_early_is_no_error(folder: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(REPOSITORY / "tools" / "data.py"), "inspect", "data/tiny"]
+    environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.stderr == ""
+    assert done.returncode == 141
 
 
 def tool(folder: Path, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
