@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         fit(arguments)
     except RunError as error:
         return _failed(error)
+    except BrokenPipeError:
+        raise  # a reader that leaves early, which is no disk's fault
     except OSError as error:
         return _failed(disk_error(error))
     return 0
