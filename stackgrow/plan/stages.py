@@ -125,9 +125,10 @@ class TrainStage:
     def flops_after(self, steps: int) -> float:
         """Of the first ``steps`` steps. A frozen step costs 6 N a token like any other, less the backward pass of the
         frozen layers, 4 N of theirs: no gradient goes below the lowest trained layer."""
-        model, frozen = self.model, self.batches.tokens(min(steps, self.frozen_steps))
-        layers = (model.non_embedding_parameters() - model.dim) // model.n_layers * self.frozen_layers
-        return self.flops_per_token * self.batches.tokens(steps) - 4 * layers * frozen
+        frozen_tokens = self.batches.tokens(min(steps, self.frozen_steps))
+        per_layer = (self.model.non_embedding_parameters() - self.model.dim) // self.model.n_layers
+        frozen_parameters = per_layer * self.frozen_layers
+        return self.flops_per_token * self.batches.tokens(steps) - 4 * frozen_parameters * frozen_tokens
 
     @property
     def frozen_steps(self) -> int:
@@ -139,9 +140,10 @@ class TrainStage:
 
     @property
     def attention_flops(self) -> float:
-        width, frozen = (self.model.dim, self.seq_len), self.batches.tokens(self.frozen_steps)
-        spared = guidelines.attention_flops(self.frozen_layers, *width, frozen) * 2 / 3
-        return guidelines.attention_flops(self.model.n_layers, *width, self.tokens) - spared
+        dim, seq_len = self.model.dim, self.seq_len
+        frozen_tokens = self.batches.tokens(self.frozen_steps)
+        spared = guidelines.attention_flops(self.frozen_layers, dim, seq_len, frozen_tokens) * 2 / 3
+        return guidelines.attention_flops(self.model.n_layers, dim, seq_len, self.tokens) - spared
 
     @property
     def warmup_steps(self) -> int:
@@ -157,7 +159,8 @@ class TrainStage:
         """Sequences per forward pass on one rank: the most that train.micro_batch allows and that divides the
         rank's share of every step."""
         share = math.gcd(*self.batches.sizes) // self.seq_len // data_ranks
-        return max(m for m in range(1, min(share, self.train.micro_batch) + 1) if share % m == 0)
+        most = min(share, self.train.micro_batch)
+        return max(sequences for sequences in range(1, most + 1) if share % sequences == 0)
 
     def checkpoint_tensors(self) -> dict[str, tuple[int, ...]]:
         return dict(self.model.tensors())
@@ -208,7 +211,9 @@ class TrainStage:
 
     def reached(self, duration: Duration) -> int:
         """The step of this stage at which ``duration`` has passed since its start, at least 1."""
-        return max(1, duration.amount if duration.unit == "steps" else self.batches.nearest(duration.amount))
+        if duration.unit == "steps":
+            return max(1, duration.amount)
+        return max(1, self.batches.nearest(duration.amount))
 
     def learning_rate(self, step: int) -> float:
         """The rate of optimizer step ``step`` (1 to ``steps``), as torchtitan 0.2.2's scheduler has it."""
@@ -219,17 +224,25 @@ class TrainStage:
         return self._scheduled(step)
 
     def _scheduled(self, step: int) -> float:
-        peak, floor = self.train.learning_rate, self.train.min_learning_rate / self.train.learning_rate
+        """The rate of the schedule's own step ``step``, from 1."""
+        peak = self.train.learning_rate
+        floor = self.train.min_learning_rate / peak
         if step <= self.warmup_steps:
             return peak * (step / self.warmup_steps)
-        decay = self.horizon_steps - self.warmup_steps
+
+        decay_steps = self.horizon_steps - self.warmup_steps
         if self.train.schedule == "wsd":
-            decay = min(decay, round(self.horizon_steps * self.train.decay_fraction))
+            decay_steps = min(decay_steps, round(self.horizon_steps * self.train.decay_fraction))
         # The horizon ends one step after the last, so that the last step's rate is not zero.
-        progress = (step - 1 - (self.horizon_steps - decay)) / decay if decay else 0.0
-        if progress <= 0:
+        steps_in_decay = step - 1 - (self.horizon_steps - decay_steps)
+        if decay_steps == 0 or steps_in_decay <= 0:
             return peak
-        left = 0.5 * (1 + math.cos(math.pi * progress)) if self.train.schedule == "cosine" else 1 - progress
+
+        progress = steps_in_decay / decay_steps
+        if self.train.schedule == "cosine":
+            left = 0.5 * (1 + math.cos(math.pi * progress))
+        else:
+            left = 1 - progress
         return peak * (floor + (1 - floor) * left)
 
 

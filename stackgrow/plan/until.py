@@ -30,6 +30,9 @@ class Until:
 
     def fall(self, losses: Mapping[int, float], batches: Batches, step: int) -> float:
         """By how much the loss fell per billion tokens over the window before ``step``; ``losses`` by their steps."""
-        steps = [s for s in losses if step - self.window < s <= step]
-        billions = [batches.tokens(s) / 1e9 for s in steps]
-        return -linear_regression(billions, [losses[s] for s in steps]).slope if len(steps) > 1 else math.inf
+        steps = [logged for logged in losses if step - self.window < logged <= step]
+        if len(steps) < 2:
+            return math.inf
+        billions = [batches.tokens(logged) / 1e9 for logged in steps]
+        line = linear_regression(billions, [losses[logged] for logged in steps])
+        return -line.slope
