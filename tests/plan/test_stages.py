@@ -516,3 +516,26 @@ def test_plan_of_a_recipe_made_in_python(tmp_path: Path) -> None:
         make_plan(recipe)
     assert isinstance(make_plan(recipe_of(tmp_path)), Plan)
     assert Model(**MODEL).n_kv_heads == 1
+
+
+def test_every_kind_of_stage_answers_what_callers_ask(tmp_path: Path) -> None:
+    """An imported base, which no operator makes; a base that trains; maps that are learned, and folded in."""
+    growth = 'operator = "learn"\nfactor = 2\ntiming = "20K"\nlearn_steps = "10 steps"'
+    text = edited(('operator = "stack"\nfactor = 2\ntiming = "20K"', growth))
+    plan = plan_of(tmp_path, text, ["base.from=models/llama"])
+    imported, base, maps, folded, middle = plan.stages[:5]
+    asked = [(s.trains, s.learns_maps, s.folds_maps, s.imports, s.finds) for s in plan.stages[:5]]
+    assert asked == [
+        (False, False, False, True, str),
+        (True, False, False, False, int),
+        (True, True, False, False, int),
+        (False, False, True, False, None),
+        (True, False, False, False, int),
+    ]
+    assert [s.output_model.n_layers for s in plan.stages[:5]] == [2, 2, 4, 4, 4]
+    assert [s.output_step for s in plan.stages[:5]] == [None, base.steps, 10, None, middle.steps]  # type: ignore[union-attr]
+    inputs = [plan.inputs(stage) for stage in plan.stages[:5]]
+    assert inputs == [(None, None), (imported, None), (base, None), (base, maps), (folded, None)]
+    assert set(maps.checkpoint_tensors()).isdisjoint(folded.checkpoint_tensors())
+    assert plan.own_stages == list(plan.stages[1:])
+    assert plan.growths == [folded, plan.stages[5]]
