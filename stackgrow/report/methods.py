@@ -22,8 +22,9 @@ def method_of(plan: Plan) -> str:
 
 
 def _name(stage: GrowStage) -> str:
-    name = operator_named(stage.operator).title.partition(":")[0].removesuffix(" widthwise")
-    if stage.operator == "stack":
+    operator = operator_named(stage.operator)
+    name = operator.title.partition(":")[0].removesuffix(" widthwise")
+    if operator.links:  # whole layers, copied
         name = _copies(stage)
     elif stage.source.n_layers == stage.target.n_layers:
         name += " widthwise"
