@@ -43,11 +43,12 @@ class Pace:
     def compare(self, data_seconds: float, steps: int, device: torch.device) -> Waits:
         """Collective: the ranks' own times since the last call, which was ``steps`` steps ago; ``data_seconds`` of
         this one's were spent on waiting for data."""
-        own = torch.tensor([self.own_seconds, data_seconds], dtype=torch.float32, device=device)
+        # A row for each rank, of which this one fills its own: torch renames what gathers from release to release.
+        rows = torch.zeros(dist.get_world_size(), 2, dtype=torch.float32, device=device)
+        rows[dist.get_rank()] = torch.tensor([self.own_seconds, data_seconds], device=device)
+        dist.all_reduce(rows)
         self.own_seconds = 0.0
-        every = torch.empty(dist.get_world_size() * 2, dtype=torch.float32, device=device)
-        dist.all_gather_into_tensor(every, own)
-        own_of_all, data_of_all = every.view(-1, 2).cpu().unbind(dim=1)
+        own_of_all, data_of_all = rows.cpu().unbind(dim=1)
         return Waits(
             data=data_of_all.max().item() / steps,
             lag=(own_of_all.max() - own_of_all.min()).item() / steps,

@@ -35,3 +35,4 @@ def test_the_rank_that_keeps_the_others_waiting_is_named(tmp_path: Path) -> None
         launch, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr, done.stderr
