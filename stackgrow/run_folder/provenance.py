@@ -47,40 +47,26 @@ def session(run: RunFolder, plan: Plan, file: str, sets: Sequence[str], order: O
     """Enters this session into the run's provenance, yields its identity, and adds at the end how it ended."""
     record = run.provenance()
     earlier_sessions = record.get("sessions", [])
-    packages = requirements()
-    build = torch_build()
     texts = {
         "recipe_file": Path(file).read_text(encoding="utf-8", errors="replace"),
         "recipe": to_toml(plan.recipe),
-        "packages": packages,
-        "torch_build": build.pop("config", ""),
+        "packages": requirements(),
+        "torch_build": torch_config(),
     }
     # Long texts stand in the file once, by their hashes: most do not change from one session to the next.
     text_hashes = {name: text_hash(text) for name, text in texts.items()}
     all_texts = dict(record.get("texts", {}))
     for name, text in texts.items():
         all_texts[text_hashes[name]] = text
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     entry = {
         "chain": CHAIN,
         "previous": link(earlier_sessions[-1] if earlier_sessions else None, CHAIN),
-        "started": now(),
         "command": sys.argv,
         "overrides": list(sets),
-        "recipe_hash": recipe_hash(plan.recipe),
         "texts": text_hashes,
-        "data": data_facts(plan, order),
-        "world_size": world_size,
-        "mesh": mesh(plan, world_size),
-        "host": platform.node(),
-        "hardware": hardware(),
-        "environment": environment(os.environ),
-        "python": platform.python_version(),
-        "packages": versions(),
-        "torch": build,
-        "code": code_version(),
+        **_circumstances(plan, order),
     }
-    seal.write_text(run.requirements_file, packages)
+    seal.write_text(run.requirements_file, texts["packages"])
     new_record = {
         "recipe_hash": entry["recipe_hash"],
         "data": entry["data"],
@@ -95,6 +81,25 @@ def session(run: RunFolder, plan: Plan, file: str, sets: Sequence[str], order: O
             _end(run, f"{type(error).__name__}: {error}")
         raise
     _end(run, "finished")
+
+
+def _circumstances(plan: Plan, order: Order) -> dict[str, Any]:
+    """What runs now, on what, from what."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return {
+        "started": now(),
+        "recipe_hash": recipe_hash(plan.recipe),
+        "data": data_facts(plan, order),
+        "world_size": world_size,
+        "mesh": mesh(plan, world_size),
+        "host": platform.node(),
+        "hardware": hardware(),
+        "environment": environment(os.environ),
+        "python": platform.python_version(),
+        "packages": versions(),
+        "torch": torch_build(),
+        "code": code_version(),
+    }
 
 
 def identity(entry: Mapping[str, Any]) -> str:
@@ -206,10 +211,15 @@ def torch_build() -> dict[str, Any]:
     return {
         "version": torch.__version__,
         "commit": torch.version.git_version,
-        "config": torch.__config__.show(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
+
+
+def torch_config() -> str:
+    """How torch was built, in its own words; "" where it is not loaded."""
+    torch = sys.modules.get("torch")
+    return "" if torch is None else str(torch.__config__.show())
 
 
 def code_version() -> dict[str, str]:
