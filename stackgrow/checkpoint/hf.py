@@ -76,19 +76,11 @@ def export_hf(
         CheckpointError: the checkpoint is damaged, has not the tensors of ``model``, or ``target`` exists.
     """
     metadata = read_metadata(checkpoint)
-    stored = {name: entry for name, entry in tensor_shapes(metadata).items() if is_model_key(name)}
-    shapes = {name: shape for name, (shape, _) in stored.items()}
-    dtypes = {name: dtype for name, (_, dtype) in stored.items()}
-    problems = _tensor_problems(shapes, model.tensors(), dtypes, CODES)
-    if tokenizer and tokenizer.vocab_size > model.vocab_size:
-        problems.append(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
-    _refuse(f"{checkpoint} cannot be exported", problems)
-
-    sealed = seal.read_seal(checkpoint) or {}
-    fingerprints = sealed.get("tensors", {})
+    _refuse_to_export(checkpoint, metadata, model, tokenizer)
     carried = carried_by(checkpoint)
     dtype = dtype or carried.get("dtype", "float32")
     torch_dtype = getattr(torch, str(dtype))
+    fingerprints = (seal.read_seal(checkpoint) or {}).get("tensors", {})
 
     def read(name: str) -> Tensor:
         tensor = read_tensor(checkpoint, metadata, name)
@@ -111,11 +103,25 @@ def export_hf(
         seal.write_json(work / CONFIG, config)
         write_shards(work, model, torch_dtype, shard_bytes, read)
         if card is not None:
-            text = card
-            if written:
-                text += written.card_section
-            (work / "README.md").write_text(text, encoding="utf-8")
+            section = written.card_section if written else ""
+            (work / "README.md").write_text(card + section, encoding="utf-8")
     return Exported(str(dtype), written)
+
+
+def _refuse_to_export(
+    checkpoint: Path, metadata: meta.Metadata, model: Model, tokenizer: StoredTokenizer | None
+) -> None:
+    """CheckpointError for a checkpoint that is not of ``model``, or a tokenizer with more tokens than it has."""
+    shapes = {}
+    dtypes = {}
+    for name, (shape, dtype) in tensor_shapes(metadata).items():
+        if is_model_key(name):
+            shapes[name] = shape
+            dtypes[name] = dtype
+    problems = _tensor_problems(shapes, model.tensors(), dtypes, CODES)
+    if tokenizer and tokenizer.vocab_size > model.vocab_size:
+        problems.append(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
+    _refuse(f"{checkpoint} cannot be exported", problems)
 
 
 def import_hf(source: Path, target: Path) -> Model:

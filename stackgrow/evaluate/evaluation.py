@@ -8,7 +8,7 @@ import io
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,11 +30,12 @@ from stackgrow.process.logs import log_to
 from stackgrow.process.ranks import from_rank0
 from stackgrow.recipe.keys import Eval, Recipe
 from stackgrow.recipe.load import RecipeError
-from stackgrow.run_folder.choose import choose, tokenizer_of
+from stackgrow.run_folder.choose import Chosen, choose, tokenizer_of
 from stackgrow.run_folder.evaluations import read_evaluation, weights_hash, write_evaluation
 from stackgrow.run_folder.folder import EVAL, RunFolder
 
 if TYPE_CHECKING:
+    from stackgrow.evaluate.lm import Score
     from stackgrow.titan.job import StageJob
     from stackgrow.titan.trainer import StageTrainer
 
@@ -57,32 +58,35 @@ class Evaluation:
         from stackgrow.evaluate.scorer import score
         from stackgrow.titan import session
 
-        stage, step = trainer.stage_job.stage, trainer.step
+        stage = trainer.stage_job.stage
+        step = trainer.step
         if self.due(stage, step):
             session.at(f"{stage.name}, benchmarks after step {step}")
             self.run(stage, step, partial(score, trainer, batch=self.wanted.batch), _weights_hash(trainer))
 
     def due(self, stage: TrainStage, step: int) -> bool:
         """Whether the stage is to be evaluated after ``step`` and has not been. Every rank must call it."""
-        target = self.wanted.after == "each" or stage.model == self.recipe.model
-        within = self.wanted.interval and step and step % stage.every(self.wanted.interval) == 0
-        if not within and not (target and step == stage.steps):
+        interval = self.wanted.interval
+        at_interval = interval is not None and step > 0 and step % stage.every(interval) == 0
+        evaluates_end = self.wanted.after == "each" or stage.model == self.recipe.model
+        at_end = evaluates_end and step == stage.steps
+        if not at_interval and not at_end:
             return False
-        asked = from_rank0(lambda: self._before(self._file(f"{stage.name}-{seal.step_name(step)}")).get("asked", []))
+        file = self._file(_checkpoint_name(stage, step))
+        asked = from_rank0(lambda: self._before(file).get("asked", []))
         return not set(self._names) <= set(asked)
 
-    def run(
-        self, stage: TrainStage, step: int, score: Callable[..., Any], weights: str, grown: str | None = None
-    ) -> None:
+    def run(self, stage: TrainStage, step: int, score: Score, weights: str, grown: str | None = None) -> None:
         """Runs the tasks and writes their results for the weights with the hash ``weights``; ``grown`` names the grow
         stage whose output was loaded. Other tasks' results for the same weights stay. Collective; no random generator
         is left changed."""
         results = self._results(score, stage.seq_len)
         if dist.get_rank() != 0:
             return
-        file = self._file(grown or f"{stage.name}-{seal.step_name(step)}")
+        name = grown or stage.name
+        file = self._file(grown or _checkpoint_name(stage, step))
         before = self._before(file)
-        name, every = grown or stage.name, {**before.get("tasks", {}), **results}
+        all_results = {**before.get("tasks", {}), **results}
         record = {
             **stage.place(step),
             "stage": name,
@@ -90,14 +94,16 @@ class Evaluation:
             "weights": weights,
             "asked": sorted({*before.get("asked", []), *self._names}),
             "limit": self.wanted.limit,
-            "tasks": every,
-            "seven_task_mean": tasks.seven_task_mean(every),
+            "tasks": all_results,
+            "seven_task_mean": tasks.mean(tasks.SEVEN, all_results),
         }
+        ten_task_mean = tasks.mean(tasks.TEN, all_results)
+        if ten_task_mean is not None:
+            record["ten_task_mean"] = ten_task_mean
         write_evaluation(file, record)
         if self.recipe.log.tensorboard:
             _to_tensorboard(RunFolder(self.folder).stage(name).tensorboard / EVAL, results, record["tokens"])
-        told = [f"{task} {best} {m[best]:.4f}" for task, m in results.items() if (best := tasks.headline(task, m))]
-        print(f"{name}  step {step}  {', '.join(told)}", flush=True)
+        print(f"{name}  step {step}  {_headlines(results)}", flush=True)
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -106,15 +112,16 @@ class Evaluation:
     def _before(self, file: Path) -> dict[str, Any]:
         """Earlier results for the same weights."""
         try:
-            found = read_evaluation(file)
+            record = read_evaluation(file)
         except DamagedError:
             return {}  # which this evaluation replaces
-        return found if found.get("stage_hash") == self.stage_hash else {}
+        return record if record.get("stage_hash") == self.stage_hash else {}
 
     def _file(self, checkpoint: str) -> Path:
         return RunFolder(self.folder).eval_file(checkpoint, self.wanted.limit)
 
-    def _results(self, score: Callable[..., Any], max_length: int) -> dict[str, dict[str, float]]:
+    def _results(self, score: Score, max_length: int) -> dict[str, dict[str, float]]:
+        """{task: {metric: value}} of all tasks, on every rank."""
         from lm_eval.evaluator import evaluate
 
         from stackgrow.evaluate.lm import StageLM
@@ -122,23 +129,42 @@ class Evaluation:
         manifest = read_manifest(self.recipe.data.stores[0][0])
         lm = StageLM(score, store_tokenizer(manifest), max_length)
         loaded = tasks.load_tasks(self._names, self.wanted.include)
+        limit = self.wanted.limit or None
         # lm-eval's progress bars come from every rank; its warnings are in the logs.
         with unchanged_generators(), contextlib.redirect_stderr(io.StringIO()):
-            limit = self.wanted.limit or None
             found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
         assert found is not None
-        counts = {task: n["effective"] for task, n in found["n-samples"].items()}
-        return {task: _metrics(values, counts.get(task, 0)) for task, values in found["results"].items()}
+        results = {}
+        for task, values in found["results"].items():
+            counts = found["n-samples"].get(task, {"effective": 0})  # a group has none of its own
+            results[task] = _metrics(values, counts["effective"])
+        return results
+
+
+def _checkpoint_name(stage: TrainStage, step: int) -> str:
+    return f"{stage.name}-{seal.step_name(step)}"
+
+
+def _headlines(results: Mapping[str, Mapping[str, float]]) -> str:
+    """Of each task the metric that speaks for it: "sciq acc_norm 0.8110, ..."."""
+    parts = []
+    for task, metrics in results.items():
+        name = tasks.headline(task, metrics)
+        if name:
+            parts.append(f"{task} {name} {metrics[name]:.4f}")
+    return ", ".join(parts)
 
 
 @contextlib.contextmanager
 def unchanged_generators() -> Iterator[None]:
     """Training goes on as if nothing had drawn random numbers in between, or seeded, as some tasks do."""
-    python, numbers = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
         yield
-    random.setstate(python)
-    np.random.set_state(numbers)
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
 
 
 def _weights_hash(trainer: StageTrainer) -> str:
@@ -151,17 +177,18 @@ def _weights_hash(trainer: StageTrainer) -> str:
 def _metrics(values: Mapping[str, Any], examples: int) -> dict[str, float]:
     """lm-eval's {"acc,none": 0.5, ...} with plain names, the number of examples, and accuracies' standard errors; of
     a group that has no mean, nothing."""
-    metrics = {
-        name.removesuffix(",none"): float(value)
-        for name, value in values.items()
-        if isinstance(value, (int, float)) and "," in name and "_stderr" not in name
-    }
-    errors = {
-        f"{name}_stderr": math.sqrt(p * (1 - p) / (examples - 1))
-        for name, p in metrics.items()
-        if name.startswith("acc") and examples > 1
-    }
-    return {**metrics, **errors, "examples": examples} if metrics else {}
+    metrics: dict[str, float] = {}
+    for name, value in values.items():
+        is_metric = isinstance(value, (int, float)) and "," in name and "_stderr" not in name
+        if is_metric:
+            metrics[name.removesuffix(",none")] = float(value)
+    if not metrics:
+        return {}
+    for name, value in list(metrics.items()):
+        if name.startswith("acc") and examples > 1:
+            metrics[f"{name}_stderr"] = math.sqrt(value * (1 - value) / (examples - 1))
+    metrics["examples"] = examples
+    return metrics
 
 
 def _to_tensorboard(folder: Path, results: Mapping[str, Mapping[str, float]], tokens: int) -> None:
@@ -185,41 +212,56 @@ def evaluate_run(
         RecipeError: tasks that there are not, or ranks that the model cannot be laid out on.
         RunError: no such checkpoint, or a damaged one.
     """
-    from stackgrow.titan import device, session
+    from stackgrow.titan import session
     from stackgrow.titan.job import StageJob
 
     chosen = choose(path, stage, step, sets)
     if chosen is None:
         raise DamagedError(f"{path} is neither a run nor a checkpoint of one; name one")
+    wanted = _wanted(chosen, sets, options)
     folder = RunFolder(chosen.run)
-    recipe, train = chosen.plan.recipe, chosen.train_stage
-    if train.model != chosen.model or train.learns_maps:
-        what = '"start" grows the imported model before any stage trains it; export it and use lm_eval'
-        raise RecipeError(folder.recipe_file, [("growth[0].timing", what)])
-    wanted = dataclasses.replace(recipe.eval or Eval(tasks=("paper",)), **options)
-    if "include" not in options and (untrusted := list(tasks.trust_problems(wanted, sets))):
-        raise RecipeError(folder.recipe_file, untrusted)
-    plan = chosen.plan
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if problems := [*world_problems(plan, world), *device.problems(plan), *tasks.problems(wanted)]:
-        raise RecipeError(folder.recipe_file, problems)
+    recipe = chosen.plan.recipe
+    train_stage = chosen.train_stage
     try:
         data = WindowDataset.open(recipe.data, recipe.seed)
     except StoreError as error:
         raise RecipeError(folder.recipe_file, [("data", str(error))]) from error
     tokenizer_of(recipe, chosen.run)  # that it is the run's store
-    stage_hash = plan.stage_hashes(data.order.data_hash)[train.name]
-    evaluation = Evaluation(dataclasses.replace(recipe, eval=wanted), stage_hash, chosen.run)
-    quiet = dataclasses.replace(recipe, log=dataclasses.replace(recipe.log, tensorboard=False))
+    stage_hash = chosen.plan.stage_hashes(data.order.data_hash)[train_stage.name]
+
     log_to(folder.log_file(int(os.environ.get("RANK", "0")), "evaluate"))
     session.start(recipe, folder.logs)
     try:
-        job = StageJob(quiet, train, stage_hash, chosen.run / train.name, data)
-        evaluate_checkpoint(
-            evaluation, job, chosen.path, chosen.step, chosen.stage.name if chosen.stage is not train else None
-        )
+        # The results go to TensorBoard, and nothing of a training that is none.
+        quiet = dataclasses.replace(recipe, log=dataclasses.replace(recipe.log, tensorboard=False))
+        job = StageJob(quiet, train_stage, stage_hash, folder.stage(train_stage.name).path, data)
+        evaluation = Evaluation(dataclasses.replace(recipe, eval=wanted), stage_hash, chosen.run)
+        grown = None if chosen.stage is train_stage else chosen.stage.name
+        evaluate_checkpoint(evaluation, job, chosen.path, chosen.step, grown)
     finally:
         session.stop()
+
+
+def _wanted(chosen: Chosen, sets: Sequence[str], options: Mapping[str, Any]) -> Eval:
+    """What is to be evaluated. Raises RecipeError, with all that prevents it."""
+    from stackgrow.titan import device
+
+    plan = chosen.plan
+    recipe_file = RunFolder(chosen.run).recipe_file
+    train_stage = chosen.train_stage
+    if train_stage.model != chosen.model or train_stage.learns_maps:
+        what = '"start" grows the imported model before any stage trains it; export it and use lm_eval'
+        raise RecipeError(recipe_file, [("growth[0].timing", what)])
+    wanted = dataclasses.replace(plan.recipe.eval or Eval(tasks=("paper",)), **options)
+    if "include" not in options:
+        untrusted = list(tasks.trust_problems(wanted, sets))
+        if untrusted:
+            raise RecipeError(recipe_file, untrusted)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    problems = [*world_problems(plan, world_size), *device.problems(plan), *tasks.problems(wanted)]
+    if problems:
+        raise RecipeError(recipe_file, problems)
+    return wanted
 
 
 def evaluate_checkpoint(evaluation: Evaluation, job: StageJob, checkpoint: Path, step: int, grown: str | None) -> None:

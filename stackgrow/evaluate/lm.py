@@ -15,10 +15,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from stackgrow.data.tokenizer import Tokenizer
 from stackgrow.errors import EvaluationError
+from stackgrow.evaluate.scorer import Row, RowScore
 
-# Token ids and how many of the last are scored -> their log-likelihood, and whether each is the likeliest.
-Row = tuple[list[int], int]
-Score = Callable[[Sequence[Row]], list[tuple[float, bool]]]
+Score = Callable[[Sequence[Row]], list[RowScore]]
 
 
 class StageLM(TemplateLM):
@@ -59,8 +58,11 @@ class StageLM(TemplateLM):
                     f"a benchmark scores {len(scored)} tokens at once, and the model takes 1 to {self.max_length}: "
                     f"leave its task out of [eval], and run the command again. The text: {text!r:.200}"
                 )
-        rows = [((context + scored)[-(self.max_length + 1) :], len(scored)) for _, context, scored in requests]
-        return self._score(rows)
+        rows = []
+        for _text, context, scored in requests:
+            ids = context + scored
+            rows.append(Row(ids[-(self.max_length + 1) :], len(scored)))
+        return [(row.log_likelihood, row.greedy) for row in self._score(rows)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """The log-likelihood of whole texts: every token once, in windows of ``max_length``."""
@@ -68,12 +70,19 @@ class StageLM(TemplateLM):
         counts = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
-            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-            pairs = [make_disjoint_window(window) for window in windows]
-            rows += [(context + scored, len(scored)) for context, scored in pairs]
-            counts.append(len(pairs))
-        scores = iter(self._score(rows))
-        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+            windows = list(get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1))
+            for window in windows:
+                context, scored = make_disjoint_window(window)
+                rows.append(Row(context + scored, len(scored)))
+            counts.append(len(windows))
+
+        scores = self._score(rows)
+        totals = []
+        end = 0
+        for count in counts:
+            start, end = end, end + count
+            totals.append(sum(row.log_likelihood for row in scores[start:end]))
+        return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         raise NotImplementedError("only tasks that score given text are supported")

@@ -1,4 +1,4 @@
-"""lm-eval's tasks: the eight of the paper, those that a recipe names, and the checks before anything starts. No torch.
+"""lm-eval's tasks: the paper's, those that a recipe names, and the checks before anything starts. No torch.
 
 The paper calls its metric "Acc" and does not say which. Its Table 3 stands beside TinyLlama's results, which are
 length-normalized (acc_norm), and its Pythia-1B has the acc_norm of that model, not its acc (ARC-e 47.26, SciQ 77.3).
@@ -31,25 +31,45 @@ PAPER = {
     "wikitext": ("wikitext", "word_perplexity"),
 }
 SEVEN = [task for task, (_, metric) in PAPER.items() if metric != "word_perplexity"]
+# What the average of the paper's 7B takes beside the seven (Figures 5b and 19). The paper does not say which of
+# TruthfulQA's scores it is: the one here is that of the leaderboards of its time.
+MORE_OF_THE_7B = {
+    "hellaswag": ("hellaswag", "acc_norm"),
+    "truthfulqa_mc2": ("truthfulqa", "acc"),
+    "mmlu": ("mmlu/default", "acc"),
+}
+TEN = [*SEVEN, *MORE_OF_THE_7B]
+KNOWN = {**PAPER, **MORE_OF_THE_7B}
+# Names in [eval] tasks that stand for several.
+SETS = {"paper": list(PAPER), "paper_7b": list(KNOWN)}
 HEADLINES = ("acc_norm", "acc", "word_perplexity")  # of any other task, the first that it has
 
 
 def headline(task: str, metrics: Mapping[str, float]) -> str:
-    """The metric that speaks for a task."""
-    wanted = [PAPER[task][1]] if task in PAPER else []
-    return next((name for name in (*wanted, *HEADLINES) if name in metrics), next(iter(metrics), ""))
+    """The metric that speaks for a task; "" for a group that has none."""
+    candidates = list(HEADLINES)
+    if task in KNOWN:
+        candidates.insert(0, KNOWN[task][1])
+    candidates += metrics
+    for name in candidates:
+        if name in metrics:
+            return name
+    return ""
 
 
-def seven_task_mean(results: Mapping[str, Mapping[str, float]]) -> float | None:
-    """The paper's average accuracy, as a fraction; None unless all seven tasks are there."""
-    if not all(task in results for task in SEVEN):
+def mean(tasks: Sequence[str], results: Mapping[str, Mapping[str, float]]) -> float | None:
+    """The plain mean of the accuracies of ``tasks``, SEVEN or TEN, as a fraction; None unless all are there."""
+    if not all(task in results for task in tasks):
         return None
-    return sum(results[task][PAPER[task][1]] for task in SEVEN) / len(SEVEN)
+    return sum(results[task][KNOWN[task][1]] for task in tasks) / len(tasks)
 
 
 def task_names(tasks: Sequence[str]) -> tuple[str, ...]:
-    """``tasks`` with "paper" written out, each once."""
-    return tuple(dict.fromkeys(name for task in tasks for name in (PAPER if task == "paper" else [task])))
+    """``tasks`` with the names of SETS written out, each once."""
+    names: dict[str, None] = {}
+    for task in tasks:
+        names.update(dict.fromkeys(SETS.get(task, [task])))
+    return tuple(names)
 
 
 def trust_problems(wanted: Eval | None, sets: Sequence[str]) -> Iterator[Problem]:
@@ -73,8 +93,9 @@ def problems(wanted: Eval) -> Iterator[Problem]:
     known = _manager(names, wanted.include).all_tasks
     unknown = [name for name in names if name not in known]
     for name in unknown:
-        close = difflib.get_close_matches(name, [*known, *PAPER], n=1)
-        yield "eval.tasks", f'lm-eval has no "{name}"' + (f'; did you mean "{close[0]}"?' if close else "")
+        close = difflib.get_close_matches(name, [*known, *KNOWN, *SETS], n=1)
+        suggestion = f'; did you mean "{close[0]}"?' if close else ""
+        yield "eval.tasks", f'lm-eval has no "{name}"{suggestion}'
     if unknown:
         return
     try:
@@ -107,7 +128,7 @@ def _manager(names: tuple[str, ...], include: str) -> Any:
     folders = [include] if include else []
     own = tasks.TaskManager(include_path=folders, include_defaults=False).all_tasks
     rest = set(names) - set(own)
-    if not rest <= PAPER.keys():
+    if not rest <= KNOWN.keys():
         return tasks.TaskManager(include_path=folders)
-    theirs = {str(Path(tasks.__file__).parent / PAPER[name][0]) for name in rest}
+    theirs = {str(Path(tasks.__file__).parent / KNOWN[name][0]) for name in rest}
     return tasks.TaskManager(include_path=[*sorted(theirs), *folders], include_defaults=False)

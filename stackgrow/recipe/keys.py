@@ -406,7 +406,11 @@ class Validation:
 class Eval:
     """Benchmarks of the trained models, by lm-eval on the run's own ranks (the extra ``eval``)."""
 
-    tasks: tuple[str, ...] = key(values.names(), 'lm-eval\'s tasks; "paper": the eight of the paper', free=True)
+    tasks: tuple[str, ...] = key(
+        values.names(),
+        'lm-eval\'s tasks; "paper": the eight of the paper; "paper_7b": these and the three more of its 7B',
+        free=True,
+    )
     after: str = key(values.choice("last", "each"), "at the end of the last train stage, or of each", "last", free=True)
     interval: Duration | None = key(values.duration(1), "and between evaluations within a stage", None, free=True)
     batch: int = key(values.integer(), "sequences in one forward pass on one rank", 8, free=True)

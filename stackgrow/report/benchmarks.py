@@ -13,6 +13,7 @@ from stackgrow.run_folder.evaluations import read_evaluation
 from stackgrow.run_folder.folder import RunFolder
 
 MEAN = "mean of seven"
+MEAN_OF_TEN = "mean of ten"
 # One over the number of answers that a question offers; of Lambada's last word there is nothing to choose from.
 CHANCE = {
     "lambada_openai": 0.0,
@@ -55,6 +56,8 @@ def last_scores(run: Path) -> Scores:
             scores[f"{task} {metric}"] = Score(metrics[metric], metrics.get(f"{metric}_stderr"))
     if record["seven_task_mean"] is not None:
         scores[MEAN] = Score(record["seven_task_mean"])
+    if record.get("ten_task_mean") is not None:
+        scores[MEAN_OF_TEN] = Score(record["ten_task_mean"])
     return scores
 
 
@@ -72,7 +75,8 @@ def _check(record: Any, file: Path) -> None:
     """DamagedError for what holds no results: a stranger's file may hold anything."""
     numbers = []
     if isinstance(record, dict):
-        numbers = [record.get("tokens"), record.get("step"), record.get("seven_task_mean") or 0.0]
+        numbers = [record.get("tokens"), record.get("step")]
+        numbers += [record.get(name) or 0.0 for name in ("seven_task_mean", "ten_task_mean")]
         tasks = record.get("tasks")
         for metrics in tasks.values() if isinstance(tasks, dict) else [None]:
             numbers += metrics.values() if isinstance(metrics, dict) else [None]

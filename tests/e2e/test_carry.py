@@ -11,6 +11,7 @@ from launch import Workplace, assert_audited, losses, records, weights
 from stackgrow import seal
 from stackgrow.plan.resolve import make_plan
 from stackgrow.recipe.load import load_recipe
+from stackgrow.run_folder.folder import RunFolder
 
 # 1 -> 2 layers under FSDP, then 2 -> 4 under tensor parallel; each freezes what it grew from for a while.
 SETS = [
@@ -41,7 +42,10 @@ def test_a_growth_that_changes_nothing_is_not_felt(workplace: Workplace, tmp_pat
     assert len(grown) == 28
     for (stage, step), loss in grown.items():
         assert loss == whole["stage-0-train-4L", step + 20 * (stage == "stage-2-train-4L")]
-    ends = one / "stage-0-train-4L" / "checkpoint" / "step-28", two / "stage-2-train-4L" / "checkpoint" / "step-8"
+    ends = (
+        RunFolder(one).stage("stage-0-train-4L").checkpoint(28),
+        RunFolder(two).stage("stage-2-train-4L").checkpoint(8),
+    )
     assert weights(ends[0]) == weights(ends[1])
     assert moments(ends[0]) == moments(ends[1])
 
@@ -56,7 +60,7 @@ def undisturbed(workplace: Workplace) -> Path:
 def test_frozen_layers_keep_every_bit(undisturbed: Path, stage: str, grow: str, layers: int) -> None:
     """With weight decay at 0.1, and moments that growth let them keep."""
     assert_audited(undisturbed)
-    grown, at = undisturbed / grow / "checkpoint", undisturbed / stage / "checkpoint"
+    grown, at = RunFolder(undisturbed).stage(grow).checkpoints, RunFolder(undisturbed).stage(stage).checkpoints
     below = ("tok_embeddings.", *(f"layers.{i}." for i in range(layers)))
     frozen = {name for name in weights(grown) if name.startswith(below)}
     assert {n for n, mark in weights(at / "step-4").items() if mark == weights(grown)[n]} == frozen
@@ -66,7 +70,7 @@ def test_frozen_layers_keep_every_bit(undisturbed: Path, stage: str, grow: str, 
 
 
 def test_rates_and_flops_are_the_plans(undisturbed: Path) -> None:
-    for stage in make_plan(load_recipe(undisturbed / "recipe.toml", trusted=True)).train_stages:
+    for stage in make_plan(load_recipe(RunFolder(undisturbed).recipe_file, trusted=True)).train_stages:
         for step in range(1, stage.steps + 1):
             record = records(undisturbed)[stage.name, step]
             assert record["lr"] == pytest.approx(stage.learning_rate(step), rel=1e-12)
@@ -80,6 +84,7 @@ def test_frozen_stages_resume_after_kills(workplace: Workplace, undisturbed: Pat
     workplace.kill_at("train.step 6", *SETS, f"run.folder={run}", warm_ranks=2)
     workplace.run(*SETS, f"run.folder={run}", "validation.sequences=0", warm_ranks=2)
     assert losses(run) == losses(undisturbed)
-    for last in (Path(FSDP) / "checkpoint" / "step-10", Path(TENSOR) / "checkpoint" / "step-10"):
-        assert weights(run / last) == weights(undisturbed / last)
-        assert moments(run / last) == moments(undisturbed / last)
+    for stage in (FSDP, TENSOR):
+        last, expected = (RunFolder(folder).stage(stage).checkpoint(10) for folder in (run, undisturbed))
+        assert weights(last) == weights(expected)
+        assert moments(last) == moments(expected)

@@ -16,7 +16,7 @@ from stackgrow import seal
 from stackgrow.checkpoint.export import export_run
 from stackgrow.evaluate.tasks import load_tasks
 from stackgrow.run_folder.evaluations import weights_hash, write_evaluation
-from stackgrow.run_folder.folder import RunFolder
+from stackgrow.run_folder.folder import VALIDATION, RunFolder
 
 pytest.importorskip("lm_eval")
 
@@ -92,13 +92,13 @@ def test_evaluation_within_a_run_changes_nothing_and_is_done_again_where_it_is_m
     sets += ["eval.after=each", f"run.folder={run}"]
     output = workplace.run(*sets)
     assert losses(run) == losses(reference)
-    assert losses(run, "validation.jsonl") == losses(reference, "validation.jsonl")
+    assert losses(run, VALIDATION) == losses(reference, VALIDATION)
     files = {f"{stage}-step-{step}.json" for stage in (BASE, TARGET) for step in (10, 20)}
-    assert {f.name for f in (run / "eval").iterdir()} == files
+    assert {f.name for f in RunFolder(run).eval.iterdir()} == files
     for name in files:
         assert f"{name.partition('-step')[0]}  step {name[-7:-5]}  local_choice acc_norm 0." in output
 
-    record = seal.read_json(run / "eval" / f"{TARGET}-step-20.json")
+    record = seal.read_json(RunFolder(run).eval_file(f"{TARGET}-step-20"))
     assert record is not None
     assert_same_metrics(record, metrics(exported(workplace, run, tmp_path / "hf", monkeypatch)))
     assert (record["stage"], record["step"], record["tokens"], record["seven_task_mean"]) == (TARGET, 20, 40960, None)
@@ -111,25 +111,25 @@ def test_evaluation_within_a_run_changes_nothing_and_is_done_again_where_it_is_m
     # So it does where fewer tasks were asked for then.
     unsealed = {name: value for name, value in record.items() if name != "sha256"}
     for before in (None, {**unsealed, "asked": [TASKS[0]], "tasks": {TASKS[0]: {"acc": 0.0}}}):
-        (run / TARGET / "DONE").unlink()
-        (run / "eval" / f"{TARGET}-step-20.json").unlink()
+        RunFolder(run).stage(TARGET).done_file.unlink()
+        RunFolder(run).eval_file(f"{TARGET}-step-20").unlink()
         if before:
-            write_evaluation(run / "eval" / f"{TARGET}-step-20.json", before)
+            write_evaluation(RunFolder(run).eval_file(f"{TARGET}-step-20"), before)
         assert f"{TARGET}  step 20  local_choice" in workplace.run(*sets)
-        assert seal.read_json(run / "eval" / f"{TARGET}-step-20.json") == record
+        assert seal.read_json(RunFolder(run).eval_file(f"{TARGET}-step-20")) == record
 
 
 def test_tool_evaluates_a_grown_checkpoint_and_adds_to_its_results(
     workplace: Workplace, reference_fsdp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grown = reference_fsdp / GROW / "checkpoint"
+    grown = RunFolder(reference_fsdp).stage(GROW).checkpoints
     before = {p: p.stat().st_mtime_ns for p in reference_fsdp.glob("stage-*/**/*") if p.is_file()}
     code, output = workplace.tool("evaluate", grown, "--include", LOCAL, "--tasks", *TASKS[:2], ranks=2)
     assert (code, output.count(f"{GROW}  step 0  local_choice acc_norm 0.")) == (0, 1), output
     assert "Running loglikelihood" not in output, "progress bars come from every rank"
     code, output = workplace.tool("evaluate", reference_fsdp, "--stage", GROW, "--include", LOCAL, "--tasks", TASKS[2])
     assert code == 0, output
-    record = seal.read_json(reference_fsdp / "eval" / f"{GROW}.json")
+    record = seal.read_json(RunFolder(reference_fsdp).eval_file(GROW))
     assert record is not None
     grown_weights = seal.read_seal(grown)
     assert grown_weights is not None
@@ -138,8 +138,8 @@ def test_tool_evaluates_a_grown_checkpoint_and_adds_to_its_results(
     assert record["tokens"] == 20480
     code, output = workplace.tool("evaluate", grown, "--include", LOCAL, "--tasks", TASKS[0], "--limit", 3)
     assert code == 0, output
-    assert seal.read_json(reference_fsdp / "eval" / f"{GROW}.json") == record, "a try replaces no result"
-    tried = seal.read_json(reference_fsdp / "eval" / f"{GROW}-limit-3.json")
+    assert seal.read_json(RunFolder(reference_fsdp).eval_file(GROW)) == record, "a try replaces no result"
+    tried = seal.read_json(RunFolder(reference_fsdp).eval_file(GROW, 3))
     assert tried is not None
     assert (tried["tasks"][TASKS[0]]["examples"], tried["tasks"].keys()) == (3, {TASKS[0]})
     after = {

@@ -15,6 +15,7 @@ from stackgrow.data.store import TokenStore
 from stackgrow.data.tokenizer import Tokenizer
 from stackgrow.recipe.load import load_recipe
 from stackgrow.recipe.write import recipe_hash
+from stackgrow.run_folder.folder import DONE, VALIDATION, RunFolder
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,12 +43,12 @@ def test_exported_run_has_the_losses_that_it_had_in_training(
 ) -> None:
     """The last stage by default, and any other; the same tokenizer, and the history on the card."""
     store = TokenStore.open(workplace.folder / "store", split="validation")
-    logged = losses(reference, "validation.jsonl")
+    logged = losses(reference, VALIDATION)
     assert "parameters in float32 from" in export(workplace, "reference", tmp_path / "last")
     assert validation_loss(tmp_path / "last", store) == pytest.approx(logged[TARGET, 20], rel=1e-5)
     export(workplace, "reference", tmp_path / "base", "--stage", BASE, "--step", 16)
     assert validation_loss(tmp_path / "base", store) > logged[BASE, 20] + 1e-3
-    export(workplace, reference / GROW / "checkpoint", tmp_path / "grown")
+    export(workplace, RunFolder(reference).stage(GROW).checkpoints, tmp_path / "grown")
     assert validation_loss(tmp_path / "grown", store) == pytest.approx(logged[TARGET, 0], rel=1e-5)
 
     text = "import json\n\ndef f(x):\n    return x"
@@ -58,7 +59,7 @@ def test_exported_run_has_the_losses_that_it_had_in_training(
 
     card = (tmp_path / "last" / "README.md").read_text()
     assert "ids of the tokenizer of training on 40 of 41 sample texts" in card, "25 that are hard, 16 of the store"
-    recipe = load_recipe(reference / "recipe.toml", trusted=True)
+    recipe = load_recipe(RunFolder(reference).recipe_file, trusted=True)
     for part in (
         f"checkpoint: {TARGET}/checkpoint/step-20", recipe_hash(recipe),
         "1. Trained 2 layers", "20.5K tokens (20 of 20 steps of 1.02K)", "2. Grown by `stack`: 2 -> 4 layers",
@@ -72,9 +73,9 @@ def test_exported_run_has_the_losses_that_it_had_in_training(
 def test_imported_export_has_the_weights_of_the_run(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
     export(workplace, "reference", tmp_path / "hf")
     model = import_hf(tmp_path / "hf", tmp_path / "back")
-    run = load_recipe(reference / "recipe.toml", trusted=True)
+    run = load_recipe(RunFolder(reference).recipe_file, trusted=True)
     assert dataclasses.replace(model, init=run.model.init) == run.model
-    mine, back = seal.read_seal(reference / TARGET / "checkpoint" / "step-20"), seal.read_seal(tmp_path / "back")
+    mine, back = seal.read_seal(RunFolder(reference).stage(TARGET).checkpoint(20)), seal.read_seal(tmp_path / "back")
     assert mine is not None
     assert back is not None
     assert mine["tensors"] == back["tensors"]
@@ -99,11 +100,11 @@ def test_what_cannot_be_exported_is_told(workplace: Workplace, reference: Path, 
     for message, (source, *options) in cases.items():
         assert message in export(workplace, source, tmp_path / "hf", *options, code=65)
     unfinished = tmp_path / "unfinished"
-    shutil.copytree(reference, unfinished, ignore=shutil.ignore_patterns("DONE"))
+    shutil.copytree(reference, unfinished, ignore=shutil.ignore_patterns(DONE))
     assert "none is finished" in export(workplace, unfinished, tmp_path / "hf", code=65)
-    record = json.loads((unfinished / "provenance.json").read_text())
+    record = json.loads(RunFolder(unfinished).provenance_file.read_text())
     record["data"]["manifest_hash"] = "0" * 64
-    (unfinished / "provenance.json").write_text(json.dumps(record))
+    RunFolder(unfinished).provenance_file.write_text(json.dumps(record))
     told = export(workplace, unfinished, tmp_path / "hf", "--stage", BASE, code=65)
     assert "is not the token store that" in told
     assert not (tmp_path / "hf").exists()
@@ -113,9 +114,9 @@ def test_checkpoint_taken_while_a_mask_rises_exports_what_it_computes(workplace:
     store = TokenStore.open(workplace.folder / "store", split="validation")
     run, sets = tmp_path / "run", ["growth[0].operator=random", "growth[0].ramp=10 steps", "validation.interval=4steps"]
     workplace.run("budget.tokens=30Ki", *sets, "checkpoint.keep=9", f"run.folder={run}")
-    logged = losses(run, "validation.jsonl")
+    logged = losses(run, VALIDATION)
     for step in (4, 10):
         export(workplace, run, tmp_path / f"hf-{step}", "--step", step)
         assert validation_loss(tmp_path / f"hf-{step}", store) == pytest.approx(logged[TARGET, step], rel=1e-5)
-    export(workplace, run / GROW / "checkpoint", tmp_path / "grown")
+    export(workplace, RunFolder(run).stage(GROW).checkpoints, tmp_path / "grown")
     assert validation_loss(tmp_path / "grown", store) == pytest.approx(logged[TARGET, 0], rel=1e-5)

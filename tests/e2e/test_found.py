@@ -11,7 +11,7 @@ from stackgrow.checkpoint.dcp import is_model_key, read_metadata
 from stackgrow.checkpoint.hf import export_hf
 from stackgrow.plan.resolve import make_plan
 from stackgrow.recipe.load import load_recipe
-from stackgrow.run_folder.folder import FOUND
+from stackgrow.run_folder.folder import GROWTH, METRICS, VALIDATION, RunFolder
 from stackgrow.run_folder.found import plan_of_run
 
 BASE, TARGET = "stage-0-train-2L", "stage-2-train-4L"
@@ -26,7 +26,7 @@ SUMMATION_ORDER = 2e-6  # float32, as in test_parallel.py
 @pytest.fixture(scope="module")
 def runs(workplace: Workplace, reference: Path) -> Path:
     """The undisturbed run whose growth the loss decides, and runs from the reference's base, in the two formats."""
-    base = reference / BASE / "checkpoint" / "step-20"
+    base = RunFolder(reference).stage(BASE).checkpoint(20)
     model = make_plan(load_recipe(workplace.folder / "tiny.toml")).train_stages[0].model
     export_hf(base, workplace.folder / "llama", model)
     start = ["growth[0].timing=start", "base.position=320", "budget.tokens=20Ki"]
@@ -41,7 +41,7 @@ def runs(workplace: Workplace, reference: Path) -> Path:
 def test_growth_comes_when_the_loss_calls_for_it(runs: Path) -> None:
     output = (runs / "found.txt").read_text()
     assert "Traceback" not in output, output
-    found = json.loads((runs / "slope" / BASE / FOUND).read_text())
+    found = json.loads(RunFolder(runs / "slope").stage(BASE).found_file.read_text())
     rows = records(runs / "slope")
     seen = {step: row for (stage, step), row in rows.items() if stage == BASE}
     assert_audited(runs / "slope")
@@ -68,14 +68,14 @@ def test_batches_grow_and_the_books_balance(runs: Path) -> None:
 def test_killed_before_and_after_the_decision(workplace: Workplace, runs: Path, tmp_path: Path) -> None:
     run, sets = tmp_path / "run", [*SLOPE, f"run.folder={tmp_path}/run"]
     workplace.kill_at("train.step 7", *sets)  # after the first checkpoint
-    assert not (run / BASE / FOUND).exists()
+    assert not RunFolder(run).stage(BASE).found_file.exists()
     workplace.kill_at("found 1", *sets)
-    assert (run / BASE / FOUND).exists()
-    assert not (run / BASE / "DONE").exists()
+    assert RunFolder(run).stage(BASE).found_file.exists()
+    assert not RunFolder(run).stage(BASE).done_file.exists()
     workplace.run(*sets)
     reference = runs / "slope"
-    assert (run / BASE / FOUND).read_text() == (reference / BASE / FOUND).read_text()
-    for name in ("metrics.jsonl", "validation.jsonl"):
+    assert RunFolder(run).stage(BASE).found_file.read_text() == RunFolder(reference).stage(BASE).found_file.read_text()
+    for name in (METRICS, VALIDATION):
         assert losses(run, name) == losses(reference, name)
     last = f"{TARGET}/checkpoint/step-{max(s for stage, s in losses(run) if stage == TARGET)}"
     assert weights(run / last) == weights(reference / last)
@@ -85,12 +85,15 @@ def test_other_degrees_of_parallelism_in_each_stage(workplace: Workplace, runs: 
     """The base on FSDP, the target on tensor parallelism, with batches that grow: the same steps and losses."""
     layout = ["base.parallel.shard=2", "growth[0].parallel.tensor=2", f"run.folder={tmp_path}/run"]
     workplace.run(*SLOPE, *layout, warm_ranks=2)
-    for name in ("metrics.jsonl", "validation.jsonl"):
+    for name in (METRICS, VALIDATION):
         found, expected = losses(tmp_path / "run", name), losses(runs / "slope", name)
         assert found.keys() == expected.keys()
         assert max(abs(found[k] / expected[k] - 1) for k in expected) < SUMMATION_ORDER
     stages = [s.name for s in plan_of_run(tmp_path / "run").train_stages]
-    split = {stage: _chunks(next((tmp_path / "run" / stage / "checkpoint").glob("step-*"))) for stage in stages}
+    split = {}
+    for stage in stages:
+        folder = RunFolder(tmp_path / "run").stage(stage)
+        split[stage] = _chunks(folder.checkpoint(folder.sealed_steps()[0]))
     # Rows over two ranks throughout; tensor parallelism splits columns of these.
     assert split == {stages[0]: (88, 64), stages[1]: (64, 88)}
 
@@ -107,16 +110,16 @@ def _chunks(checkpoint: Path) -> tuple[int, ...]:
 @pytest.mark.parametrize("name", ["dcp", "hf"])
 def test_a_base_from_elsewhere_goes_on_as_its_own_run_did(runs: Path, reference: Path, name: str) -> None:
     run, first = runs / f"from_{name}", "stage-0-import-2L"
-    assert weights(run / first / "checkpoint") == {
-        k: v for k, v in weights(reference / BASE / "checkpoint" / "step-20").items() if is_model_key(k)
+    assert weights(RunFolder(run).stage(first).checkpoints) == {
+        k: v for k, v in weights(RunFolder(reference).stage(BASE).checkpoint(20)).items() if is_model_key(k)
     }
     found, expected = losses(run), losses(reference)
     assert found == {key: loss for key, loss in expected.items() if key[0] == TARGET}, "bit for bit, on the same data"
     assert [r["position"] for r in records(run).values()] == [320 + 16 * i for i in range(1, 21)]
-    weights_hash = json.loads((run / first / FOUND).read_text())["found"]
-    sessions = json.loads((run / "provenance.json").read_text())["sessions"]
+    weights_hash = json.loads(RunFolder(run).stage(first).found_file.read_text())["found"]
+    sessions = json.loads(RunFolder(run).provenance_file.read_text())["sessions"]
     assert sessions[0]["stages"][first]["weights_hash"] == weights_hash
-    source = json.loads((run / first / "checkpoint" / "growth.json").read_text())["source"]
+    source = json.loads((RunFolder(run).stage(first).checkpoints / GROWTH).read_text())["source"]
     assert ("files" in source) == (name == "hf"), "the SHA-256 of what was converted"
     assert json.loads((run / "ledger.json").read_text())["total"]["tokens"] == 20 * 1024
     assert_audited(run)
@@ -124,7 +127,7 @@ def test_a_base_from_elsewhere_goes_on_as_its_own_run_did(runs: Path, reference:
 
 def test_what_is_wrong_with_what_was_found_is_told(runs: Path, workplace: Workplace, tmp_path: Path) -> None:
     shutil.copytree(runs / "slope", tmp_path / "run")
-    file = tmp_path / "run" / BASE / FOUND
+    file = RunFolder(tmp_path / "run").stage(BASE).found_file
     for value, told in (("x", "'x' is nothing that the stage finds"), (None, "None is nothing that the stage finds")):
         file.write_text(json.dumps({**json.loads(file.read_text()), "found": value}))
         assert told in workplace.run(*SLOPE, f"run.folder={tmp_path}/run", code=65)

@@ -23,6 +23,7 @@ from stackgrow.checkpoint.hf_format import config_of
 from stackgrow.growth.depth import interleave_map, stack_map
 from stackgrow.growth.operators import growth_rules
 from stackgrow.recipe.keys import Model
+from stackgrow.run_folder.folder import RunFolder, StageFolder
 from stackgrow.seal.tensors import fingerprint
 
 SMALL = Model(family="llama2", dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=60)
@@ -75,7 +76,7 @@ def test_stack_of_an_unsealed_checkpoint_and_of_what_it_became(source: Path) -> 
     model = replace(SMALL, n_layers=4)
     want = apply(growth_rules("stack", SMALL, model, interleave_map(2, 4)), weights(SMALL))
     assert_same(loaded(grown, model), want)
-    record = json.loads((grown / "growth.json").read_text())
+    record = json.loads(StageFolder(grown).growth_file.read_text())
     moment = "optimizer.state.layers.3.attention.wq.weight.exp_avg"
     assert record["moments"][moment] == fingerprint(-want["layers.3.attention.wq.weight"])
     assert record["layer_map"] == [0, 0, 1, 1]
@@ -123,7 +124,7 @@ def test_hugging_face_folder(source: Path, ranks: int) -> None:
 
 def test_checkpoint_of_a_run(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
     """The geometry is the run's, and the fingerprints those of its seal."""
-    step = reference / "stage-0-train-2L" / "checkpoint" / "step-16"
+    step = RunFolder(reference).stage("stage-0-train-2L").checkpoint(16)
     assert "2 -> 6 layers" in tool(step, tmp_path / "grown", "--operator", "stack", "--factor", 3)
     have, want = sealed_weights(tmp_path / "grown"), sealed_weights(step)
     assert have["layers.4.attention.wq.weight"] == want["layers.0.attention.wq.weight"]
@@ -131,7 +132,7 @@ def test_checkpoint_of_a_run(workplace: Workplace, reference: Path, tmp_path: Pa
     assert before is not None
     assert after is not None
     assert after["position"] == before["position"]
-    linked = json.loads((tmp_path / "grown" / "growth.json").read_text())["linked_files"]
+    linked = json.loads(RunFolder(tmp_path).stage("grown").growth_file.read_text())["linked_files"]
     assert {name: after["files"][name] for name in linked} == {name: before["files"][name] for name in linked}
     assert "6 -> 12 layers" in tool(tmp_path / "grown", tmp_path / "more", *STACK)
     told = tool(tmp_path / "grown", tmp_path / "no", *STACK, "--optimizer", "copy", code=2)

@@ -8,6 +8,7 @@ from launch import Workplace, assert_audited, losses, records, weights
 
 from stackgrow import seal
 from stackgrow.checkpoint.dcp import places, read_metadata
+from stackgrow.run_folder.folder import METRICS, VALIDATION, RunFolder
 
 BASE, LEARN, GROW, TARGET = "stage-0-train-2L", "stage-1-learn-4L", "stage-2-grow", "stage-3-train-4L"
 SETS = ["growth[0].operator=learn", "growth[0].learn_steps=8 steps", "budget.tokens=32Ki"]
@@ -27,8 +28,8 @@ def test_depth(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     output = workplace.run(*SETS, f"run.folder={run}")
     assert "learn 2 -> 4 layers" in output
-    validation, metrics = losses(run, "validation.jsonl"), records(run)
-    stacked = losses(reference, "validation.jsonl")["stage-2-train-4L", 0]
+    validation, metrics = losses(run, VALIDATION), records(run)
+    stacked = losses(reference, VALIDATION)["stage-2-train-4L", 0]
     assert validation[LEARN, 0] == stacked, "untrained maps are G_stack"
     assert validation[LEARN, 8] < validation[LEARN, 0]
     assert abs(validation[TARGET, 0] / validation[LEARN, 8] - 1) < ROUNDING, "folded is what was trained"
@@ -44,17 +45,17 @@ def test_depth(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
 
 
 def test_growth_record_and_what_is_saved(wide_fsdp: Path) -> None:
-    growth = json.loads((wide_fsdp / GROW / "growth.json").read_text())
-    learned = wide_fsdp / LEARN / "checkpoint" / "step-8"
+    growth = json.loads(RunFolder(wide_fsdp).stage(GROW).growth_file.read_text())
+    learned = RunFolder(wide_fsdp).stage(LEARN).checkpoint(8)
     assert growth["operator"] == "learn"
     assert growth["source"]["position"] == 320
     assert growth["network"]["checkpoint"] == str(learned)
-    manifest = seal.read_seal(wide_fsdp / GROW / "checkpoint")
+    manifest = seal.read_seal(RunFolder(wide_fsdp).stage(GROW).checkpoints)
     assert manifest is not None
     assert growth["network"]["position"] == manifest["position"] == 448
-    assert growth["tensors"] == weights(wide_fsdp / GROW / "checkpoint")
+    assert growth["tensors"] == weights(RunFolder(wide_fsdp).stage(GROW).checkpoints)
     assert {name.split(".")[0] for name in weights(learned)} == {"widths", "depths"}
-    validation = losses(wide_fsdp, "validation.jsonl")
+    validation = losses(wide_fsdp, VALIDATION)
     assert abs(validation[TARGET, 0] / validation[LEARN, 8] - 1) < ROUNDING
     assert_audited(wide_fsdp)
 
@@ -62,7 +63,7 @@ def test_growth_record_and_what_is_saved(wide_fsdp: Path) -> None:
 def test_one_rank_and_two_agree(workplace: Workplace, wide_fsdp: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     workplace.run(*SETS, *NARROW, f"run.folder={run}")
-    for name in ("metrics.jsonl", "validation.jsonl"):
+    for name in (METRICS, VALIDATION):
         one, two = losses(run, name), losses(wide_fsdp, name)
         assert one.keys() == two.keys()
         assert max(abs(one[k] / two[k] - 1) for k in one) < SUMMATION_ORDER
@@ -76,11 +77,11 @@ def test_killed_while_learning_and_while_growing(workplace: Workplace, wide_fsdp
     workplace.kill_at("train.step 23", *sets, warm_ranks=2)  # before its first checkpoint
     assert not list((run / LEARN).glob("checkpoint/*/MANIFEST.json"))
     workplace.kill_at("train.step 7", *sets, warm_ranks=2)
-    assert not (run / LEARN / "DONE").exists()
+    assert not RunFolder(run).stage(LEARN).done_file.exists()
     workplace.kill_at("grow.computed 1", *sets, warm_ranks=2)
     workplace.run(*sets, warm_ranks=2)
     assert losses(run) == losses(wide_fsdp)
-    assert losses(run, "validation.jsonl") == losses(wide_fsdp, "validation.jsonl")
+    assert losses(run, VALIDATION) == losses(wide_fsdp, VALIDATION)
     for checkpoint in (f"{LEARN}/checkpoint/step-8", f"{GROW}/checkpoint", f"{TARGET}/checkpoint/step-4"):
         assert weights(run / checkpoint) == weights(wide_fsdp / checkpoint), checkpoint
 
@@ -99,7 +100,7 @@ def test_bf16_is_applied_on_one_rank_and_on_two(workplace: Workplace, wide_fsdp:
 def test_a_damaged_source_stops_the_stage(workplace: Workplace, tmp_path: Path) -> None:
     run, sets = tmp_path / "run", [*SETS, f"run.folder={tmp_path}/run"]
     workplace.kill_at("train.step 23", *sets)
-    checkpoint, name = run / BASE / "checkpoint" / "step-20", "layers.1.attention.wq.weight"
+    checkpoint, name = RunFolder(run).stage(BASE).checkpoint(20), "layers.1.attention.wq.weight"
     ((_, place),) = places(read_metadata(checkpoint), name)
     data = checkpoint / place.relative_path
     content = bytearray(data.read_bytes())

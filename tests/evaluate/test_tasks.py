@@ -19,9 +19,9 @@ LOCAL = str(Path(__file__).with_name("tasks"))
 
 
 def test_the_papers_tasks_are_lm_evals_and_have_their_metrics() -> None:
-    manager = tasks._manager(tuple(tasks.PAPER), "")
-    assert set(tasks.PAPER) <= set(manager.all_tasks)
-    for name, (_, metric) in tasks.PAPER.items():
+    manager = tasks._manager(tuple(tasks.KNOWN), "")
+    assert set(tasks.KNOWN) <= set(manager.all_tasks)
+    for name, (_, metric) in tasks.KNOWN.items():
         file = manager.task_index[name].yaml_path
         text = file.read_text() + (file.with_name("arc_easy.yaml").read_text() if name == "arc_challenge" else "")
         assert f"metric: {metric}\n" in text, name
@@ -29,13 +29,22 @@ def test_the_papers_tasks_are_lm_evals_and_have_their_metrics() -> None:
     assert tasks.task_names(["wikitext", "paper", "mine"]) == ("wikitext", *list(tasks.PAPER)[:-1], "mine")
 
 
+def test_the_7b_is_averaged_over_ten() -> None:
+    assert tasks.task_names(["paper_7b"]) == (*tasks.PAPER, "hellaswag", "truthfulqa_mc2", "mmlu")
+    assert len(tasks.TEN) == 10
+    results = {task: {tasks.KNOWN[task][1]: 0.1 * number} for number, task in enumerate(tasks.TEN)}
+    assert tasks.mean(tasks.TEN, results) == pytest.approx(0.45)
+    assert tasks.mean(tasks.SEVEN, results) == pytest.approx(0.3)
+
+
 def test_mean_of_seven_is_that_of_figure_3() -> None:
     """G_stack's column: 52.80; a missing task leaves none."""
     values = dict(zip(tasks.SEVEN, (48.20, 29.18, 54.25, 28.87, 71.98, 81.1, 56.03), strict=True))
     results = {task: {tasks.PAPER[task][1]: value, "acc_stderr": 1.0} for task, value in values.items()}
-    mean = tasks.seven_task_mean({**results, "wikitext": {"word_perplexity": 16.73}})
+    mean = tasks.mean(tasks.SEVEN, {**results, "wikitext": {"word_perplexity": 16.73}})
     assert mean == pytest.approx(52.80, abs=0.005)
-    assert tasks.seven_task_mean({k: v for k, v in results.items() if k != "piqa"}) is None
+    assert tasks.mean(tasks.SEVEN, {k: v for k, v in results.items() if k != "piqa"}) is None
+    assert tasks.mean(tasks.TEN, results) is None
 
 
 def test_headline_is_the_metric_that_speaks_for_a_task() -> None:
