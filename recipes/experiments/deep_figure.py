@@ -5,7 +5,7 @@
     python recipes/experiments/deep_figure.py deep_24x32 --sweep        # the learning rates that were tried
     python recipes/experiments/deep_figure.py --keep runs/deep_24x32_stack-1 ...       # a run's records -> results/
 
-How a saving is found. A run's losses, from its target model's 200th step on, are smoothed: straight lines in
+How a saving is found. A run's losses, from its target model's 100th step on (the warm-up), are smoothed: straight lines in
 the logarithm of FLOPs, over SPAN of it on either side and FEWEST records at least. For a seed and a number of tokens of
 its baseline, the baseline's smoothed loss there is the loss asked for; the saving is FLOPs(baseline) / FLOPs(grown, its
 base included) - 1, where the grown run of that seed first has it. A seed is independent of the others, so the mean over
@@ -28,7 +28,7 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results"
 SPAN = 0.25  # of log FLOPs: from 1 / 1.28 to 1.28 times as many
 FEWEST = 5  # records that a line is drawn through
-SETTLED = 200  # steps of the target model: the warm-up twice
+SETTLED = 100  # steps of the target model: its warm-up
 POINTS = 6  # in the table
 T95 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, two-sided, by number of seeds
 FILES = {"validation": "validation", "train": "metrics"}
