@@ -5,7 +5,7 @@
     python recipes/experiments/deep_figure.py deep_24x32 --sweep        # the learning rates that were tried
     python recipes/experiments/deep_figure.py --keep runs/deep_24x32_stack-1 ...       # a run's records -> results/
 
-How a saving is found. A run's losses, from its target model's 100th step on (the warm-up), are smoothed: straight lines in
+How a saving is found. Losses, from the target model's 100th step on (its warm-up), are smoothed: straight lines in
 the logarithm of FLOPs, over SPAN of it on either side and FEWEST records at least. For a seed and a number of tokens of
 its baseline, the baseline's smoothed loss there is the loss asked for; the saving is FLOPs(baseline) / FLOPs(grown, its
 base included) - 1, where the grown run of that seed first has it. A seed is independent of the others, so the mean over
