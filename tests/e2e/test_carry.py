@@ -82,7 +82,7 @@ def test_frozen_stages_resume_after_kills(workplace: Workplace, undisturbed: Pat
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run, ignore=shutil.ignore_patterns("stage-[234]*"))
     workplace.kill_at("train.step 6", *SETS, f"run.folder={run}", warm_ranks=2)
-    workplace.run(*SETS, f"run.folder={run}", "validation.sequences=0", warm_ranks=2)
+    workplace.run(*SETS, f"run.folder={run}", warm_ranks=2)
     assert losses(run) == losses(undisturbed)
     for stage in (FSDP, TENSOR):
         last, expected = (RunFolder(folder).stage(stage).checkpoint(10) for folder in (run, undisturbed))
