@@ -37,7 +37,7 @@ torture: $(DEV)  ## 200 kills of complete runs at random moments, 2000 mutated c
 	$(BIN)/python tests/e2e/torture.py --kills 200
 
 test-slurm: $(DEV)  ## the Slurm scripts on a real Slurm of one node: apt-get install slurm-wlm, as root; 5 minutes
-	$(BIN)/python -m pytest -m slurm tests/e2e/test_slurm.py
+	$(BIN)/python -m pytest -m slurm tests/e2e/test_slurm_jobs.py
 
 check: $(DEV)  ## style and types
 	$(BIN)/ruff check .
@@ -47,7 +47,7 @@ check: $(DEV)  ## style and types
 fuzz: $(DEV)  ## 10,000 mutated recipes: planned or refused, never a traceback, a hang or a file
 	STACKGROW_FUZZ=10000 $(BIN)/python -m pytest -n 2 tests/recipe/test_fuzz_recipes.py
 
-schema: $(RUNTIME)  ## the JSON Schema and the reference in recipes/README.md, from the recipe's dataclasses
+schema: $(RUNTIME)  ## the JSON Schema and the reference in recipes/REFERENCE.md, from the recipe's dataclasses
 	$(BIN)/python -m stackgrow.recipe.schema
 	$(BIN)/python -m stackgrow.growth.reference
 

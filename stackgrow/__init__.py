@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["Run", "grow", "load_run", "make_plan", "run_recipe"]
 try:
     __version__ = importlib.metadata.version("stackgrow")
-except importlib.metadata.PackageNotFoundError:  # imported from a checkout that is not installed
+except (
+    importlib.metadata.PackageNotFoundError
+):  # imported from a checkout that is not installed
     __version__ = "unknown"
 
 
@@ -103,7 +105,9 @@ def grow(
     for name, rule in rules.targets.items():
         missing = [needed for needed in rule.sources if needed not in weights]
         if missing:
-            raise GrowthError(f"{name} comes from {missing[0]}, which the weights do not have")
+            raise GrowthError(
+                f"{name} comes from {missing[0]}, which the weights do not have"
+            )
         # A rule may overwrite what it is given.
         sources = [weights[needed].clone() for needed in rule.sources]
         if isinstance(rule, Alias):
@@ -122,13 +126,21 @@ class Run:
     folder: Path
     plan: Plan
 
-    def curves(self, loss: Literal["train", "validation"] = "train") -> dict[str, list[Any]]:
+    def curves(
+        self, loss: Literal["train", "validation"] = "train"
+    ) -> dict[str, list[Any]]:
         """The records of all stages, one after the other, as columns: stage, step, tokens and flops (of the whole run,
         the base's included), loss. pandas makes a table of it as it is."""
         from stackgrow.run_folder.folder import RunFolder
         from stackgrow.run_folder.lines import iter_records
 
-        columns: dict[str, list[Any]] = {"stage": [], "step": [], "tokens": [], "flops": [], "loss": []}
+        columns: dict[str, list[Any]] = {
+            "stage": [],
+            "step": [],
+            "tokens": [],
+            "flops": [],
+            "loss": [],
+        }
         for stage in RunFolder(self.folder).stages():
             file = stage.metrics_file if loss == "train" else stage.validation_file
             for record in iter_records(file):
@@ -152,7 +164,9 @@ class Run:
         try:
             from transformers import AutoModelForCausalLM
         except ImportError as error:
-            raise MissingExtraError("a model needs transformers: pip install 'stackgrow[eval]'") from error
+            raise MissingExtraError(
+                "a model needs transformers: pip install 'stackgrow[eval]'"
+            ) from error
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "exported"
             export_run(self.folder, folder, stage=stage, step=step)

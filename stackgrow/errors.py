@@ -24,7 +24,9 @@ class RunError(RuntimeError):
     """A run cannot go on; the message names the cause, the place and the remedy."""
 
     exit_code = 1
-    teller: int | None = None  # the rank that prints it; None: the first of every node, for each may have its own
+    teller: int | None = (
+        None  # the rank that prints it; None: the first of every node, for each may have its own
+    )
 
 
 class DamagedError(RunError):
@@ -92,5 +94,7 @@ def disk_error(error: OSError) -> DiskError:
     """An operating system's error in a run's terms."""
     fault = f"{error.filename or 'a file of the run'}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DiskError(f"disk full: {fault}; make room, then give the same command again")
+        return DiskError(
+            f"disk full: {fault}; make room, then give the same command again"
+        )
     return DiskError(f"{fault}; restore access to it, then give the same command again")

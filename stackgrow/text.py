@@ -49,7 +49,9 @@ def aligned(rows: Table) -> list[str]:
     """The first column to the left, numbers to the right, two spaces between."""
     widths = [0] * len(rows[0]) if rows else []
     for row in rows:
-        widths = [max(width, len(cell)) for width, cell in zip(widths, row, strict=True)]
+        widths = [
+            max(width, len(cell)) for width, cell in zip(widths, row, strict=True)
+        ]
     return [_aligned_row(row, widths) for row in rows]
 
 
@@ -78,14 +80,18 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
             inner = f"{where}.{name}" if where else name
             yield from differences((old or {}).get(name), (new or {}).get(name), inner)
     elif _is_list_of_trees(old, new):
-        for index, (one, other) in enumerate(itertools.zip_longest(old or [], new or [])):
+        for index, (one, other) in enumerate(
+            itertools.zip_longest(old or [], new or [])
+        ):
             yield from differences(one, other, f"{where}[{index}]")
     elif old != new:
         yield f"{where}: {old} -> {new}"
 
 
 def _is_tree(old: Any, new: Any) -> bool:
-    return all(value is None or isinstance(value, dict) for value in (old, new)) and bool(old or new)
+    return all(
+        value is None or isinstance(value, dict) for value in (old, new)
+    ) and bool(old or new)
 
 
 def _is_list_of_trees(old: Any, new: Any) -> bool:

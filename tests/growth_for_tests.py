@@ -16,7 +16,9 @@ from stackgrow.recipe.keys import Model
 Tensors = Mapping[str, Tensor]
 
 
-def weights(model: Model, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
+def weights(
+    model: Model, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, Tensor]:
     """Weights as large as trained ones: every norm's differ, and no tensor resembles another."""
     rng = torch.Generator().manual_seed(seed)
     return {
@@ -42,7 +44,9 @@ def apply(rules: Rules, source: Tensors) -> dict[str, Tensor]:
     return grown
 
 
-def through_checkpoints(rules: Rules, source: Tensors, folder: Path, parts: int) -> dict[str, Tensor]:
+def through_checkpoints(
+    rules: Rules, source: Tensors, folder: Path, parts: int
+) -> dict[str, Tensor]:
     """The grown tensors, read by DCP itself from a checkpoint that ``parts`` ranks have written."""
     small, grown = folder / "source", folder / f"grown-{parts}"
     if not small.exists():
@@ -55,7 +59,10 @@ def through_checkpoints(rules: Rules, source: Tensors, folder: Path, parts: int)
             write_part(small, grown, rules, rank, parts)
         commit(small, grown, rules, parts)
     dtype = next(iter(source.values())).dtype
-    loaded = {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in rules.target_shapes.items()}
+    loaded = {
+        name: torch.full(shape, torch.nan, dtype=dtype)
+        for name, shape in rules.target_shapes.items()
+    }
     dcp.load(loaded, checkpoint_id=grown, no_dist=True)
     return loaded
 
@@ -84,7 +91,9 @@ def logits(model: Model | torch.nn.Module, state: Tensors | None = None) -> Tens
     """Of a fixed batch, [2, 32, V]."""
     built = llama(model, state or {}) if isinstance(model, Model) else model
     vocabulary = built.output.weight.shape[0]
-    tokens = torch.randint(0, vocabulary, (2, 32), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        0, vocabulary, (2, 32), generator=torch.Generator().manual_seed(1)
+    )
     with torch.no_grad():
         return built(tokens)
 

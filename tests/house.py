@@ -84,7 +84,9 @@ def imports(at_start_only: bool = False) -> Iterator[Import]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         nodes = tree.body if at_start_only else list(ast.walk(tree))
         for node in nodes:
-            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("stackgrow"):
+            if not isinstance(node, ast.ImportFrom) or not (
+                node.module or ""
+            ).startswith("stackgrow"):
                 continue
             module = (node.module or "").removeprefix("stackgrow").removeprefix(".")
             for alias in node.names:
@@ -151,7 +153,11 @@ def figures() -> Figures:
             if isinstance(node, ast.NamedExpr):
                 total.walruses += 1
             if isinstance(node, COMPREHENSIONS):
-                inner = [n for n in ast.walk(node) if isinstance(n, COMPREHENSIONS) and n is not node]
+                inner = [
+                    n
+                    for n in ast.walk(node)
+                    if isinstance(n, COMPREHENSIONS) and n is not node
+                ]
                 total.nested_comprehensions += bool(inner)
     return total
 
@@ -160,11 +166,19 @@ def main() -> None:
     total = figures()
     print(f"lines                                {total.lines}")
     print(f"tokens per line                      {total.tokens_per_line:.2f}")
-    print(f"nested comprehensions per 100 lines  {total.per_100_lines(total.nested_comprehensions):.2f}")
-    print(f"walruses per 100 lines               {total.per_100_lines(total.walruses):.2f}")
-    print(f"comments per 100 lines               {total.per_100_lines(total.comments):.2f}")
+    print(
+        f"nested comprehensions per 100 lines  {total.per_100_lines(total.nested_comprehensions):.2f}"
+    )
+    print(
+        f"walruses per 100 lines               {total.per_100_lines(total.walruses):.2f}"
+    )
+    print(
+        f"comments per 100 lines               {total.per_100_lines(total.comments):.2f}"
+    )
     print(f"import circles                       {len(circles())}")
-    print(f"upward imports                       {len([found for found in imports() if upward(found)])}")
+    print(
+        f"upward imports                       {len([found for found in imports() if upward(found)])}"
+    )
 
 
 if __name__ == "__main__":

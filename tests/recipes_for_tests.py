@@ -14,7 +14,11 @@ from stackgrow.recipe.load import RecipeError, load_recipe
 
 REPOSITORY = Path(__file__).parents[1]
 # The shipped ones; in results/ lie those of kept records, each as it was when its run was made.
-RECIPE_FILES = sorted(path for path in (REPOSITORY / "recipes").rglob("*.toml") if "results" not in path.parts)
+RECIPE_FILES = sorted(
+    path
+    for path in (REPOSITORY / "recipes").rglob("*.toml")
+    if "results" not in path.parts
+)
 
 RECIPE = """\
 name = "tiny"
@@ -69,21 +73,29 @@ def written(folder: Path, content: str | bytes) -> Path:
     return file
 
 
-def recipe_of(folder: Path, content: str | bytes = RECIPE, sets: Sequence[str] = ()) -> Recipe:
+def recipe_of(
+    folder: Path, content: str | bytes = RECIPE, sets: Sequence[str] = ()
+) -> Recipe:
     return load_recipe(written(folder, content), sets)
 
 
-def plan_of(folder: Path, content: str | bytes = RECIPE, sets: Sequence[str] = ()) -> Plan:
+def plan_of(
+    folder: Path, content: str | bytes = RECIPE, sets: Sequence[str] = ()
+) -> Plan:
     file = written(folder, content)
     return make_plan(load_recipe(file, sets), file)
 
 
-def problems_of(folder: Path, content: str | bytes, sets: Sequence[str] = ()) -> dict[str, str]:
+def problems_of(
+    folder: Path, content: str | bytes, sets: Sequence[str] = ()
+) -> dict[str, str]:
     """TOML path -> message of everything that is wrong, by way of the text that the user reads."""
     with pytest.raises(RecipeError) as caught:
         plan_of(folder, content, sets)
     message = str(caught.value)
-    assert message.startswith(f"{folder / 'some_recipe.toml'}: {len(caught.value.problems)} problem")
+    assert message.startswith(
+        f"{folder / 'some_recipe.toml'}: {len(caught.value.problems)} problem"
+    )
     for where, what in caught.value.problems:
         assert f"{where}: {what}" in message if where else what in message
     assert len(caught.value.problems) == len(dict(caught.value.problems)), message

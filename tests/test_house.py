@@ -11,7 +11,11 @@ from house import PACKAGE, ROOMS, Import, circles, imports, modules, upward
 def test_nothing_stands_outside_of_a_room() -> None:
     loose = {path.name for path in PACKAGE.glob("*.py")}
     assert loose == {"__init__.py", "text.py", "errors.py"}
-    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    folders = {
+        path.name
+        for path in PACKAGE.iterdir()
+        if path.is_dir() and path.name != "__pycache__"
+    }
     assert folders == set(ROOMS) - {"text", "errors"}
 
 
@@ -22,7 +26,12 @@ def test_no_import_leads_upwards() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [("growth.zero", "checkpoint.dcp"), ("data.order", "plan.stages"), ("seal.files", "recipe.keys")]
+    "wrong",
+    [
+        ("growth.zero", "checkpoint.dcp"),
+        ("data.order", "plan.stages"),
+        ("seal.files", "recipe.keys"),
+    ],
 )
 def test_an_import_upwards_is_noticed(wrong: tuple[str, str]) -> None:
     assert upward(Import(*wrong, line=1))
@@ -32,7 +41,9 @@ def test_no_module_needs_itself() -> None:
     assert circles() == []
 
 
-@pytest.mark.parametrize("room", [room for room in ROOMS if room not in ("text", "errors")])
+@pytest.mark.parametrize(
+    "room", [room for room in ROOMS if room not in ("text", "errors")]
+)
 def test_a_room_says_what_it_is_for(room: str) -> None:
     text = ast.get_docstring(ast.parse(modules()[room].read_text(encoding="utf-8")))
     assert text is not None

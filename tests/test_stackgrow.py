@@ -28,22 +28,41 @@ def weights_that_name_their_layer() -> dict[str, torch.Tensor]:
 
 
 def test_layers_are_stacked_in_memory() -> None:
-    grown = stackgrow.grow(weights_that_name_their_layer(), SMALL, LARGE, layer_map=[0, 1, 0, 1, 0, 1])
-    assert {name: tuple(tensor.shape) for name, tensor in grown.items()} == LARGE.tensors()
+    grown = stackgrow.grow(
+        weights_that_name_their_layer(), SMALL, LARGE, layer_map=[0, 1, 0, 1, 0, 1]
+    )
+    assert {
+        name: tuple(tensor.shape) for name, tensor in grown.items()
+    } == LARGE.tensors()
     for layer in range(6):
-        assert grown[f"layers.{layer}.attention.wq.weight"].unique().tolist() == [layer % 2]
+        assert grown[f"layers.{layer}.attention.wq.weight"].unique().tolist() == [
+            layer % 2
+        ]
 
 
 def test_grown_layers_share_no_memory() -> None:
-    grown = stackgrow.grow(weights_that_name_their_layer(), SMALL, LARGE, layer_map=[0, 1, 0, 1, 0, 1])
+    grown = stackgrow.grow(
+        weights_that_name_their_layer(), SMALL, LARGE, layer_map=[0, 1, 0, 1, 0, 1]
+    )
     places = {tensor.data_ptr() for tensor in grown.values()}
     assert len(places) == len(grown)
 
 
 def test_new_layers_of_zero_write_nothing_into_the_stream() -> None:
-    grown = stackgrow.grow(weights_that_name_their_layer(), SMALL, LARGE, "zero", layer_map=[0, 1, 0, 1, 0, 1])
-    outputs = [grown[f"layers.{layer}.attention.wo.weight"].abs().sum().item() for layer in range(6)]
-    assert [bool(output) for output in outputs].count(True) == 1  # that of layer 1: layer 0's weights are all 0 here
+    grown = stackgrow.grow(
+        weights_that_name_their_layer(),
+        SMALL,
+        LARGE,
+        "zero",
+        layer_map=[0, 1, 0, 1, 0, 1],
+    )
+    outputs = [
+        grown[f"layers.{layer}.attention.wo.weight"].abs().sum().item()
+        for layer in range(6)
+    ]
+    assert [bool(output) for output in outputs].count(
+        True
+    ) == 1  # that of layer 1: layer 0's weights are all 0 here
 
 
 def test_a_missing_tensor_is_named() -> None:
@@ -59,7 +78,13 @@ def test_a_plan_is_made_without_torch() -> None:
         "plan = [stackgrow.make_plan('recipes/quickstart.toml', ['budget.tokens=2M']) for _ in range(2)][1]; "
         "print(plan.recipe.budget.tokens, 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.stdout.split() == ["2000000", "False"], done.stderr
 
 

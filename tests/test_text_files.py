@@ -9,14 +9,25 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-FILES = sorted(path for room in ("stackgrow", "tools") for path in (REPOSITORY / room).rglob("*.py"))
-TEXT_METHODS = {"read_text": 0, "write_text": 1}  # name -> the place of ``encoding`` among its arguments
+FILES = sorted(
+    path
+    for room in ("stackgrow", "tools")
+    for path in (REPOSITORY / room).rglob("*.py")
+)
+TEXT_METHODS = {
+    "read_text": 0,
+    "write_text": 1,
+}  # name -> the place of ``encoding`` among its arguments
 
 
 def calls_without_encoding(source: str) -> Iterator[int]:
     """Lines of calls that open a file as text and do not say how it is encoded."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and _opens_text(node) and not _names_encoding(node):
+        if (
+            isinstance(node, ast.Call)
+            and _opens_text(node)
+            and not _names_encoding(node)
+        ):
             yield node.lineno
 
 
@@ -36,7 +47,9 @@ def _opens_text(call: ast.Call) -> bool:
 
 
 def _mode(call: ast.Call, place: int) -> str:
-    given = [keyword.value for keyword in call.keywords if keyword.arg == "mode"] + call.args[place : place + 1]
+    given = [
+        keyword.value for keyword in call.keywords if keyword.arg == "mode"
+    ] + call.args[place : place + 1]
     for value in given:
         if isinstance(value, ast.Constant) and isinstance(value.value, str):
             return value.value

@@ -33,9 +33,18 @@ SETTINGS = {  # sequence, micro-batch, heads, dtype, compiled; the first is what
 }
 
 
-def step_of(dim: int, seq: int, micro: int, heads: int, dtype: torch.dtype, compiled: bool) -> Callable[[], None]:
+def step_of(
+    dim: int, seq: int, micro: int, heads: int, dtype: torch.dtype, compiled: bool
+) -> Callable[[], None]:
     heads *= dim // 32
-    model = Model(family="llama2", dim=dim, n_layers=24, n_heads=heads, ffn_dim=dim * 11 // 4, vocab_size=VOCAB)
+    model = Model(
+        family="llama2",
+        dim=dim,
+        n_layers=24,
+        n_heads=heads,
+        ffn_dim=dim * 11 // 4,
+        vocab_size=VOCAB,
+    )
     arguments = model_args(model, seed=1)
     arguments.max_seq_len = seq
     net = Transformer(arguments)
@@ -63,12 +72,16 @@ def step_of(dim: int, seq: int, micro: int, heads: int, dtype: torch.dtype, comp
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dim", type=int, default=32, choices=[32, 64, 96])
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    steps = {name: step_of(arguments.dim, *setting) for name, setting in SETTINGS.items()}
+    steps = {
+        name: step_of(arguments.dim, *setting) for name, setting in SETTINGS.items()
+    }
     for step in steps.values():
         step()  # compiles, and fills caches
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -78,9 +91,14 @@ def main() -> int:
             step()
             seconds[name].append(time.process_time() - begun)
     first = statistics.median(next(iter(seconds.values())))
-    print(f"24 layers x {arguments.dim}: tokens per CPU second, relative to the first, lowest to highest")
+    print(
+        f"24 layers x {arguments.dim}: tokens per CPU second, relative to the first, lowest to highest"
+    )
     for name, taken in seconds.items():
-        middle, span = statistics.median(taken), f"{TOKENS / max(taken):.0f} to {TOKENS / min(taken):.0f}"
+        middle, span = (
+            statistics.median(taken),
+            f"{TOKENS / max(taken):.0f} to {TOKENS / min(taken):.0f}",
+        )
         print(f"{name:26} {TOKENS / middle:7.0f} {first / middle:6.2f}   {span}")
     return 0
 

@@ -17,7 +17,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-SOURCES = ("linux-source-6.12", "linux-source-6.1")  # Debian 13 has the first, Debian 12 the second
+SOURCES = (
+    "linux-source-6.12",
+    "linux-source-6.1",
+)  # Debian 13 has the first, Debian 12 the second
 FOLDERS = (
     "Documentation", "arch", "block", "certs", "crypto", "fs", "include", "init", "io_uring",
     "ipc", "kernel", "lib", "mm", "net", "security", "sound", "tools", "virt",
@@ -34,11 +37,15 @@ def download(folder: Path) -> Path:
     """The newest package of SOURCES that this machine's index has; what lies in the folder already is taken."""
     for name in SOURCES:
         if not (found := sorted(folder.glob(f"{name}_*.deb"))):
-            if subprocess.run(["apt-get", "download", name], cwd=folder, capture_output=True).returncode:
+            if subprocess.run(
+                ["apt-get", "download", name], cwd=folder, capture_output=True
+            ).returncode:
                 continue
             found = sorted(folder.glob(f"{name}_*.deb"))
         return found[-1]
-    raise SystemExit(f"prepare_kernel: no {' or '.join(SOURCES)} in apt's index; apt-get update, or give --package")
+    raise SystemExit(
+        f"prepare_kernel: no {' or '.join(SOURCES)} in apt's index; apt-get update, or give --package"
+    )
 
 
 def unpack(package: Path, folder: Path) -> Path:
@@ -46,7 +53,10 @@ def unpack(package: Path, folder: Path) -> Path:
     tree = folder / package.stem
     if tree.exists():
         return tree
-    partial, unpacked = folder / f".{package.stem}.partial", folder / f".{package.stem}.package"
+    partial, unpacked = (
+        folder / f".{package.stem}.partial",
+        folder / f".{package.stem}.package",
+    )
     partial.mkdir(exist_ok=True)
     subprocess.run(["dpkg", "-x", package.resolve(), unpacked], check=True)
     (archive,) = unpacked.glob("usr/src/*.tar.xz")
@@ -54,36 +64,78 @@ def unpack(package: Path, folder: Path) -> Path:
     wanted = [f"{top}/{name}/*{suffix}" for name in FOLDERS for suffix in SUFFIXES]
     options = ["--strip-components=1", "--wildcards", "--wildcards-match-slash"]
     # tar tells by its code that a pattern matched nothing (certs has no *.txt); what counts is the hash at the end
-    subprocess.run(["tar", "-xJf", archive, "-C", partial, *options, *wanted], stderr=subprocess.DEVNULL)
+    subprocess.run(
+        ["tar", "-xJf", archive, "-C", partial, *options, *wanted],
+        stderr=subprocess.DEVNULL,
+    )
     return partial.rename(tree)
 
 
 def content_hash(store: Path) -> str:
     """Of the tokenizer and all tokens in their order; not of paths, times or versions, which the manifest has too."""
     manifest = json.loads((store / "manifest.json").read_bytes())
-    shards = {split: [s["sha256"] for s in of["shards"]] for split, of in sorted(manifest["splits"].items())}
+    shards = {
+        split: [s["sha256"] for s in of["shards"]]
+        for split, of in sorted(manifest["splits"].items())
+    }
     content = json.dumps([manifest["tokenizer"]["sha256"], shards], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "kernel", help="the token store to write")
-    parser.add_argument("--work", type=Path, default=ROOT / "data", help="folder for the package and its texts")
-    parser.add_argument("--vocab", type=int, default=VOCAB, help=f"pieces of the tokenizer (default: {VOCAB})")
-    parser.add_argument("--package", type=Path, help="a linux-source-*.deb, instead of apt-get download")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "data" / "kernel",
+        help="the token store to write",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "data",
+        help="folder for the package and its texts",
+    )
+    parser.add_argument(
+        "--vocab",
+        type=int,
+        default=VOCAB,
+        help=f"pieces of the tokenizer (default: {VOCAB})",
+    )
+    parser.add_argument(
+        "--package", type=Path, help="a linux-source-*.deb, instead of apt-get download"
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     package = arguments.package or download(arguments.work)
     tree = unpack(package, arguments.work)
-    command = [sys.executable, ROOT / "tools" / "prepare_data.py", "--input", tree, "--pattern", "**/*"]
-    subprocess.run([*command, "--train-tokenizer", str(arguments.vocab), "--out", arguments.out], check=True)
+    command = [
+        sys.executable,
+        ROOT / "tools" / "prepare_data.py",
+        "--input",
+        tree,
+        "--pattern",
+        "**/*",
+    ]
+    subprocess.run(
+        [*command, "--train-tokenizer", str(arguments.vocab), "--out", arguments.out],
+        check=True,
+    )
     found, known = content_hash(arguments.out), KNOWN.get(package.name)
     print(f"{package.name}\ncontent hash {found}")
     if known and found != known:
-        print(f"prepare_kernel: NOT the store that was measured on, whose hash is {known}", file=sys.stderr)
+        print(
+            f"prepare_kernel: NOT the store that was measured on, whose hash is {known}",
+            file=sys.stderr,
+        )
         return 1
-    print("as measured on" if known else "a package whose hash is not known here: losses will differ in their digits")
+    print(
+        "as measured on"
+        if known
+        else "a package whose hash is not known here: losses will differ in their digits"
+    )
     return 0
 
 

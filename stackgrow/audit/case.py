@@ -29,7 +29,16 @@ from stackgrow.run_folder.folder import (
 from stackgrow.run_folder.found import plan_of_run
 
 MAX_BYTES = 1 << 26  # of a file that is read as a whole
-READ_AS_A_WHOLE = (PROVENANCE, REQUIREMENTS, LEDGER, DONE, STAGE_FILE, GROWTH, FOUND, seal.MANIFEST)
+READ_AS_A_WHOLE = (
+    PROVENANCE,
+    REQUIREMENTS,
+    LEDGER,
+    DONE,
+    STAGE_FILE,
+    GROWTH,
+    FOUND,
+    seal.MANIFEST,
+)
 MOST_FAULTS = 5  # that a message names
 
 
@@ -84,7 +93,9 @@ def open_case(path: Path, data: Sequence[Path] = ()) -> Case:
     run = RunFolder(path)
     faults = list(_unplain(path))
     if faults:
-        raise DamagedError(f"nothing of {path} is read: {'; '.join(faults[:MOST_FAULTS])}")
+        raise DamagedError(
+            f"nothing of {path} is read: {'; '.join(faults[:MOST_FAULTS])}"
+        )
     _refuse_running(run)
     record = seal.read_json(run.provenance_file)
     if record is None:
@@ -100,7 +111,9 @@ def _with_stores(run: Path, plan: Plan, stores: Sequence[Path]) -> Plan:
     """The plan with its token stores at other places. It is another recipe by its hash, and trains the same."""
     settings = plan.recipe.data
     if len(stores) != len(settings.stores):
-        raise WrongRequest(f"{run} was trained on {len(settings.stores)} token stores: give --data as often")
+        raise WrongRequest(
+            f"{run} was trained on {len(settings.stores)} token stores: give --data as often"
+        )
     if settings.mix:
         mix = []
         for part, store in zip(settings.mix, stores, strict=True):
@@ -119,7 +132,9 @@ def _refuse_running(run: RunFolder) -> None:
             lock(stream, fcntl.LOCK_SH)
         except BlockingIOError:
             holder = stream.read(200).strip()
-            raise LockedError(f"{run.path} is in use by {holder}; audit it afterwards") from None
+            raise LockedError(
+                f"{run.path} is in use by {holder}; audit it afterwards"
+            ) from None
 
 
 def _unplain(run: Path) -> Iterator[str]:

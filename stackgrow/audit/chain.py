@@ -16,13 +16,24 @@ from stackgrow.plan.stages import Stage, TrainStage
 from stackgrow.recipe.load import Problem
 from stackgrow.recipe.write import canonical_hash
 from stackgrow.run_folder import provenance
-from stackgrow.run_folder.folder import DONE, LEDGER, PROVENANCE, RECIPE, REQUIREMENTS, STAGE_FILE
+from stackgrow.run_folder.folder import (
+    DONE,
+    LEDGER,
+    PROVENANCE,
+    RECIPE,
+    REQUIREMENTS,
+    STAGE_FILE,
+)
 from stackgrow.run_folder.ledger import counts
 from stackgrow.text import differences
 
 
 def audit_run(
-    run: Path, data: Sequence[Path] = (), *, full: bool = False, further: Mapping[str, Callable[[Case], Look]] = {}
+    run: Path,
+    data: Sequence[Path] = (),
+    *,
+    full: bool = False,
+    further: Mapping[str, Callable[[Case], Look]] = {},
 ) -> Audit:
     """Everything that can be checked without training, and ``further`` checks before it. ``data``: as in
     ``open_case``; ``full``: all of the data's files are read, not a few.
@@ -50,7 +61,9 @@ def audit_run(
     audit.look("growth", contents.growth(case))
     audit.look("eval", contents.evaluations(case))
     audit.look("data", contents.data(case, full))
-    audit.rests_on.append("nobody having written the whole folder anew: no signature is looked at (SECURITY.md)")
+    audit.rests_on.append(
+        "nobody having written the whole folder anew: no signature is looked at (SECURITY.md)"
+    )
     return audit
 
 
@@ -83,7 +96,10 @@ def _provenance(case: Case) -> Look:
         yield REQUIREMENTS, "is not that of the last session"
     for name in ("recipe_hash", "data"):
         if case.record[name] != sessions[-1][name]:
-            yield PROVENANCE, "does not begin with the recipe and the data of its last session"
+            yield (
+                PROVENANCE,
+                "does not begin with the recipe and the data of its last session",
+            )
             break
 
     # All sessions had the same tokens, to train on and to be measured by.
@@ -106,25 +122,45 @@ def _session_chain(case: Case, sessions: list[dict[str, Any]]) -> Iterator[Probl
     before: dict[str, Any] | None = None
     for number, session in enumerate(sessions):
         if session["previous"] != provenance.link(before, session.get("chain")):
-            yield PROVENANCE, f"session {number} does not follow the one before it: one of them was edited"
+            yield (
+                PROVENANCE,
+                f"session {number} does not follow the one before it: one of them was edited",
+            )
         before = session
         for name, text_hash in session["texts"].items():
-            if provenance.text_hash(case.record["texts"].get(text_hash, "")) != text_hash:
-                yield PROVENANCE, f"session {number}: the text of {name} is not the one that ran"
+            if (
+                provenance.text_hash(case.record["texts"].get(text_hash, ""))
+                != text_hash
+            ):
+                yield (
+                    PROVENANCE,
+                    f"session {number}: the text of {name} is not the one that ran",
+                )
 
 
-def _makers_of_checkpoints(case: Case, stage: Stage, sessions: list[dict[str, Any]]) -> Iterator[Problem]:
+def _makers_of_checkpoints(
+    case: Case, stage: Stage, sessions: list[dict[str, Any]]
+) -> Iterator[Problem]:
     """A checkpoint's seal names its session; of a train stage, that is the last one that began before its step."""
     identities = [provenance.identity(session) for session in sessions]
     for checkpoint in case.checkpoints(stage):
-        where, identity = case.within(checkpoint.path), checkpoint.manifest.get("session")
+        where, identity = (
+            case.within(checkpoint.path),
+            checkpoint.manifest.get("session"),
+        )
         if identity not in identities:
-            yield where, "was made by no session of provenance.json: one of the two was edited"
+            yield (
+                where,
+                "was made by no session of provenance.json: one of the two was edited",
+            )
         elif stage.trains:
             step = checkpoint.manifest["step"]
             maker = provenance.maker(sessions, stage.name, step)
             if maker is None or identities[maker] != identity:
-                yield PROVENANCE, f"its sessions' start_step of {stage.name} are not those that made step {step}"
+                yield (
+                    PROVENANCE,
+                    f"its sessions' start_step of {stage.name} are not those that made step {step}",
+                )
 
 
 def _code(sessions: list[dict[str, Any]]) -> Iterator[NotChecked | RestsOn]:
@@ -139,12 +175,16 @@ def _code(sessions: list[dict[str, Any]]) -> Iterator[NotChecked | RestsOn]:
     if not all("commit" in code for code in codes):
         yield NotChecked("code: a session names no commit")
     if any("dirty_sha256" in code for code in codes):
-        yield NotChecked("code: a session ran files that differ from their commit, of which only a hash is kept")
+        yield NotChecked(
+            "code: a session ran files that differ from their commit, of which only a hash is kept"
+        )
 
 
 def _stages(case: Case) -> Look:
     """Every stage's own files against the plan and the stage before it; then their sums in the ledger."""
-    parent = canonical_hash({"seed": case.plan.recipe.seed, "data": case.record["data"]["manifest_hash"]})
+    parent = canonical_hash(
+        {"seed": case.plan.recipe.seed, "data": case.record["data"]["manifest_hash"]}
+    )
     stage_before: Stage | None = None
     unfinished: list[str] = []
     for stage in case.plan.stages:
@@ -156,7 +196,10 @@ def _stages(case: Case) -> Look:
         if done is None:
             unfinished.append(stage.name)
         elif unfinished:
-            yield case.within(folder.done_file), f"is there, but {unfinished[0]} before it is not finished"
+            yield (
+                case.within(folder.done_file),
+                f"is there, but {unfinished[0]} before it is not finished",
+            )
         if stored is None:
             if done is not None:
                 yield case.within(folder.stage_file), "is missing"
@@ -174,7 +217,9 @@ def _stages(case: Case) -> Look:
         stage_before = stage
         parent = case.hashes[stage.name]
         if stage.name in case.plan.found:
-            parent = canonical_hash({"parent": parent, "found": case.plan.found[stage.name]})
+            parent = canonical_hash(
+                {"parent": parent, "found": case.plan.found[stage.name]}
+            )
 
     trained = counts(case.plan, case.run)
     yield from _ledger(case, trained, unfinished)
@@ -188,7 +233,9 @@ def _stages(case: Case) -> Look:
     return f"{finished} of {all_stages} done; {tokens:,} tokens trained, {case.plan.tokens:,} planned"
 
 
-def _stage_file(case: Case, stage: Stage, stored: dict[str, Any], parent: str) -> Iterator[Problem]:
+def _stage_file(
+    case: Case, stage: Stage, stored: dict[str, Any], parent: str
+) -> Iterator[Problem]:
     """What a stage says that it is, in stage.json, against the recipe; ``parent``: the hash that its own is made of."""
     where = f"{stage.name}/{STAGE_FILE}"
     for change in differences(stored["stage"], stage.identity()):
@@ -196,11 +243,19 @@ def _stage_file(case: Case, stage: Stage, stored: dict[str, Any], parent: str) -
     stated_hash = stored["stage_hash"]
     recipe_hash = case.hashes[stage.name]
     own_hash = canonical_hash({"parent": parent, "stage": stored["stage"]})
-    if not stated_hash == own_hash == recipe_hash or stored["seed"] != case.plan.recipe.seed:
-        yield where, f"stage hash {stated_hash[:12]}, from the recipe {recipe_hash[:12]}"
+    if (
+        not stated_hash == own_hash == recipe_hash
+        or stored["seed"] != case.plan.recipe.seed
+    ):
+        yield (
+            where,
+            f"stage hash {stated_hash[:12]}, from the recipe {recipe_hash[:12]}",
+        )
 
 
-def _due_in_done(case: Case, stage: Stage, stage_before: Stage | None) -> dict[str, Any]:
+def _due_in_done(
+    case: Case, stage: Stage, stage_before: Stage | None
+) -> dict[str, Any]:
     """What a stage's DONE must state."""
     output = case.output(stage)
     due: dict[str, Any] = {
@@ -216,7 +271,9 @@ def _due_in_done(case: Case, stage: Stage, stage_before: Stage | None) -> dict[s
     return due
 
 
-def _ledger(case: Case, trained: dict[str, Any], unfinished: list[str]) -> Iterator[Problem]:
+def _ledger(
+    case: Case, trained: dict[str, Any], unfinished: list[str]
+) -> Iterator[Problem]:
     """The ledger against the sums of what the stages' DONE state."""
     stored = seal.read_json(case.run.ledger_file)
     if not stored:

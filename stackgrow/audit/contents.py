@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 SAMPLED = 4  # files of the token store that are read, unless all are
 READ_AT_ONCE = 1 << 22  # bytes
-SAME_RATE = 1e-6  # relative: torchtitan multiplies the learning rate's factors in another order
+SAME_RATE = (
+    1e-6  # relative: torchtitan multiplies the learning rate's factors in another order
+)
 
 
 def checkpoints(case: Case) -> Look:
@@ -42,7 +44,9 @@ def checkpoints(case: Case) -> Look:
             where, manifest = case.within(checkpoint.path), checkpoint.manifest
             if not stage.imports and manifest["stage_hash"] != case.hashes[stage.name]:
                 yield where, "is of another recipe, or of another stage"
-            faults = seal.damage(checkpoint.path, manifest) or _inside(case, stage, checkpoint)
+            faults = seal.damage(checkpoint.path, manifest) or _inside(
+                case, stage, checkpoint
+            )
             for fault in faults:
                 yield where, fault
             count += 1
@@ -51,7 +55,9 @@ def checkpoints(case: Case) -> Look:
         if case.done(stage):
             yield from _unsealed(case, stage)
     looked_at = f"{numbered(files, 'file')} by SHA-256, {numbered(tensors, 'tensor')} by fingerprint"
-    yield RestsOn(f"the seals of {numbered(count, 'checkpoint')}, and what the stages' DONE say of them")
+    yield RestsOn(
+        f"the seals of {numbered(count, 'checkpoint')}, and what the stages' DONE say of them"
+    )
     return f"{count} sealed; {looked_at}"
 
 
@@ -68,7 +74,13 @@ def _unsealed(case: Case, stage: Stage) -> Iterator[Problem]:
 
 def _inside(case: Case, stage: Stage, checkpoint: Sealed) -> Iterator[str]:
     """What an undamaged checkpoint holds, against its seal and the plan: step, position, shapes and weights."""
-    from stackgrow.checkpoint.dcp import is_model_key, read_item, read_metadata, read_tensor, tensor_shapes
+    from stackgrow.checkpoint.dcp import (
+        is_model_key,
+        read_item,
+        read_metadata,
+        read_tensor,
+        tensor_shapes,
+    )
     from stackgrow.checkpoint.grow import fingerprints_of
     from stackgrow.seal.tensors import fingerprint
 
@@ -90,7 +102,11 @@ def _inside(case: Case, stage: Stage, checkpoint: Sealed) -> Iterator[str]:
             yield f"holds {held}, and must hold {due}"
 
     # The model's tensors: all of them, no other, in their shapes, and each as it was sealed.
-    shapes = {name: shape for name, (shape, _) in tensor_shapes(metadata).items() if is_model_key(name)}
+    shapes = {
+        name: shape
+        for name, (shape, _) in tensor_shapes(metadata).items()
+        if is_model_key(name)
+    }
     due_shapes = stage.checkpoint_tensors()
     if shapes != due_shapes or manifest["tensors"].keys() != due_shapes.keys():
         yield "its tensors are not those of the stage's model"
@@ -98,7 +114,9 @@ def _inside(case: Case, stage: Stage, checkpoint: Sealed) -> Iterator[str]:
     for name, sealed_fingerprint in fingerprints_of(manifest).items():
         if fingerprint(read_tensor(path, metadata, name)) != sealed_fingerprint:
             yield f"{name} is not what was sealed"
-    if stage.imports and canonical_hash(manifest["tensors"]) != case.plan.found.get(stage.name):
+    if stage.imports and canonical_hash(manifest["tensors"]) != case.plan.found.get(
+        stage.name
+    ):
         yield "holds other weights than those that were taken over"
 
 
@@ -139,8 +157,14 @@ def _lines(case: Case, stage: TrainStage, name: str) -> Generator[Problem, None,
             if steps and step <= steps[-1]:
                 yield where, f"step {step} follows step {steps[-1]}"
             steps.append(step)
-            wrong = [key for key, value in stage.place(step).items() if record.get(key) != value]
-            if name == METRICS and not math.isclose(record["lr"], stage.learning_rate(step), rel_tol=SAME_RATE):
+            wrong = [
+                key
+                for key, value in stage.place(step).items()
+                if record.get(key) != value
+            ]
+            if name == METRICS and not math.isclose(
+                record["lr"], stage.learning_rate(step), rel_tol=SAME_RATE
+            ):
                 wrong.append("lr")
             if wrong:
                 yield where, f"step {step}: {', '.join(wrong)} is not what the plan has"
@@ -175,11 +199,19 @@ def _as_sealed(case: Case, stage: Stage, file: Path) -> Iterator[Problem]:
     """A file of records against its size and hash in the seal of every checkpoint."""
     for checkpoint in case.checkpoints(stage):
         name = checkpoint.path.name
-        stated = checkpoint.manifest.get("records", {}).get(file.name, {"bytes": 0, "sha256": "not stated"})
+        stated = checkpoint.manifest.get("records", {}).get(
+            file.name, {"bytes": 0, "sha256": "not stated"}
+        )
         if _prefix_hash(file, stated["bytes"]) != stated["sha256"]:
-            yield case.within(file), f"is not what it was when {name} was sealed: edited, or cut"
+            yield (
+                case.within(file),
+                f"is not what it was when {name} was sealed: edited, or cut",
+            )
             return
-        if checkpoint.path == case.output(stage) and file.stat().st_size != stated["bytes"]:
+        if (
+            checkpoint.path == case.output(stage)
+            and file.stat().st_size != stated["bytes"]
+        ):
             yield case.within(file), f"was added to after {name} was sealed"
 
 
@@ -235,10 +267,20 @@ def _one_growth(case: Case, stage: GrowStage) -> Generator[Problem, None, int]:
 
     # Made again, and compared with what the result's seal and growth.json state.
     made = _made_again(stage, source, before, network)
-    for path, stated in ((output, fingerprints_of(after)), (growth_file, fingerprints_of(record))):
-        wrong = sorted(name for name in made.keys() | stated.keys() if made.get(name) != stated.get(name))
+    for path, stated in (
+        (output, fingerprints_of(after)),
+        (growth_file, fingerprints_of(record)),
+    ):
+        wrong = sorted(
+            name
+            for name in made.keys() | stated.keys()
+            if made.get(name) != stated.get(name)
+        )
         if wrong:
-            yield case.within(path), f"{len(wrong)} of {len(made)} tensors are not what grows, first {wrong[0]}"
+            yield (
+                case.within(path),
+                f"{len(wrong)} of {len(made)} tensors are not what grows, first {wrong[0]}",
+            )
 
     # Which source it was: growth.json and the sessions name it.
     if record["source"]["stage_hash"] != before["stage_hash"]:
@@ -248,7 +290,9 @@ def _one_growth(case: Case, stage: GrowStage) -> Generator[Problem, None, int]:
     return len(made)
 
 
-def _made_again(stage: GrowStage, source: Path, before: Mapping[str, Any], network: Path | None) -> dict[str, str]:
+def _made_again(
+    stage: GrowStage, source: Path, before: Mapping[str, Any], network: Path | None
+) -> dict[str, str]:
     """The fingerprints of all tensors that grow from the sealed checkpoint ``source``. What an operator leaves as it
     is has its source's."""
     from stackgrow.checkpoint.convert import computed
@@ -274,7 +318,9 @@ def _noted(case: Case, stage: GrowStage, source: Path, output: Path) -> bool:
         stages = session.get("stages", {})
         if stage.name in stages:
             notes.append(stages[stage.name])
-    return bool(notes) and all(note[key] == hashes[key] for note in notes for key in hashes)
+    return bool(notes) and all(
+        note[key] == hashes[key] for note in notes for key in hashes
+    )
 
 
 def evaluations(case: Case) -> Look:
@@ -285,15 +331,24 @@ def evaluations(case: Case) -> Look:
         count += 1
         weights = _weights_evaluated(case, record)
         if "weights" not in record:
-            yield NotChecked(f"eval: {file.name}, which has no seal, as an earlier version wrote it")
+            yield NotChecked(
+                f"eval: {file.name}, which has no seal, as an earlier version wrote it"
+            )
         elif weights is None:
-            yield NotChecked(f"eval: the weights that {file.name} is of, whose checkpoint is not kept")
+            yield NotChecked(
+                f"eval: the weights that {file.name} is of, whose checkpoint is not kept"
+            )
         else:
             compared += 1
             if record["weights"] != weights:
-                yield case.within(file), "is of other weights than the checkpoint that it names"
+                yield (
+                    case.within(file),
+                    "is of other weights than the checkpoint that it names",
+                )
     if count:
-        yield NotChecked("eval: the scores themselves, which only evaluating again can show")
+        yield NotChecked(
+            "eval: the scores themselves, which only evaluating again can show"
+        )
     return f"{numbered(count, 'result')}, {compared} of weights that are kept"
 
 
@@ -340,7 +395,10 @@ def data(case: Case, full: bool) -> Look:
         stated = list(ledger["data"].values())
         due = list(order.seen(case.plan.sequences).values())
         if stated != due:
-            yield LEDGER, f"states {stated} of the stores, the order of the data gives {due}"
+            yield (
+                LEDGER,
+                f"states {stated} of the stores, the order of the data gives {due}",
+            )
 
     # And their files are what their manifests say.
     files = _files_of_stores(manifests)
@@ -351,7 +409,9 @@ def data(case: Case, full: bool) -> Look:
         if not file.is_file() or seal.sha256(file) != files[file]:
             yield str(file), "is damaged or missing"
     if len(chosen) < len(files):
-        yield NotChecked(f"data: {numbered(len(files) - len(chosen), 'file')} of the token stores (--full)")
+        yield NotChecked(
+            f"data: {numbered(len(files) - len(chosen), 'file')} of the token stores (--full)"
+        )
     return f"{names}: {len(chosen)} of {numbered(len(files), 'file')} read"
 
 

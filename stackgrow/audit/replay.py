@@ -25,7 +25,13 @@ from stackgrow.recipe.keys import Recipe
 from stackgrow.recipe.values import MAX_INT, Duration
 from stackgrow.run.engine import stage_job
 from stackgrow.run_folder import provenance
-from stackgrow.run_folder.folder import METRICS, PROVENANCE, VALIDATION, RunFolder, StageFolder
+from stackgrow.run_folder.folder import (
+    METRICS,
+    PROVENANCE,
+    VALIDATION,
+    RunFolder,
+    StageFolder,
+)
 from stackgrow.run_folder.lines import iter_records
 
 if TYPE_CHECKING:
@@ -68,7 +74,9 @@ def replay(case: Case, words: str, strict: bool = False) -> Look:
     if problems:
         told = "; ".join(": ".join(problem) for problem in problems)
         raise WrongRequest(f"{words} needs other ranks: {told}")
-    others = _other_circumstances(case, request)  # before torchtitan changes the environment
+    others = _other_circumstances(
+        case, request
+    )  # before torchtitan changes the environment
     if strict:
         _require_the_same_ranks(case, request, others)
         others = []
@@ -76,7 +84,10 @@ def replay(case: Case, words: str, strict: bool = False) -> Look:
     recipe = _undisturbed(case.plan.recipe)
     start(recipe, Path(tempfile.gettempdir()))
     # Rank 0's folder is everyone's: they share its file system. Progress goes where it does not mix with the result.
-    with tempfile.TemporaryDirectory(prefix="replay-") as scratch, redirect_stdout(sys.stderr):
+    with (
+        tempfile.TemporaryDirectory(prefix="replay-") as scratch,
+        redirect_stdout(sys.stderr),
+    ):
         rank = dist.get_rank()
         run = RunFolder(Path(from_rank0(lambda: scratch)))
         log_to(RunFolder(Path(scratch)).log_file(rank))
@@ -85,20 +96,28 @@ def replay(case: Case, words: str, strict: bool = False) -> Look:
         stop()
         if rank != 0:
             return ""
-        return (yield from _compared(case, request, run.stage(request.stage.name), others))
+        return (
+            yield from _compared(case, request, run.stage(request.stage.name), others)
+        )
 
 
 def _parsed(case: Case, words: str) -> Request:
     match = re.fullmatch(r"([\w-]+):(\d{1,18})\+(\d{1,18})", words)
     stages = {stage.name: stage for stage in case.plan.train_stages}
     if match is None or match[1] not in stages:
-        raise WrongRequest(f"{words!r} is not STAGE:STEP+N with one of {', '.join(stages)}")
+        raise WrongRequest(
+            f"{words!r} is not STAGE:STEP+N with one of {', '.join(stages)}"
+        )
     stage, first, count = stages[match[1]], int(match[2]), int(match[3])
     request = Request(stage, first, first + count)
     kept = [0, *case.folder(stage).sealed_steps()]
     if first not in kept or not first < request.last <= stage.steps:
-        raise WrongRequest(f"{words!r}: {stage.name} has {stage.steps} steps, and can be gone on with at {kept}")
-    recorded = [record["step"] for record in iter_records(case.folder(stage).metrics_file)]
+        raise WrongRequest(
+            f"{words!r}: {stage.name} has {stage.steps} steps, and can be gone on with at {kept}"
+        )
+    recorded = [
+        record["step"] for record in iter_records(case.folder(stage).metrics_file)
+    ]
     if request.last not in kept and not any(request.holds(step) for step in recorded):
         what = f"{stage.name} wrote down none of these steps, and kept no checkpoint of step {request.last}"
         raise WrongRequest(f"{words!r}: there is nothing to compare with: {what}")
@@ -110,7 +129,11 @@ def _undisturbed(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         log=replace(recipe.log, interval=Duration(1, "steps"), tensorboard=False),
-        checkpoint=replace(recipe.checkpoint, interval=Duration(MAX_INT, "steps"), async_mode="disabled"),
+        checkpoint=replace(
+            recipe.checkpoint,
+            interval=Duration(MAX_INT, "steps"),
+            async_mode="disabled",
+        ),
     )
 
 
@@ -121,14 +144,22 @@ def _job(case: Case, request: Request, recipe: Recipe, scratch: RunFolder) -> St
     shorter = replace(stage, steps=request.last, train=train, until=None)
     source, _ = case.plan.inputs(stage)
     folder = scratch.stage(stage.name)
-    job = stage_job(recipe, shorter, case.hashes[stage.name], folder, case.output(source) if source else None)
+    job = stage_job(
+        recipe,
+        shorter,
+        case.hashes[stage.name],
+        folder,
+        case.output(source) if source else None,
+    )
     if request.first:
         job.resume = case.folder(stage).checkpoint(request.first)
     folder.path.mkdir(exist_ok=True)
     return job
 
 
-def _compared(case: Case, request: Request, again: StageFolder, others: list[str]) -> Look:
+def _compared(
+    case: Case, request: Request, again: StageFolder, others: list[str]
+) -> Look:
     """The run against ``again``, the stage's folder of the replay; ``others``: circumstances that differ."""
     stage, last = request.stage, request.last
     loss_limit = weight_limit = 0.0
@@ -140,20 +171,34 @@ def _compared(case: Case, request: Request, again: StageFolder, others: list[str
     numbers: list[float] = []
     for name, keys in {METRICS: COMPARED, VALIDATION: ("loss",)}.items():
         file = case.folder(stage).record_file(name)
-        for step, differences in _record_differences(file, again.record_file(name), keys, request):
+        for step, differences in _record_differences(
+            file, again.record_file(name), keys, request
+        ):
             numbers += [difference.size for difference in differences]
-            wrong = {d.name: f"{d.before} -> {d.after}" for d in differences if d.size > loss_limit}
+            wrong = {
+                d.name: f"{d.before} -> {d.after}"
+                for d in differences
+                if d.size > loss_limit
+            }
             if wrong:
-                yield case.within(file), f"step {step} differs when trained again: {wrong}"
+                yield (
+                    case.within(file),
+                    f"step {step} differs when trained again: {wrong}",
+                )
 
     # The weights at the end, where the run has kept them; AdamW's state too, where all bits must be equal.
     tensors: list[float] = []
     kept = case.folder(stage).checkpoint(last)
     if seal.read_seal(kept) is not None:
-        for name, size in _tensor_differences(kept, again.checkpoint(last), model_only=bool(others)):
+        for name, size in _tensor_differences(
+            kept, again.checkpoint(last), model_only=bool(others)
+        ):
             tensors.append(size)
             if size > weight_limit:
-                yield case.within(kept), f"{name} differs by {size:.1e} when trained again"
+                yield (
+                    case.within(kept),
+                    f"{name} differs by {size:.1e} when trained again",
+                )
 
     # In words.
     what = f"{stage.name} {request.first} to {last}: {numbered(len(numbers), 'number')}"
@@ -161,9 +206,13 @@ def _compared(case: Case, request: Request, again: StageFolder, others: list[str
         what += f", {numbered(len(tensors), 'tensor')} of {kept.name}"
     worst = max([*numbers, *tensors], default=0.0)
     what += f"; largest difference {worst:.1e}" if worst else "; equal bit for bit"
-    yield NotChecked(f"losses: all steps but {request.first + 1} to {last} of {stage.name}")
+    yield NotChecked(
+        f"losses: all steps but {request.first + 1} to {last} of {stage.name}"
+    )
     if others:
-        yield NotChecked(f"equality bit for bit: {', '.join(others)} differ, and a tolerance was used")
+        yield NotChecked(
+            f"equality bit for bit: {', '.join(others)} differ, and a tolerance was used"
+        )
         if tensors:
             yield NotChecked("the optimizer's state")
         what += f"; allowed are {loss_limit:g} and for weights {weight_limit:g}, since {', '.join(others)} differ"
@@ -184,7 +233,11 @@ def _other_circumstances(case: Case, request: Request) -> list[str]:
     different = set()
     for session in _makers(case, request):
         then = {**session, "mesh": session["mesh"].get(name)}
-        different |= {circumstance for circumstance in now if then[circumstance] != now[circumstance]}
+        different |= {
+            circumstance
+            for circumstance in now
+            if then[circumstance] != now[circumstance]
+        }
     return [circumstance for circumstance in now if circumstance in different]
 
 
@@ -193,7 +246,9 @@ def _require_the_same_ranks(case: Case, request: Request, others: list[str]) -> 
     if "world_size" in others or "mesh" in others:
         ranks = sorted({session["world_size"] for session in _makers(case, request)})
         told = ", ".join(map(str, ranks))
-        raise WrongRequest(f"--strict compares bit for bit, on the ranks that the run states for these steps: {told}")
+        raise WrongRequest(
+            f"--strict compares bit for bit, on the ranks that the run states for these steps: {told}"
+        )
 
 
 def _makers(case: Case, request: Request) -> list[dict[str, Any]]:
@@ -207,7 +262,9 @@ def _makers(case: Case, request: Request) -> list[dict[str, Any]]:
     for step in range(request.first + 1, request.last + 1):
         maker = provenance.maker(sessions, request.stage.name, step)
         if maker is None:
-            raise DamagedError(f"{PROVENANCE}: no session says that it made step {step} of {request.stage.name}")
+            raise DamagedError(
+                f"{PROVENANCE}: no session says that it made step {step} of {request.stage.name}"
+            )
         makers.add(maker)
     return [sessions[index] for index in sorted(makers)]
 
@@ -237,14 +294,27 @@ def _record_differences(
     for record in iter_records(before):
         step = record["step"]
         if request.holds(step) and step in records_after:
-            yield step, [Difference(key, record[key], records_after[step][key]) for key in keys]
+            yield (
+                step,
+                [
+                    Difference(key, record[key], records_after[step][key])
+                    for key in keys
+                ],
+            )
 
 
-def _tensor_differences(old: Path, new: Path, *, model_only: bool) -> Iterator[tuple[str, float]]:
+def _tensor_differences(
+    old: Path, new: Path, *, model_only: bool
+) -> Iterator[tuple[str, float]]:
     """||new - old|| / ||old|| of every tensor, the optimizer's included or not; 0 only where all bits are equal."""
     import torch
 
-    from stackgrow.checkpoint.dcp import is_model_key, read_metadata, read_tensor, tensor_shapes
+    from stackgrow.checkpoint.dcp import (
+        is_model_key,
+        read_metadata,
+        read_tensor,
+        tensor_shapes,
+    )
 
     before, after = read_metadata(old), read_metadata(new)
     for name in tensor_shapes(before):

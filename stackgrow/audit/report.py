@@ -11,7 +11,9 @@ from stackgrow.errors import LockedError, RunError
 from stackgrow.recipe.load import Problem
 from stackgrow.text import printable
 
-NEVER_LOOKED_AT = "report.html, TensorBoard's files and logs: they are no part of the proof"
+NEVER_LOOKED_AT = (
+    "report.html, TensorBoard's files and logs: they are no part of the proof"
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,11 @@ class Audit:
         return "PASSED"
 
     def to_dict(self) -> dict[str, Any]:
-        values = {"ok": not self.findings, "verdict": self.verdict, **dataclasses.asdict(self)}
+        values = {
+            "ok": not self.findings,
+            "verdict": self.verdict,
+            **dataclasses.asdict(self),
+        }
         return {**values, "never_looked_at": NEVER_LOOKED_AT}
 
     def render(self) -> str:
@@ -101,7 +107,9 @@ class Audit:
             where = f"{finding.where}: " if finding.where else ""
             lines.append(f"  {finding.check}  {where}{finding.message}")
         if self.findings:
-            lines += [f"  not checked  {what}" for what in self.not_checked]  # else the verdict says it
+            lines += [
+                f"  not checked  {what}" for what in self.not_checked
+            ]  # else the verdict says it
         lines += [f"  rests on  {what}" for what in self.rests_on]
         lines.append(f"  never looked at  {NEVER_LOOKED_AT}")
         return "\n".join(lines)

@@ -40,13 +40,17 @@ def _recipe_differences(case: Case, other: Case) -> Iterator[str]:
     other_stages = {stage.name: stage.identity() for stage in other.plan.stages}
     if stages.keys() == other_stages.keys():
         seed, other_seed = case.plan.recipe.seed, other.plan.recipe.seed
-        yield from differences({"seed": seed, **stages}, {"seed": other_seed, **other_stages})
+        yield from differences(
+            {"seed": seed, **stages}, {"seed": other_seed, **other_stages}
+        )
         return
     yield f"its stages are {', '.join(stages)}, the other's {', '.join(other_stages)}"
     yield from differences(to_dict(case.plan.recipe), to_dict(other.plan.recipe))
 
 
-def _same_losses(case: Case, other: Case, stage: TrainStage, name: str) -> Generator[Problem, None, int]:
+def _same_losses(
+    case: Case, other: Case, stage: TrainStage, name: str
+) -> Generator[Problem, None, int]:
     """Returns how many steps both have written down."""
     losses = _losses(case.folder(stage).record_file(name))
     other_losses = _losses(other.folder(stage).record_file(name))
@@ -56,7 +60,10 @@ def _same_losses(case: Case, other: Case, stage: TrainStage, name: str) -> Gener
         first = unequal[0]
         worst = max(abs(other_losses[step] / losses[step] - 1) for step in unequal)
         what = f"{len(unequal)} of {len(common)} losses differ, by up to {worst:.1e}"
-        yield f"{stage.name}/{name}", f"{what}; first at step {first}: {losses[first]} -> {other_losses[first]}"
+        yield (
+            f"{stage.name}/{name}",
+            f"{what}; first at step {first}: {losses[first]} -> {other_losses[first]}",
+        )
     return len(common)
 
 
@@ -64,7 +71,9 @@ def _losses(file: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in iter_records(file)}
 
 
-def _same_weights(case: Case, other: Case, stage: Stage) -> Generator[Problem, None, int]:
+def _same_weights(
+    case: Case, other: Case, stage: Stage
+) -> Generator[Problem, None, int]:
     """Returns 1 where both have come to the end of the stage."""
     manifest = seal.read_seal(case.output(stage))
     other_manifest = seal.read_seal(other.output(stage))

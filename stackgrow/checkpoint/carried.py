@@ -28,7 +28,9 @@ KEYS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id
 CARRIED = "carried"  # the fact in a seal
 
 
-def carry_from_hf(source: Path, config: Mapping[str, Any], dtype: str, target: Path) -> dict[str, Any]:
+def carry_from_hf(
+    source: Path, config: Mapping[str, Any], dtype: str, target: Path
+) -> dict[str, Any]:
     """Copies the files of a Hugging Face folder into checkpoint ``target``; returns what its seal is to state."""
     for name in FILES:
         if (source / name).is_file():
@@ -60,7 +62,11 @@ def carried_by(checkpoint: Path) -> dict[str, Any]:
 
 
 def carried_files(checkpoint: Path) -> list[Path]:
-    return [checkpoint / (PREFIX + name) for name in FILES if (checkpoint / (PREFIX + name)).is_file()]
+    return [
+        checkpoint / (PREFIX + name)
+        for name in FILES
+        if (checkpoint / (PREFIX + name)).is_file()
+    ]
 
 
 def give_back(checkpoint: Path, target: Path) -> None:
@@ -76,6 +82,10 @@ def base_model_name(source: Path, config: Mapping[str, Any]) -> str:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")
     name = config.get("_name_or_path")
-    if isinstance(name, str) and name.count("/") == 1 and not name.startswith(("/", ".", "~")):
+    if (
+        isinstance(name, str)
+        and name.count("/") == 1
+        and not name.startswith(("/", ".", "~"))
+    ):
         return name
     return source.absolute().name

@@ -28,7 +28,13 @@ import torch
 import torch.distributed.checkpoint.metadata as meta
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from stackgrow.checkpoint.dcp import METADATA, CheckpointError, is_model_key, places, read_metadata
+from stackgrow.checkpoint.dcp import (
+    METADATA,
+    CheckpointError,
+    is_model_key,
+    places,
+    read_metadata,
+)
 from stackgrow.checkpoint.direct import DirectFile
 from stackgrow.checkpoint.verified import Reader
 from stackgrow.growth.rules import Alias, Compute, Rule, Rules, Zeros
@@ -64,7 +70,9 @@ def begin(source: Path, target: Path, rules: Rules) -> None:
     """Check the source, and open an empty ``<target>.tmp`` in place of what an earlier attempt left."""
     _read_source(source, rules)
     if target.exists():
-        raise CheckpointError(f"{target} exists already: remove it, or grow into another folder")
+        raise CheckpointError(
+            f"{target} exists already: remove it, or grow into another folder"
+        )
     work = _work_folder(target)
     if work.exists():
         shutil.rmtree(work)
@@ -91,7 +99,9 @@ def write_part(
         return
     read = Reader(source, metadata, fingerprints)
     file = _work_folder(target) / _part_name(metadata, rank)
-    written = _write_tensors(read, rules, names, file, task=f"growing {target.parent.name}")
+    written = _write_tensors(
+        read, rules, names, file, task=f"growing {target.parent.name}"
+    )
     # Last: the index vouches for the part.
     index = {name: dataclasses.asdict(tensor) for name, tensor in written.items()}
     _index_file(target, rank).write_text(json.dumps(index), encoding="utf-8")
@@ -129,12 +139,16 @@ def _write_tensors(
         written = {}
         for name in names:
             place = places_of[name].result()
-            written[name] = WrittenTensor(place.dtype, place.offset, place.length, fingerprints[name].result())
+            written[name] = WrittenTensor(
+                place.dtype, place.offset, place.length, fingerprints[name].result()
+            )
         stream.finish()
     return written
 
 
-def commit(source: Path, target: Path, rules: Rules, world_size: int = 1) -> dict[str, Any]:
+def commit(
+    source: Path, target: Path, rules: Rules, world_size: int = 1
+) -> dict[str, Any]:
     """Join the ranks' parts, link the data files, write the metadata, and rename it all to ``target``."""
     old = _read_source(source, rules)
     work = _work_folder(target)
@@ -165,13 +179,19 @@ def commit(source: Path, target: Path, rules: Rules, world_size: int = 1) -> dic
         pickle.dump(new, stream)
         stream.flush()
         os.fsync(stream.fileno())
-    bytes_written = sum(file.stat().st_size for file in work.iterdir() if file.name not in linked)
+    bytes_written = sum(
+        file.stat().st_size for file in work.iterdir() if file.name not in linked
+    )
     sync_folder(work)
     work.rename(target)
     sync_folder(target.parent)
 
     return {
-        "map": {name: _description(rule) for name, rule in rules.targets.items() if is_model_key(name)},
+        "map": {
+            name: _description(rule)
+            for name, rule in rules.targets.items()
+            if is_model_key(name)
+        },
         "dropped": sorted(filter(is_model_key, rules.dropped)),
         "fingerprints": fingerprints,
         "linked_files": linked,
@@ -258,7 +278,12 @@ def _add_aliases(old: meta.Metadata, new: meta.Metadata, rules: Rules) -> list[s
     return sorted(files)
 
 
-def _add_zeros(old: meta.Metadata, new: meta.Metadata, rules: Rules, fingerprints: Mapping[str, str]) -> dict[str, str]:
+def _add_zeros(
+    old: meta.Metadata,
+    new: meta.Metadata,
+    rules: Rules,
+    fingerprints: Mapping[str, str],
+) -> dict[str, str]:
     """Enter the Zeros, each in the place where one of its shape was written; returns their fingerprints."""
     added = {}
     for name, written in _written_as(old, rules).items():
@@ -267,13 +292,20 @@ def _add_zeros(old: meta.Metadata, new: meta.Metadata, rules: Rules, fingerprint
         entry = new.state_dict_metadata[written]
         offsets = entry.chunks[0].offsets
         new.state_dict_metadata[name] = entry
-        new.storage_data[meta.MetadataIndex(name, offsets)] = new.storage_data[meta.MetadataIndex(written, offsets)]
+        new.storage_data[meta.MetadataIndex(name, offsets)] = new.storage_data[
+            meta.MetadataIndex(written, offsets)
+        ]
         added[name] = fingerprints[written]
     return added
 
 
 def _add_part(
-    old: meta.Metadata, new: meta.Metadata, target: Path, rules: Rules, rank: int, world_size: int
+    old: meta.Metadata,
+    new: meta.Metadata,
+    target: Path,
+    rules: Rules,
+    rank: int,
+    world_size: int,
 ) -> dict[str, str]:
     """Enter what one rank computed into the new metadata; returns the fingerprints."""
     index_file = _index_file(target, rank)
@@ -281,16 +313,22 @@ def _add_part(
     if index_file.exists():
         index = json.loads(index_file.read_text(encoding="utf-8"))
     if set(index) != set(_share(old, rules, rank, world_size)):
-        raise CheckpointError(f"rank {rank} of {world_size} has not written its part of {target}")
+        raise CheckpointError(
+            f"rank {rank} of {world_size} has not written its part of {target}"
+        )
 
     fingerprints = {}
     for name, fields in index.items():
         tensor = WrittenTensor(**fields)
         shape = torch.Size(rules.target_shapes[name])
         properties = meta.TensorProperties(dtype=getattr(torch, tensor.dtype))
-        chunk = meta.ChunkStorageMetadata(offsets=torch.Size([0] * len(shape)), sizes=shape)
+        chunk = meta.ChunkStorageMetadata(
+            offsets=torch.Size([0] * len(shape)), sizes=shape
+        )
         info = _StorageInfo(_part_name(old, rank), tensor.offset, tensor.length)
-        new.state_dict_metadata[name] = meta.TensorStorageMetadata(properties, shape, [chunk])
+        new.state_dict_metadata[name] = meta.TensorStorageMetadata(
+            properties, shape, [chunk]
+        )
         new.storage_data[meta.MetadataIndex(name, chunk.offsets)] = info
         fingerprints[name] = tensor.fingerprint
     index_file.unlink(missing_ok=True)
@@ -317,7 +355,9 @@ def _compute(read: Reader, rules: Rules, name: str) -> torch.Tensor:
             f"{rule.note} gave {tuple(tensor.shape)} {tensor.dtype}"
         )
     if tensor.untyped_storage().nbytes() > tensor.nbytes:
-        return tensor.clone()  # torch.save writes a whole storage, also what a view of it does not show
+        return (
+            tensor.clone()
+        )  # torch.save writes a whole storage, also what a view of it does not show
     return tensor
 
 
@@ -333,15 +373,21 @@ def append(tensor: torch.Tensor, stream: DirectFile) -> Place:
     """Writes a tensor as DCP does, at the end of ``stream``."""
     offset = stream.position
     checksums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)  # torch never compares it, and the seal has a SHA-256
+    torch.serialization.set_crc32_options(
+        False
+    )  # torch never compares it, and the seal has a SHA-256
     try:
         torch.save(tensor, stream)
-    except RuntimeError as error:  # torch's own, about the file that it could not finish, hides why
+    except (
+        RuntimeError
+    ) as error:  # torch's own, about the file that it could not finish, hides why
         cause = error.__context__
         raise (cause if isinstance(cause, OSError) else error) from None
     finally:
         torch.serialization.set_crc32_options(checksums)
-    return Place(str(tensor.dtype).removeprefix("torch."), offset, stream.position - offset)
+    return Place(
+        str(tensor.dtype).removeprefix("torch."), offset, stream.position - offset
+    )
 
 
 def _dtype(metadata: meta.Metadata, rule: Zeros) -> torch.dtype:
@@ -367,7 +413,9 @@ def _written_as(source: meta.Metadata, rules: Rules) -> dict[str, str]:
     return written_as
 
 
-def _share(source: meta.Metadata, rules: Rules, rank: int, world_size: int) -> list[str]:
+def _share(
+    source: meta.Metadata, rules: Rules, rank: int, world_size: int
+) -> list[str]:
     """One rank's tensors to write: from the largest down, each goes to the rank with the least so far."""
     costs: dict[str, int] = {}  # elements read and written
     for name in _written_as(source, rules).values():

@@ -24,7 +24,12 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from stackgrow.checkpoint.unpickle import FileSlice, check_saved, load_metadata, load_saved
+from stackgrow.checkpoint.unpickle import (
+    FileSlice,
+    check_saved,
+    load_metadata,
+    load_saved,
+)
 from stackgrow.errors import DamagedError
 
 METADATA = ".metadata"
@@ -44,14 +49,18 @@ def read_metadata(folder: Path) -> meta.Metadata:
     """
     file = folder / METADATA
     if not file.is_file():
-        raise CheckpointError(f"{folder} is not a complete DCP checkpoint: it has no {METADATA}")
+        raise CheckpointError(
+            f"{folder} is not a complete DCP checkpoint: it has no {METADATA}"
+        )
     try:
         with file.open("rb") as stream:
             metadata = load_metadata(stream)
         _check_records(metadata)
         _check_files(folder, metadata.storage_data.values())
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise CheckpointError(f"{file} is not loaded: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{file} is not loaded: {type(error).__name__}: {error}"
+        ) from error
     return metadata
 
 
@@ -61,20 +70,30 @@ def _check_records(metadata: meta.Metadata) -> None:
     for fqn, entry in metadata.state_dict_metadata.items():
         if not isinstance(fqn, str):
             raise CheckpointError("it has a tensor whose name is no text")
-        if id(entry) not in checked and not isinstance(entry, meta.BytesStorageMetadata) and not _is_tensor(entry):
+        if (
+            id(entry) not in checked
+            and not isinstance(entry, meta.BytesStorageMetadata)
+            and not _is_tensor(entry)
+        ):
             raise CheckpointError(f"its record of {fqn:.200} is not that of a tensor")
         checked.add(id(entry))
     for index, info in metadata.storage_data.items():
         if not isinstance(index, meta.MetadataIndex):
             raise CheckpointError("it has the place of something that has no name")
         if not _is_place(info):
-            raise CheckpointError(f"its record of the place of {index.fqn:.200} is damaged")
+            raise CheckpointError(
+                f"its record of the place of {index.fqn:.200} is damaged"
+            )
 
 
 def _is_tensor(entry: Any) -> bool:
-    if not isinstance(entry, meta.TensorStorageMetadata) or not isinstance(entry.properties, meta.TensorProperties):
+    if not isinstance(entry, meta.TensorStorageMetadata) or not isinstance(
+        entry.properties, meta.TensorProperties
+    ):
         return False
-    if not isinstance(entry.properties.dtype, torch.dtype) or not isinstance(entry.chunks, list):
+    if not isinstance(entry.properties.dtype, torch.dtype) or not isinstance(
+        entry.chunks, list
+    ):
         return False
     shapes = [entry.size]
     for chunk in entry.chunks:
@@ -82,7 +101,11 @@ def _is_tensor(entry: Any) -> bool:
             return False
         shapes += [chunk.offsets, chunk.sizes]
     for shape in shapes:
-        if not isinstance(shape, torch.Size) or len(shape) != len(entry.size) or min(shape, default=0) < 0:
+        if (
+            not isinstance(shape, torch.Size)
+            or len(shape) != len(entry.size)
+            or min(shape, default=0) < 0
+        ):
             return False
     return True
 
@@ -90,7 +113,9 @@ def _is_tensor(entry: Any) -> bool:
 def _is_place(info: Any) -> bool:
     if not isinstance(info, _StorageInfo) or not isinstance(info.relative_path, str):
         return False
-    return all(isinstance(number, int) and number >= 0 for number in (info.offset, info.length))
+    return all(
+        isinstance(number, int) and number >= 0 for number in (info.offset, info.length)
+    )
 
 
 def _check_files(folder: Path, infos: Iterable[_StorageInfo]) -> None:
@@ -103,9 +128,13 @@ def _check_files(folder: Path, infos: Iterable[_StorageInfo]) -> None:
             raise CheckpointError(f"data file {name!r:.200} is not a plain file name")
         file = (folder / name).resolve()
         if file.parent != folder.resolve():
-            raise CheckpointError(f"data file {name} is a link out of the checkpoint, to {file}")
+            raise CheckpointError(
+                f"data file {name} is a link out of the checkpoint, to {file}"
+            )
         if not file.is_file() or file.stat().st_size < end:
-            raise CheckpointError(f"data file {name} is missing or truncated: it must have {end} bytes or more")
+            raise CheckpointError(
+                f"data file {name} is missing or truncated: it must have {end} bytes or more"
+            )
 
 
 class SafeReader(FileSystemReader):
@@ -134,7 +163,9 @@ class SafePlanner(DefaultLoadPlanner):
         try:
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as error:
-            raise CheckpointError(f"{fqn} is not loaded, it holds more than plain data: {error}") from error
+            raise CheckpointError(
+                f"{fqn} is not loaded, it holds more than plain data: {error}"
+            ) from error
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[fqn], loaded)
         else:
@@ -146,7 +177,9 @@ def is_model_key(fqn: str) -> bool:
     return not fqn.startswith(STATE_PREFIXES)
 
 
-def tensor_shapes(metadata: meta.Metadata) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def tensor_shapes(
+    metadata: meta.Metadata,
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """{fqn: (shape, dtype)} of every tensor in a checkpoint, the optimizer's included."""
     shapes = {}
     for fqn, entry in metadata.state_dict_metadata.items():
@@ -155,7 +188,9 @@ def tensor_shapes(metadata: meta.Metadata) -> dict[str, tuple[tuple[int, ...], t
     return shapes
 
 
-def places(metadata: meta.Metadata, fqn: str) -> list[tuple[meta.ChunkStorageMetadata, _StorageInfo]]:
+def places(
+    metadata: meta.Metadata, fqn: str
+) -> list[tuple[meta.ChunkStorageMetadata, _StorageInfo]]:
     """The chunks of one tensor, each with its place on disk; CheckpointError where they do not fill it.
 
     Empty chunks, which ranks write that have no row of a small tensor, are left out."""
@@ -170,7 +205,9 @@ def places(metadata: meta.Metadata, fqn: str) -> list[tuple[meta.ChunkStorageMet
             break
         filled.append((chunk, info))
     if len(filled) < len(chunks) or not _fill(chunks.values(), entry.size):
-        raise CheckpointError(f"{fqn}: its {len(chunks)} stored chunks do not fill {tuple(entry.size)}")
+        raise CheckpointError(
+            f"{fqn}: its {len(chunks)} stored chunks do not fill {tuple(entry.size)}"
+        )
     for chunk, info in filled:
         if math.prod(chunk.sizes) * entry.properties.dtype.itemsize > info.length:
             raise CheckpointError(f"{fqn}: a chunk is larger than what is stored of it")
@@ -193,8 +230,13 @@ def _fill(chunks: Iterable[meta.ChunkStorageMetadata], size: torch.Size) -> bool
     return not any(corners.values())
 
 
-def _corners(offsets: Iterable[int], sizes: Iterable[int]) -> Iterator[tuple[tuple[int, ...], int]]:
-    ranges = [((start, 1), (start + length, -1)) for start, length in zip(offsets, sizes, strict=True)]
+def _corners(
+    offsets: Iterable[int], sizes: Iterable[int]
+) -> Iterator[tuple[tuple[int, ...], int]]:
+    ranges = [
+        ((start, 1), (start + length, -1))
+        for start, length in zip(offsets, sizes, strict=True)
+    ]
     for ends in itertools.product(*ranges):
         yield tuple(place for place, _ in ends), math.prod(sign for _, sign in ends)
 
@@ -209,7 +251,10 @@ def read_tensor(folder: Path, metadata: meta.Metadata, fqn: str) -> torch.Tensor
         return _read_chunk(folder, fqn, chunk, info, dtype)
     tensor = torch.empty(entry.size, dtype=dtype)
     for chunk, info in filled:
-        box = tuple(slice(start, start + n) for start, n in zip(chunk.offsets, chunk.sizes, strict=True))
+        box = tuple(
+            slice(start, start + n)
+            for start, n in zip(chunk.offsets, chunk.sizes, strict=True)
+        )
         tensor[box] = _read_chunk(folder, fqn, chunk, info, dtype)
     return tensor
 
@@ -225,11 +270,21 @@ def read_item(folder: Path, metadata: meta.Metadata, fqn: str) -> Any:
 
 
 def _read_chunk(
-    folder: Path, fqn: str, chunk: meta.ChunkStorageMetadata, info: _StorageInfo, dtype: torch.dtype
+    folder: Path,
+    fqn: str,
+    chunk: meta.ChunkStorageMetadata,
+    info: _StorageInfo,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     part = _load(folder, fqn, info)
-    if not isinstance(part, torch.Tensor) or part.dtype != dtype or part.shape != chunk.sizes:
-        raise CheckpointError(f"{fqn}: {folder / info.relative_path} holds another tensor at {info.offset}")
+    if (
+        not isinstance(part, torch.Tensor)
+        or part.dtype != dtype
+        or part.shape != chunk.sizes
+    ):
+        raise CheckpointError(
+            f"{fqn}: {folder / info.relative_path} holds another tensor at {info.offset}"
+        )
     return part
 
 
@@ -242,15 +297,21 @@ def _load(folder: Path, fqn: str, info: _StorageInfo) -> Any:
 def _opened(folder: Path, fqn: str, info: _StorageInfo) -> Iterator[Any]:
     """The bytes of one entry, or of a chunk of it. What is wrong with them becomes a CheckpointError."""
     if info.transform_descriptors:
-        raise CheckpointError(f"{fqn} was written through {info.transform_descriptors!r:.100}: save it without")
+        raise CheckpointError(
+            f"{fqn} was written through {info.transform_descriptors!r:.100}: save it without"
+        )
     file = folder / info.relative_path
     with file.open("rb") as stream:
         try:
             yield FileSlice(stream, info.offset, info.length)
         except pickle.UnpicklingError as error:
-            raise CheckpointError(f"{fqn} is not loaded, it holds more than plain data: {error}") from error
+            raise CheckpointError(
+                f"{fqn} is not loaded, it holds more than plain data: {error}"
+            ) from error
         except OSError:
             raise
         except Exception as error:  # a damaged zip or pickle can raise nearly anything
             where = f"{file} at {info.offset}"
-            raise CheckpointError(f"{fqn}: {where} is not loaded: {type(error).__name__}: {error}") from error
+            raise CheckpointError(
+                f"{fqn}: {where} is not loaded: {type(error).__name__}: {error}"
+            ) from error

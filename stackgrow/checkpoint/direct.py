@@ -79,7 +79,9 @@ class DirectFile:
             os.posix_fadvise(self.handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def finish(self) -> None:
-        whole = math.ceil(self.filled / ALIGNED) * ALIGNED  # the rest of the last sector is cut off again
+        whole = (
+            math.ceil(self.filled / ALIGNED) * ALIGNED
+        )  # the rest of the last sector is cut off again
         self._send(whole)
         self.sending.result()
         os.ftruncate(self.handle, self.position)

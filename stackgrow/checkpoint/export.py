@@ -75,7 +75,9 @@ def export_run(
 def _stored_tokenizer(store: Path) -> StoredTokenizer:
     manifest = read_manifest(store)
     tokenizer = store_tokenizer(manifest)
-    return StoredTokenizer(tokenizer, manifest.document_ends, _samples(store, tokenizer))
+    return StoredTokenizer(
+        tokenizer, manifest.document_ends, _samples(store, tokenizer)
+    )
 
 
 def _samples(store: Path, tokenizer: Tokenizer) -> tuple[str, ...]:
@@ -86,7 +88,9 @@ def _samples(store: Path, tokenizer: Tokenizer) -> tuple[str, ...]:
         samples = []
         for number in range(min(SAMPLES, windows)):
             start = number * windows // SAMPLES * SAMPLE_TOKENS
-            samples.append(tokenizer.decode(tokens.tokens(start, start + SAMPLE_TOKENS).tolist()))
+            samples.append(
+                tokenizer.decode(tokens.tokens(start, start + SAMPLE_TOKENS).tolist())
+            )
     except StoreError:
         return ()
     return tuple(samples)
@@ -100,9 +104,13 @@ def _export_imported(path: Path, target: Path, dtype: Dtype | None) -> str:
     """A checkpoint that lies in no run: it was imported from Hugging Face, or grown from what was."""
     config = (seal.read_seal(path) or {}).get("config")
     if config is None:
-        raise DamagedError(f"{path} is neither a run, nor a checkpoint of a run or of an import; name one")
+        raise DamagedError(
+            f"{path} is neither a run, nor a checkpoint of a run or of an import; name one"
+        )
     model = model_from_config(config)
-    exported = export_hf(path, target, model, dtype=dtype, card=_imported_card(path, target, model))
+    exported = export_hf(
+        path, target, model, dtype=dtype, card=_imported_card(path, target, model)
+    )
     line = _line(target, model, exported, path)
     names = {file.name for file in carried_files(path)}
     if not names & {"hf-tokenizer.json", "hf-tokenizer.model"}:
@@ -115,7 +123,12 @@ def _fold(chosen: Chosen) -> Callable[[str, Tensor], Tensor] | None:
     mask = chosen.stage.mask
     if mask is None:
         return None
-    return folding(mask.source, chosen.model, mask.layer_map, chosen.train_stage.mask_value(chosen.step))
+    return folding(
+        mask.source,
+        chosen.model,
+        mask.layer_map,
+        chosen.train_stage.mask_value(chosen.step),
+    )
 
 
 CARD = """\
@@ -176,9 +189,14 @@ def _imported_card(checkpoint: Path, target: Path, model: Model) -> str | None:
     carried = carried_by(checkpoint)
     if not carried:
         return None
-    history = carried["history"] or ["Not at all: its weights are those of the base model."]
+    history = carried["history"] or [
+        "Not at all: its weights are those of the base model."
+    ]
     return GROWN_CARD.format(
-        base=carried["base_model"], name=target.name, geometry=_geometry(model), history=_numbered(history)
+        base=carried["base_model"],
+        name=target.name,
+        geometry=_geometry(model),
+        history=_numbered(history),
     )
 
 
@@ -221,5 +239,7 @@ def _history(stage: Stage, step: int | None) -> str:
     steps = stage.steps if step is None else step
     tokens = human(stage.batches.tokens(steps))
     batch = human(stage.train.global_batch_tokens)
-    model = f"{stage.model.n_layers} layers, {human(stage.model.parameters())} parameters"
+    model = (
+        f"{stage.model.n_layers} layers, {human(stage.model.parameters())} parameters"
+    )
     return f"Trained {model}, for {tokens} tokens ({steps} of {stage.steps} steps of {batch})."

@@ -64,22 +64,38 @@ def grow(
         if learned is not None:
             # The maps were trained on data that the source has not seen: the data go on from there.
             facts["position"] = learned["position"]
-            growth["network"] = {"checkpoint": str(network), "stage_hash": learned["stage_hash"], **facts}
+            growth["network"] = {
+                "checkpoint": str(network),
+                "stage_hash": learned["stage_hash"],
+                **facts,
+            }
         growth_file = StageFolder(target.parent).growth_file
         seal.write_json(growth_file, growth)
         records = seal.file_records(growth_file.parent, [growth_file.name])
-        seal_grown(target, stage_hash, before, growth, session=session, records=records, **facts)
+        seal_grown(
+            target,
+            stage_hash,
+            before,
+            growth,
+            session=session,
+            records=records,
+            **facts,
+        )
     barrier()
     return line
 
 
-def _refuse_unsealed_sources(source: Path, rules: Rules, fingerprints: Mapping[str, str]) -> None:
+def _refuse_unsealed_sources(
+    source: Path, rules: Rules, fingerprints: Mapping[str, str]
+) -> None:
     needed: set[str] = set()
     for rule in rules.targets.values():
         needed.update(rule.sources)
     unknown = needed - fingerprints.keys()
     if unknown:
-        raise convert.CheckpointError(f"{source}: its seal has no fingerprint of {min(unknown)}; train its stage again")
+        raise convert.CheckpointError(
+            f"{source}: its seal has no fingerprint of {min(unknown)}; train its stage again"
+        )
 
 
 def rules_of(stage: GrowStage, network: Path | None = None) -> Rules:
@@ -102,7 +118,9 @@ def rules_of(stage: GrowStage, network: Path | None = None) -> Rules:
             maps=stage.maps,
         )
         if stage.noise:
-            made = noisy_rules(made, stage.target.n_layers, stage.noise, stage.seed, moment)
+            made = noisy_rules(
+                made, stage.target.n_layers, stage.noise, stage.seed, moment
+            )
         return made
 
     if stage.optimizer:
@@ -116,7 +134,11 @@ def fingerprints_of(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def growth_record(
-    stage: GrowStage, source: Path, before: Mapping[str, Any], rules: Rules, record: dict[str, Any]
+    stage: GrowStage,
+    source: Path,
+    before: Mapping[str, Any],
+    rules: Rules,
+    record: dict[str, Any],
 ) -> dict[str, Any]:
     """growth.json; ``before`` is the source's manifest, ``record`` what convert.commit returned.
 
@@ -167,14 +189,20 @@ def growth_sentence(stage: GrowStage) -> str:
     """A growth in words, as a model card tells it."""
     sentence = f"Grown by `{stage.operator}`: {stage.change}"
     if stage.layer_map:
-        sentence += f"; source layer of each layer: {' '.join(map(str, stage.layer_map))}"
+        sentence += (
+            f"; source layer of each layer: {' '.join(map(str, stage.layer_map))}"
+        )
     if stage.noise:
         sentence += f"; noise {stage.noise:g}"
     return sentence + "."
 
 
 def seal_grown(
-    target: Path, stage_hash: str, before: Mapping[str, Any], growth: Mapping[str, Any], **facts: Any
+    target: Path,
+    stage_hash: str,
+    before: Mapping[str, Any],
+    growth: Mapping[str, Any],
+    **facts: Any,
 ) -> None:
     """Seals a grown checkpoint. A linked file is the source's own: where that is sealed, its SHA-256 is known."""
     records = {}
@@ -192,7 +220,9 @@ def seal_grown(
     seal.seal(target, records, stated)
 
 
-def read_network(checkpoint: Path, source: Model, target: Model, maps: str = "paper") -> HyperNetwork:
+def read_network(
+    checkpoint: Path, source: Model, target: Model, maps: str = "paper"
+) -> HyperNetwork:
     """The matrices in a learn stage's sealed checkpoint. Raises DamagedError where one is not what was sealed."""
     names = matrix_names(shapes(source, target, maps))
     parts: dict[str, dict[str, Tensor]] = {"widths": {}, "depths": {}}

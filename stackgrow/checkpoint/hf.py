@@ -24,16 +24,36 @@ from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _Storag
 from stackgrow import seal
 from stackgrow.checkpoint.carried import carried_by, carry_from_hf, give_back
 from stackgrow.checkpoint.convert import append
-from stackgrow.checkpoint.dcp import METADATA, CheckpointError, is_model_key, read_metadata, read_tensor, tensor_shapes
+from stackgrow.checkpoint.dcp import (
+    METADATA,
+    CheckpointError,
+    is_model_key,
+    read_metadata,
+    read_tensor,
+    tensor_shapes,
+)
 from stackgrow.checkpoint.direct import DirectFile
-from stackgrow.checkpoint.hf_format import config_of, from_hf, hf_name, read_config, to_hf
+from stackgrow.checkpoint.hf_format import (
+    config_of,
+    from_hf,
+    hf_name,
+    read_config,
+    to_hf,
+)
 from stackgrow.checkpoint.hf_tokenizer import (
     ExportedTokenizer,
     StoredTokenizer,
     write_generation_config,
     write_tokenizer,
 )
-from stackgrow.checkpoint.hf_weights import CODES, DTYPES, Shapes, Weights, read_weights, write_shards
+from stackgrow.checkpoint.hf_weights import (
+    CODES,
+    DTYPES,
+    Shapes,
+    Weights,
+    read_weights,
+    write_shards,
+)
 from stackgrow.recipe.keys import Model
 from stackgrow.recipe.write import canonical_hash
 from stackgrow.seal.tensors import fingerprint
@@ -85,12 +105,19 @@ def export_hf(
     def read(name: str) -> Tensor:
         tensor = read_tensor(checkpoint, metadata, name)
         if name in fingerprints and fingerprint(tensor) != fingerprints[name]:
-            raise CheckpointError(f"{checkpoint}: {name} is not what was saved; the checkpoint is damaged")
+            raise CheckpointError(
+                f"{checkpoint}: {name} is not what was saved; the checkpoint is damaged"
+            )
         if fold:
             tensor = fold(name, tensor)
         return to_hf(tensor.to(torch_dtype), name, model)
 
-    config = {**config_of(model, seq_len), "torch_dtype": dtype, "bos_token_id": None, "eos_token_id": None}
+    config = {
+        **config_of(model, seq_len),
+        "torch_dtype": dtype,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
     config.update(carried.get("config", {}))
     with _new_folder(target) as work:
         give_back(checkpoint, work)
@@ -109,7 +136,10 @@ def export_hf(
 
 
 def _refuse_to_export(
-    checkpoint: Path, metadata: meta.Metadata, model: Model, tokenizer: StoredTokenizer | None
+    checkpoint: Path,
+    metadata: meta.Metadata,
+    model: Model,
+    tokenizer: StoredTokenizer | None,
 ) -> None:
     """CheckpointError for a checkpoint that is not of ``model``, or a tokenizer with more tokens than it has."""
     shapes = {}
@@ -120,7 +150,9 @@ def _refuse_to_export(
             dtypes[name] = dtype
     problems = _tensor_problems(shapes, model.tensors(), dtypes, CODES)
     if tokenizer and tokenizer.vocab_size > model.vocab_size:
-        problems.append(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
+        problems.append(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}"
+        )
     _refuse(f"{checkpoint} cannot be exported", problems)
 
 
@@ -135,7 +167,9 @@ def import_hf(source: Path, target: Path) -> Model:
     """
     hf_config = seal.read_json(source / CONFIG)
     if hf_config is None:
-        raise CheckpointError(f"{source} is not a Hugging Face model folder: it has no {CONFIG}")
+        raise CheckpointError(
+            f"{source} is not a Hugging Face model folder: it has no {CONFIG}"
+        )
     model, weights = _read_folder(source, hf_config)
     fingerprints: dict[str, str] = {}
 
@@ -157,7 +191,10 @@ def import_hf(source: Path, target: Path) -> Model:
             "position": 0,
             "stage_hash": canonical_hash({"config": config, "tensors": fingerprints}),
             "config": config,
-            "source": {"folder": str(source), "files": seal.file_records(source, names)},
+            "source": {
+                "folder": str(source),
+                "files": seal.file_records(source, names),
+            },
             "tensors": fingerprints,
             **carry_from_hf(source, hf_config, weights.dtype, work),
         }
@@ -172,7 +209,11 @@ def _read_folder(source: Path, config: Mapping[str, Any]) -> tuple[Model, Weight
     problems += weights.problems
     if model and weights.files:
         # Older conversions stored the rotary frequencies, which follow from rope_theta.
-        shapes = {name: shape for name, shape in weights.shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+        shapes = {
+            name: shape
+            for name, shape in weights.shapes.items()
+            if not name.endswith("rotary_emb.inv_freq")
+        }
         wanted = {hf_name(name): shape for name, shape in model.tensors().items()}
         problems += _tensor_problems(shapes, wanted, weights.codes, DTYPES)
     _refuse(f"{source} cannot be imported", problems)
@@ -181,7 +222,10 @@ def _read_folder(source: Path, config: Mapping[str, Any]) -> tuple[Model, Weight
 
 
 def _tensor_problems(
-    shapes: Shapes, wanted: Shapes, dtypes: Mapping[str, Any], readable: Mapping[Any, str]
+    shapes: Shapes,
+    wanted: Shapes,
+    dtypes: Mapping[str, Any],
+    readable: Mapping[Any, str],
 ) -> list[str]:
     """What of the stored tensors is not as ``wanted``, or of a dtype that is not ``readable``."""
     problems = [f"{name} is missing" for name in wanted if name not in shapes]
@@ -191,7 +235,9 @@ def _tensor_problems(
         elif shape != wanted[name]:
             problems.append(f"{name} is {shape}, in the model {wanted[name]}")
         elif dtypes[name] not in readable:
-            problems.append(f"{name} is of {dtypes[name]}; only float32, bfloat16, float16 and float64 are read")
+            problems.append(
+                f"{name} is of {dtypes[name]}; only float32, bfloat16, float16 and float64 are read"
+            )
     return problems
 
 
@@ -208,7 +254,9 @@ def _refuse(what: str, problems: list[str]) -> None:
 def _new_folder(target: Path) -> Iterator[Path]:
     """A folder to write into, which becomes ``target`` when all is written."""
     if target.exists():
-        raise CheckpointError(f"{target} exists already: remove it, or name another folder")
+        raise CheckpointError(
+            f"{target} exists already: remove it, or name another folder"
+        )
     work = target.with_name(target.name + ".tmp")
     if work.exists():  # of an attempt that was killed
         shutil.rmtree(work)
@@ -233,9 +281,15 @@ def write_dcp(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     with DirectFile(folder / DATA) as stream:
         for name, tensor in tensors:
             place = append(tensor, stream)
-            chunk = meta.ChunkStorageMetadata(torch.Size([0] * tensor.dim()), tensor.shape)
-            entries[name] = meta.TensorStorageMetadata(meta.TensorProperties(tensor.dtype), tensor.shape, [chunk])
-            storage[meta.MetadataIndex(name, chunk.offsets)] = _StorageInfo(DATA, place.offset, place.length)
+            chunk = meta.ChunkStorageMetadata(
+                torch.Size([0] * tensor.dim()), tensor.shape
+            )
+            entries[name] = meta.TensorStorageMetadata(
+                meta.TensorProperties(tensor.dtype), tensor.shape, [chunk]
+            )
+            storage[meta.MetadataIndex(name, chunk.offsets)] = _StorageInfo(
+                DATA, place.offset, place.length
+            )
         stream.finish()
     metadata = meta.Metadata(
         state_dict_metadata=entries,

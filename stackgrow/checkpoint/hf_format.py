@@ -54,10 +54,13 @@ _SETTINGS = {
     "attention_bias": Setting((False,), "biases are not supported"),
     "mlp_bias": Setting((False,), "biases are not supported"),
     "tie_word_embeddings": Setting(
-        (False,), "set it to false in transformers, give lm_head a copy of the embedding, save again"
+        (False,),
+        "set it to false in transformers, give lm_head a copy of the embedding, save again",
     ),
     "quantization_config": Setting((None,), f"{_BEFORE} quantization"),
-    "rope_type": Setting(("default",), f"RoPE is not scaled here; {_BEFORE} the scaling"),
+    "rope_type": Setting(
+        ("default",), f"RoPE is not scaled here; {_BEFORE} the scaling"
+    ),
     "type": Setting(("default",), f"RoPE is not scaled here; {_BEFORE} the scaling"),
     "partial_rotary_factor": Setting((1.0,), "RoPE turns whole heads here"),
 }
@@ -65,7 +68,10 @@ _WRITTEN = ("hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings")
 # {model_type: the class whose head and names are Llama's, and what of its defaults is not}
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
-    "mistral": ("MistralForCausalLM", {"num_key_value_heads": 8, "sliding_window": 4096}),
+    "mistral": (
+        "MistralForCausalLM",
+        {"num_key_value_heads": 8, "sliding_window": 4096},
+    ),
     "Yi": ("YiForCausalLM", {}),
 }
 
@@ -95,16 +101,25 @@ def from_hf(tensor: Tensor, name: str, model: Model) -> Tensor:
 def _regrouped(tensor: Tensor, name: str, groups: tuple[int, int]) -> Tensor:
     if not name.endswith(("attention.wq.weight", "attention.wk.weight")):
         return tensor
-    return tensor.reshape(-1, *groups, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+    return (
+        tensor.reshape(-1, *groups, tensor.shape[1])
+        .transpose(1, 2)
+        .reshape(tensor.shape)
+    )
 
 
 def config_of(model: Model, seq_len: int | None = None) -> dict[str, Any]:
     """config.json of a model; ``seq_len`` is the length that it was trained on."""
-    config: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+    }
     for ours, (theirs, _) in _NUMBERS.items():
         config[theirs] = getattr(model, ours)
     config["head_dim"] = model.head_dim
-    config["rope_scaling"] = None  # transformers 4 and 5 read this; 5 alone reads rope_parameters
+    config["rope_scaling"] = (
+        None  # transformers 4 and 5 read this; 5 alone reads rope_parameters
+    )
     for key in _WRITTEN:
         config[key] = _SETTINGS[key].accepted[0]
     if seq_len:
@@ -127,7 +142,10 @@ def model_from_config(config: Mapping[str, Any]) -> Model:
 def read_config(config: Mapping[str, Any]) -> tuple[Model | None, list[str]]:
     """The Model, or None and all problems."""
     flat = dict(config)
-    for key in ("rope_parameters", "rope_scaling"):  # transformers 5 keeps there what 4 had in config.json itself
+    for key in (
+        "rope_parameters",
+        "rope_scaling",
+    ):  # transformers 5 keeps there what 4 had in config.json itself
         rope = config.get(key) or {}
         flat.update(rope if isinstance(rope, Mapping) else {"rope_type": rope})
     problems = [*_family_problems(flat), *_setting_problems(flat)]
@@ -141,7 +159,9 @@ def read_config(config: Mapping[str, Any]) -> tuple[Model | None, list[str]]:
         except ValueError as error:
             problems.append(f"{key} is {flat.get(key)!r:.60}; it must be {error}")
     if values.keys() == _NUMBERS.keys():
-        problems += _head_problems(flat, values["dim"], values["n_heads"], values["n_kv_heads"])
+        problems += _head_problems(
+            flat, values["dim"], values["n_heads"], values["n_kv_heads"]
+        )
     if problems:
         return None, problems
     return Model(family="llama2", **values), []
@@ -172,7 +192,9 @@ def _setting_problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} is {value!r:.60}, not {setting.accepted[0]!r}: {setting.remedy}"
 
 
-def _head_problems(config: Mapping[str, Any], dim: int, n_heads: int, n_kv_heads: int) -> Iterator[str]:
+def _head_problems(
+    config: Mapping[str, Any], dim: int, n_heads: int, n_kv_heads: int
+) -> Iterator[str]:
     width = dim / n_heads
     if width % 2:
         yield f"hidden_size {dim} does not give each of {n_heads} heads an even number of channels"

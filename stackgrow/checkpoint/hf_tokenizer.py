@@ -79,7 +79,11 @@ class StoredTokenizer:
     @property
     def trained_end_id(self) -> int:
         """The one that the model was trained to end a document with."""
-        return self.tokenizer.bos_id if self.document_ends == "bos" else self.tokenizer.eos_id
+        return (
+            self.tokenizer.bos_id
+            if self.document_ends == "bos"
+            else self.tokenizer.eos_id
+        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,9 @@ class ExportedTokenizer:
         if self.pad:
             lines.append(f"`{self.pad}` is for padding: no text has it.")
         else:
-            lines.append("There is no token for padding; add one before fine-tuning in batches.")
+            lines.append(
+                "There is no token for padding; add one before fine-tuning in batches."
+            )
         same = self.texts - len(self.differing)
         lines.append(
             f"tokenizer.json gives the ids of the tokenizer of training on {same} of {self.texts} sample texts."
@@ -112,7 +118,9 @@ class ExportedTokenizer:
         return "\n## Tokenizer\n\n" + "\n".join(lines) + "\n"
 
 
-def write_tokenizer(folder: Path, stored: StoredTokenizer, seq_len: int | None) -> ExportedTokenizer:
+def write_tokenizer(
+    folder: Path, stored: StoredTokenizer, seq_len: int | None
+) -> ExportedTokenizer:
     """Writes tokenizer.json and tokenizer_config.json, and for other programs the tokenizer.model that there is.
 
     A text begins with BOS, as documents do in training; where those end in EOS and have no BOS, it begins with the EOS
@@ -128,7 +136,9 @@ def write_tokenizer(folder: Path, stored: StoredTokenizer, seq_len: int | None) 
         model = tokenizers.Tokenizer.from_buffer(tokenizer.model)
     bos = str(model.id_to_token(tokenizer.bos_id))
     if model.encode("").ids != [tokenizer.bos_id]:
-        model.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)])
+        model.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)]
+        )
     model.save(str(folder / TOKENIZER_JSON))
 
     end = str(model.id_to_token(stored.trained_end_id))
@@ -178,9 +188,15 @@ def _pad_token(model: tokenizers.Tokenizer, tokenizer: Tokenizer) -> str | None:
     return None
 
 
-def _differing(file: Path, tokenizer: Tokenizer, texts: dict[str, str]) -> tuple[str, ...]:
+def _differing(
+    file: Path, tokenizer: Tokenizer, texts: dict[str, str]
+) -> tuple[str, ...]:
     written = HfTokenizer(file.read_bytes(), str(file))
-    return tuple(name for name, text in texts.items() if written.encode(text) != tokenizer.encode(text))
+    return tuple(
+        name
+        for name, text in texts.items()
+        if written.encode(text) != tokenizer.encode(text)
+    )
 
 
 def write_generation_config(folder: Path, tokenizer: ExportedTokenizer) -> None:
@@ -190,7 +206,10 @@ def write_generation_config(folder: Path, tokenizer: ExportedTokenizer) -> None:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    seal.write_json(folder / GENERATION_CONFIG, {name: token for name, token in ids.items() if token is not None})
+    seal.write_json(
+        folder / GENERATION_CONFIG,
+        {name: token for name, token in ids.items() if token is not None},
+    )
 
 
 # SentencePiece -> tokenizer.json.
@@ -205,7 +224,9 @@ def from_sentencepiece(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
     proto = _proto(tokenizer)
     if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
         scores = [(piece.piece, piece.score) for piece in proto.pieces]
-        model: Any = models.Unigram(scores, proto.trainer_spec.unk_id, proto.trainer_spec.byte_fallback)
+        model: Any = models.Unigram(
+            scores, proto.trainer_spec.unk_id, proto.trainer_spec.byte_fallback
+        )
     else:
         vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
         model = models.BPE(
@@ -239,7 +260,9 @@ def _unknown(proto: Any) -> str:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
+    scores = {
+        piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL
+    }
     ranked = []
     for piece, score in scores.items():
         for cut in range(1, len(piece)):
@@ -264,7 +287,11 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
 
 
 def _decoder(spec: Any) -> decoders.Decoder:
-    steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[decoders.Decoder] = [
+        decoders.Replace(SPACE, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
     if spec.add_dummy_prefix:
         steps.append(decoders.Strip(content=" ", left=1))
     return decoders.Sequence(steps)

@@ -24,8 +24,17 @@ INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-[0-9]+-of-[0-9]+\.safetensors")
 # What stands beside a model in published folders: the original's own format, a LoRA, an optimizer, what a Mac adds.
 NOT_THE_MODEL = ("consolidated", "adapter", "optimizer", ".")
-CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # torch's dtypes in safetensors
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}  # that are read
+CODES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}  # torch's dtypes in safetensors
+DTYPES = {
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F64": "float64",
+}  # that are read
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -56,13 +65,17 @@ def read_weights(source: Path) -> Weights:
             with safetensors.safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  (it is no mapping)
                     if name in found.files:
-                        found.problems.append(f"{name} is both in {found.files[name].name} and in {file.name}")
+                        found.problems.append(
+                            f"{name} is both in {found.files[name].name} and in {file.name}"
+                        )
                     entry = opened.get_slice(name)
                     found.shapes[name] = tuple(entry.get_shape())
                     found.codes[name] = entry.get_dtype()
                     found.files[name] = file
         except (OSError, safetensors.SafetensorError) as error:
-            found.problems.append(f"{file.name} cannot be read: {error}; download or copy it again")
+            found.problems.append(
+                f"{file.name} cannot be read: {error}; download or copy it again"
+            )
     return found
 
 
@@ -76,8 +89,12 @@ def _weight_files(source: Path) -> tuple[list[Path], list[str]]:
         files = _unlisted_files(source)
     else:
         names = index.get("weight_map")
-        if not isinstance(names, dict) or not all(_is_plain(name) for name in names.values()):
-            return [], [f"{INDEX} names files that are not plain *.safetensors in the folder; download it again"]
+        if not isinstance(names, dict) or not all(
+            _is_plain(name) for name in names.values()
+        ):
+            return [], [
+                f"{INDEX} names files that are not plain *.safetensors in the folder; download it again"
+            ]
         files = [source / name for name in sorted(set(names.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -86,22 +103,36 @@ def _weight_files(source: Path) -> tuple[list[Path], list[str]]:
         return files, []
     if any(source.glob("*.bin")):
         remedy = "load it with transformers where you trust it, and save_pretrained it as safetensors"
-        return [], [f"its weights are pickles (*.bin), which can run anything and are never read; {remedy}"]
+        return [], [
+            f"its weights are pickles (*.bin), which can run anything and are never read; {remedy}"
+        ]
     return [], ["it has no *.safetensors"]
 
 
 def _unlisted_files(source: Path) -> list[Path]:
-    files = sorted(file for file in source.glob("*.safetensors") if not file.name.startswith(NOT_THE_MODEL))
+    files = sorted(
+        file
+        for file in source.glob("*.safetensors")
+        if not file.name.startswith(NOT_THE_MODEL)
+    )
     shards = [file for file in files if SHARD.fullmatch(file.name)]
     return shards or files
 
 
 def _is_plain(name: Any) -> bool:
-    return isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\\0")
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and not set(name) & set("/\\\0")
+    )
 
 
 def write_shards(
-    folder: Path, model: Model, dtype: torch.dtype, shard_bytes: int, read: Callable[[str], Tensor]
+    folder: Path,
+    model: Model,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    read: Callable[[str], Tensor],
 ) -> None:
     """The weights in model order, cut into files of at most ``shard_bytes`` or one tensor, and the index that says what
     is in which. ``read`` gives the tensor of one of our names, in transformers' order and in ``dtype``."""
@@ -129,7 +160,9 @@ def write_shards(
     seal.write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
-def write_safetensors(file: Path, shapes: Shapes, dtype: torch.dtype, tensors: Iterable[Tensor]) -> None:
+def write_safetensors(
+    file: Path, shapes: Shapes, dtype: torch.dtype, tensors: Iterable[Tensor]
+) -> None:
     """Eight bytes with the length of the header, the header, the tensors' bytes. The library's own writer takes all
     tensors of a file at once, that is, a whole shard in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -137,7 +170,11 @@ def write_safetensors(file: Path, shapes: Shapes, dtype: torch.dtype, tensors: I
     for name, shape in shapes.items():
         start = end
         end += math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": CODES[dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data
     with file.open("wb") as stream:

@@ -16,8 +16,21 @@ from torch import distributed as dist
 from stackgrow import seal
 from stackgrow.checkpoint import convert
 from stackgrow.checkpoint.carried import carry_through_growth
-from stackgrow.checkpoint.dcp import CheckpointError, is_model_key, read_item, read_metadata, read_tensor, tensor_shapes
-from stackgrow.checkpoint.grow import fingerprints_of, growth_record, growth_sentence, rules_of, seal_grown
+from stackgrow.checkpoint.dcp import (
+    CheckpointError,
+    is_model_key,
+    read_item,
+    read_metadata,
+    read_tensor,
+    tensor_shapes,
+)
+from stackgrow.checkpoint.grow import (
+    fingerprints_of,
+    growth_record,
+    growth_sentence,
+    rules_of,
+    seal_grown,
+)
 from stackgrow.checkpoint.hf import CONFIG, import_hf
 from stackgrow.checkpoint.hf_format import config_of, model_from_config
 from stackgrow.errors import RunError, disk_error, retold
@@ -147,7 +160,9 @@ def source_model(source: Path, given: Mapping[str, Any]) -> Model:
     if stated is None:
         return _model_of_shapes(source, given)
     if given:
-        raise GrowthError(f"{source} tells its own geometry: leave out the --source- options")
+        raise GrowthError(
+            f"{source} tells its own geometry: leave out the --source- options"
+        )
     return stated
 
 
@@ -178,16 +193,22 @@ def _run_stage(source: Path) -> Stage | None:
 
 
 def _model_of_shapes(source: Path, given: Mapping[str, Any]) -> Model:
-    shapes = {name: shape for name, (shape, _) in tensor_shapes(read_metadata(source)).items()}
+    shapes = {
+        name: shape for name, (shape, _) in tensor_shapes(read_metadata(source)).items()
+    }
     layers = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
     try:
         vocabulary, dim = shapes["tok_embeddings.weight"]
         key_rows, _ = shapes["layers.0.attention.wk.weight"]
         ffn_dim, _ = shapes["layers.0.feed_forward.w1.weight"]
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{source} is no Llama checkpoint with torchtitan's tensor names: {error}") from error
+        raise CheckpointError(
+            f"{source} is no Llama checkpoint with torchtitan's tensor names: {error}"
+        ) from error
     if "n_heads" not in given:
-        raise GrowthError(f"{source} does not tell its number of attention heads: give --source-heads")
+        raise GrowthError(
+            f"{source} does not tell its number of attention heads: give --source-heads"
+        )
     n_heads = given["n_heads"]
     width = dim // n_heads
     if width * n_heads != dim or key_rows % width:
@@ -211,16 +232,26 @@ def _model_of_shapes(source: Path, given: Mapping[str, Any]) -> Model:
 
 def _refuse_place(source: Path, target: Path) -> None:
     if not source.is_dir():
-        raise CheckpointError(f"{source} is no folder: name a checkpoint, or a Hugging Face model folder")
+        raise CheckpointError(
+            f"{source} is no folder: name a checkpoint, or a Hugging Face model folder"
+        )
     if target.exists():
-        raise CheckpointError(f"{target} exists already: remove it, or grow into another folder")
+        raise CheckpointError(
+            f"{target} exists already: remove it, or grow into another folder"
+        )
     if not target.absolute().parent.is_dir():
-        raise CheckpointError(f"{target} cannot be made: there is no folder {target.parent}")
+        raise CheckpointError(
+            f"{target} cannot be made: there is no folder {target.parent}"
+        )
     if target.resolve().is_relative_to(source.resolve()):
-        raise CheckpointError(f"{target} lies in {source}, which would change it: grow into another folder")
+        raise CheckpointError(
+            f"{target} lies in {source}, which would change it: grow into another folder"
+        )
 
 
-def _prepare(source: Path, describe: Callable[[Model], GrowStage], given: Mapping[str, Any]) -> tuple[GrowStage, Rules]:
+def _prepare(
+    source: Path, describe: Callable[[Model], GrowStage], given: Mapping[str, Any]
+) -> tuple[GrowStage, Rules]:
     """The growth, refused before anything is written."""
     _refuse_masked(source)
     stage = describe(source_model(source, given))
@@ -234,9 +265,13 @@ def _prepare(source: Path, describe: Callable[[Model], GrowStage], given: Mappin
 def _refuse_without_optimizer(source: Path) -> None:
     manifest = seal.read_seal(source)
     if manifest is not None and not manifest.get("moments"):
-        raise GrowthError(f"{source} has no optimizer state to grow: leave out --optimizer")
+        raise GrowthError(
+            f"{source} has no optimizer state to grow: leave out --optimizer"
+        )
     if _is_hf(source):
-        raise GrowthError(f"{source} has weights alone, and no optimizer state to grow: leave out --optimizer")
+        raise GrowthError(
+            f"{source} has weights alone, and no optimizer state to grow: leave out --optimizer"
+        )
 
 
 def _refuse_heads(which: str, model: Model) -> None:
@@ -288,7 +323,9 @@ def _facts(growing: Growing) -> Mapping[str, Any]:
     fingerprints: dict[str, str] = {}
     for part in parts:
         fingerprints.update(part)
-    tensors = {name: value for name, value in fingerprints.items() if is_model_key(name)}
+    tensors = {
+        name: value for name, value in fingerprints.items() if is_model_key(name)
+    }
     identity_of_source = {"config": config_of(growing.stage.source), "tensors": tensors}
     return {
         "stage_hash": canonical_hash(identity_of_source),
@@ -306,22 +343,37 @@ def _fingerprints(source: Path, names: list[str]) -> dict[str, str]:
 
 def _write_part(growing: Growing, fingerprints: Mapping[str, str] | None) -> None:
     ranks = growing.ranks
-    convert.write_part(growing.checkpoint, growing.grown, growing.rules, ranks.rank, ranks.size, fingerprints)
+    convert.write_part(
+        growing.checkpoint,
+        growing.grown,
+        growing.rules,
+        ranks.rank,
+        ranks.size,
+        fingerprints,
+    )
 
 
-def _finish(growing: Growing, before: Mapping[str, Any], position: int | None) -> dict[str, Any]:
+def _finish(
+    growing: Growing, before: Mapping[str, Any], position: int | None
+) -> dict[str, Any]:
     """Joins what the ranks have written, seals it, and makes it the target; returns the record of growth.json."""
     stage, grown = growing.stage, growing.grown
-    record = convert.commit(growing.checkpoint, grown, growing.rules, growing.ranks.size)
+    record = convert.commit(
+        growing.checkpoint, grown, growing.rules, growing.ranks.size
+    )
     growth = growth_record(stage, growing.source, before, growing.rules, record)
     seal.write_json(StageFolder(grown).growth_file, growth)
-    stage_hash = canonical_hash({"parent": before["stage_hash"], "stage": stage.identity()})
+    stage_hash = canonical_hash(
+        {"parent": before["stage_hash"], "stage": stage.identity()}
+    )
     facts: dict[str, Any] = {}
     if position is None:
         facts = carry_through_growth(growing.checkpoint, grown, growth_sentence(stage))
     else:
         facts["position"] = position
-    seal_grown(grown, stage_hash, before, growth, config=config_of(stage.target), **facts)
+    seal_grown(
+        grown, stage_hash, before, growth, config=config_of(stage.target), **facts
+    )
     grown.rename(growing.target)
     seal.sync_folder(growing.target.absolute().parent)
     return growth

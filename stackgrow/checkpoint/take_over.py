@@ -10,7 +10,12 @@ import torch
 from stackgrow import seal
 from stackgrow.checkpoint.dcp import read_metadata, tensor_shapes
 from stackgrow.checkpoint.hf import CONFIG
-from stackgrow.checkpoint.standalone import Ranks, grow_folder, source_model, stated_model
+from stackgrow.checkpoint.standalone import (
+    Ranks,
+    grow_folder,
+    source_model,
+    stated_model,
+)
 from stackgrow.errors import RunError
 from stackgrow.growth.rules import GrowthError
 from stackgrow.plan.stages import GrowStage, ImportStage
@@ -19,7 +24,16 @@ from stackgrow.recipe.load import Problem
 from stackgrow.recipe.write import canonical_hash
 
 # What a model computes with; how it was initialized no longer matters.
-GEOMETRY = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "norm_eps", "rope_theta")
+GEOMETRY = (
+    "n_layers",
+    "dim",
+    "n_heads",
+    "n_kv_heads",
+    "ffn_dim",
+    "vocab_size",
+    "norm_eps",
+    "rope_theta",
+)
 
 
 def import_problems(stage: ImportStage) -> list[Problem]:
@@ -27,7 +41,12 @@ def import_problems(stage: ImportStage) -> list[Problem]:
     folder = Path(stage.folder)
     wanted = stage.source
     if not folder.is_dir():
-        return [("base.from", f"{folder} is no folder; name a Hugging Face Llama folder or a DCP checkpoint")]
+        return [
+            (
+                "base.from",
+                f"{folder} is no folder; name a Hugging Face Llama folder or a DCP checkpoint",
+            )
+        ]
     try:
         found = source_model(folder, _untold(folder, wanted))
         dtypes = _stored_dtypes(folder, wanted)
@@ -39,7 +58,9 @@ def import_problems(stage: ImportStage) -> list[Problem]:
         if given != own:
             problems.append(f"{name} is {given}, in the recipe {own}")
     for dtype in dtypes - {torch.float32}:
-        problems.append(f"its weights are {dtype}, and a run keeps float32; import it from Hugging Face")
+        problems.append(
+            f"its weights are {dtype}, and a run keeps float32; import it from Hugging Face"
+        )
     if not problems:
         return []
     return [("base.from", f"{folder} is not the base model: {'; '.join(problems)}")]
@@ -50,14 +71,20 @@ def _stored_dtypes(folder: Path, model: Model) -> set[torch.dtype]:
     if (folder / CONFIG).is_file():
         return set()
     names = model.tensors()
-    return {dtype for name, (_, dtype) in tensor_shapes(read_metadata(folder)).items() if name in names}
+    return {
+        dtype
+        for name, (_, dtype) in tensor_shapes(read_metadata(folder)).items()
+        if name in names
+    }
 
 
 def _untold(folder: Path, wanted: Model) -> dict[str, Any]:
     """What the tensors of a bare checkpoint do not tell, from the recipe."""
     if stated_model(folder):
         return {}
-    return {name: getattr(wanted, name) for name in ("n_heads", "norm_eps", "rope_theta")}
+    return {
+        name: getattr(wanted, name) for name in ("n_heads", "norm_eps", "rope_theta")
+    }
 
 
 def take_over(stage: ImportStage, target: Path, rank: int, world_size: int) -> str:
@@ -68,7 +95,9 @@ def take_over(stage: ImportStage, target: Path, rank: int, world_size: int) -> s
     is_missing = rank == 0 and seal.read_seal(target) is None
     if ranks.gather(is_missing)[0]:
         layers = tuple(range(stage.source.n_layers))
-        same = GrowStage(stage.index, stage.source, stage.target, "stack", layers, 0.0, stage.seed)
+        same = GrowStage(
+            stage.index, stage.source, stage.target, "stack", layers, 0.0, stage.seed
+        )
         grow_folder(
             folder,
             target,

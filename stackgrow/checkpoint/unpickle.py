@@ -28,9 +28,21 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 MOST_DIMENSIONS = 8
 MOST_PATH = 4096  # characters, as Linux has it
 MOST_SHARED = 64  # items of a tuple that is referred to again
-MOST_METADATA = 1 << 28  # bytes of a ``.metadata``: some hundred for each chunk of a tensor
+MOST_METADATA = (
+    1 << 28
+)  # bytes of a ``.metadata``: some hundred for each chunk of a tensor
 
-SCALARS = (str, int, float, bool, bytes, type(None), torch.dtype, torch.layout, meta._MEM_FORMAT_ENCODING)
+SCALARS = (
+    str,
+    int,
+    float,
+    bool,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.layout,
+    meta._MEM_FORMAT_ENCODING,
+)
 RECORDS = (
     meta.Metadata,
     meta.MetadataIndex,
@@ -41,7 +53,9 @@ RECORDS = (
     meta.StorageMeta,
     _StorageInfo,
 )
-DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+DTYPES = {
+    name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
+}
 
 
 class UnsafePickleError(pickle.UnpicklingError):
@@ -73,7 +87,9 @@ class SavedTensor:
 
 class _Instructions(dict[int, Callable[[Any], None]]):
     def __missing__(self, code: int) -> Any:
-        raise UnsafePickleError(f"it has the instruction {bytes([code])!r}, which is never written")
+        raise UnsafePickleError(
+            f"it has the instruction {bytes([code])!r}, which is never written"
+        )
 
 
 # Not the unpickler in C: that has no hook for single instructions.
@@ -100,18 +116,24 @@ class StrictUnpickler(_PythonUnpickler):
 
     names: Mapping[tuple[str, str], Any]
     what: str  # that the pickles are of, for messages
-    dispatch = _Instructions({code: _PythonUnpickler.dispatch[code] for code in _WRITTEN})
+    dispatch = _Instructions(
+        {code: _PythonUnpickler.dispatch[code] for code in _WRITTEN}
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.names:
-            raise UnsafePickleError(f"it refers to {module}.{name}, which {self.what} never does")
+            raise UnsafePickleError(
+                f"it refers to {module}.{name}, which {self.what} never does"
+            )
         return self.names[module, name]
 
     def load_reduce(self) -> None:
         arguments = self.stack.pop()
         function = self.stack.pop()
         if not isinstance(function, Function) or type(arguments) is not tuple:
-            raise UnsafePickleError("it calls something that is no function of its kind")
+            raise UnsafePickleError(
+                "it calls something that is no function of its kind"
+            )
         self.append(function.call(*arguments))
 
     def load_newobj(self) -> None:
@@ -124,9 +146,13 @@ class StrictUnpickler(_PythonUnpickler):
     def load_build(self) -> None:
         record, state = self.stack[-2:]
         if not isinstance(record, RECORDS):
-            raise UnsafePickleError("it sets the state of something that is no DCP record")
+            raise UnsafePickleError(
+                "it sets the state of something that is no DCP record"
+            )
         if isinstance(record, meta.TensorProperties):
-            if type(state) is not tuple or not all(isinstance(value, SCALARS) for value in state):
+            if type(state) is not tuple or not all(
+                isinstance(value, SCALARS) for value in state
+            ):
                 raise UnsafePickleError("it has tensor properties that are no scalars")
         elif type(state) is not dict or not all(type(name) is str for name in state):
             raise UnsafePickleError("it sets the state of a record to what is none")
@@ -187,15 +213,21 @@ def _check_index(index: meta.MetadataIndex) -> None:
     """That it can be hashed in no time."""
     fqn, offset = vars(index).get("fqn"), index.offset
     if type(fqn) is not str or not (offset is None or type(offset) is torch.Size):
-        raise UnsafePickleError("it has the place of something that has no name or no offsets")
+        raise UnsafePickleError(
+            "it has the place of something that has no name or no offsets"
+        )
 
 
 def _check_shared(value: Any) -> None:
-    if isinstance(value, (*SCALARS, *RECORDS, type, torch.Size, Function, Storage, SavedTensor)):
+    if isinstance(
+        value, (*SCALARS, *RECORDS, type, torch.Size, Function, Storage, SavedTensor)
+    ):
         return
     is_short = type(value) is tuple and len(value) <= MOST_SHARED
     if not is_short or not all(isinstance(item, SCALARS) for item in value):
-        raise UnsafePickleError(f"it refers to one {type(value).__name__} from several places")
+        raise UnsafePickleError(
+            f"it refers to one {type(value).__name__} from several places"
+        )
 
 
 # The functions that such pickles call.
@@ -203,7 +235,9 @@ def _check_shared(value: Any) -> None:
 
 def _size(dimensions: Any) -> torch.Size:
     if type(dimensions) is not tuple or len(dimensions) > MOST_DIMENSIONS:
-        raise UnsafePickleError(f"it has a shape that is no tuple of up to {MOST_DIMENSIONS} numbers")
+        raise UnsafePickleError(
+            f"it has a shape that is no tuple of up to {MOST_DIMENSIONS} numbers"
+        )
     return torch.Size(dimensions)
 
 
@@ -226,12 +260,19 @@ def _attribute(owner: Any, name: Any) -> meta._MEM_FORMAT_ENCODING:
         for encoding in meta._MEM_FORMAT_ENCODING:
             if encoding.name == name:
                 return encoding
-    raise UnsafePickleError("it takes an attribute of something that is no memory format")
+    raise UnsafePickleError(
+        "it takes an attribute of something that is no memory format"
+    )
 
 
 def _path(*parts: Any) -> str:
-    if not all(type(part) is str for part in parts) or sum(len(part) + 1 for part in parts) > MOST_PATH:
-        raise UnsafePickleError(f"it has a path that is not of text, or longer than {MOST_PATH} characters")
+    if (
+        not all(type(part) is str for part in parts)
+        or sum(len(part) + 1 for part in parts) > MOST_PATH
+    ):
+        raise UnsafePickleError(
+            f"it has a path that is not of text, or longer than {MOST_PATH} characters"
+        )
     return str(PurePosixPath(*parts))
 
 
@@ -249,7 +290,10 @@ class MetadataUnpickler(StrictUnpickler):
         **{("torch", name): dtype for name, dtype in DTYPES.items()},
         ("torch", "Size"): SIZE,
         ("torch.serialization", "_get_layout"): Function("_get_layout", _layout),
-        (meta._MEM_FORMAT_ENCODING.__module__, meta._MEM_FORMAT_ENCODING.__name__): MEMORY_FORMAT,
+        (
+            meta._MEM_FORMAT_ENCODING.__module__,
+            meta._MEM_FORMAT_ENCODING.__name__,
+        ): MEMORY_FORMAT,
         ("builtins", "getattr"): Function("getattr", _attribute),
         ("pathlib", "PosixPath"): PATH,
         ("pathlib._local", "PosixPath"): PATH,  # as Python 3.13 writes it
@@ -263,14 +307,19 @@ def load_metadata(stream: IO[bytes]) -> meta.Metadata:
         raise UnsafePickleError(f"it is larger than {MOST_METADATA} bytes")
     metadata = MetadataUnpickler(io.BytesIO(pickled)).load()
     if not isinstance(metadata, meta.Metadata):
-        raise UnsafePickleError(f"it holds a {type(metadata).__name__}, not DCP's Metadata")
+        raise UnsafePickleError(
+            f"it holds a {type(metadata).__name__}, not DCP's Metadata"
+        )
     return metadata
 
 
 # torch.save: a zip of a pickle, data.pkl, and of the storages that it refers to, data/0 and so on.
 
 # {name of a storage class: bytes of an element}
-_STORAGES = {name: dtype.itemsize for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
+_STORAGES = {
+    name: dtype.itemsize
+    for dtype, name in torch.storage._dtype_to_storage_type_map().items()
+}
 
 
 class SavedUnpickler(StrictUnpickler):
@@ -284,34 +333,61 @@ class SavedUnpickler(StrictUnpickler):
         self.encoded = 0
         self.most_encoded = len(pickled)
         self.names = {
-            ("torch._utils", "_rebuild_tensor_v2"): Function("_rebuild_tensor_v2", self._tensor),
-            ("torch._utils", "_rebuild_tensor_v3"): Function("_rebuild_tensor_v3", self._tensor),
-            ("collections", "OrderedDict"): Function("OrderedDict", dict[Any, Any]().copy),
+            ("torch._utils", "_rebuild_tensor_v2"): Function(
+                "_rebuild_tensor_v2", self._tensor
+            ),
+            ("torch._utils", "_rebuild_tensor_v3"): Function(
+                "_rebuild_tensor_v3", self._tensor
+            ),
+            ("collections", "OrderedDict"): Function(
+                "OrderedDict", dict[Any, Any]().copy
+            ),
             ("_codecs", "encode"): Function("encode", self._bytes),
             ("torch", "Size"): SIZE,
             **{("torch", name): dtype for name, dtype in DTYPES.items()},
-            **{("torch", name): Storage(0, itemsize) for name, itemsize in _STORAGES.items()},
+            **{
+                ("torch", name): Storage(0, itemsize)
+                for name, itemsize in _STORAGES.items()
+            },
             ("torch.storage", "UntypedStorage"): Storage(0, 1),
         }
 
     def persistent_load(self, reference: Any) -> Storage:
-        if type(reference) is not tuple or len(reference) != 5 or reference[0] != "storage":
+        if (
+            type(reference) is not tuple
+            or len(reference) != 5
+            or reference[0] != "storage"
+        ):
             raise UnsafePickleError("it refers to something else than a storage")
         _, kind, key, _location, elements = reference
-        if not isinstance(kind, Storage) or type(key) is not str or type(elements) is not int:
+        if (
+            not isinstance(kind, Storage)
+            or type(key) is not str
+            or type(elements) is not int
+        ):
             raise UnsafePickleError("it has a reference to a storage that is none")
         if not 0 <= elements * kind.itemsize <= self.storage_bytes.get(key, -1):
             raise UnsafePickleError(f"its storage {key!r:.20} is not in the file whole")
         return Storage(elements, kind.itemsize)
 
-    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> SavedTensor:
+    def _tensor(
+        self, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any
+    ) -> SavedTensor:
         shape, strides = _size(shape), _size(strides)
-        if not isinstance(storage, Storage) or type(offset) is not int or len(shape) != len(strides):
+        if (
+            not isinstance(storage, Storage)
+            or type(offset) is not int
+            or len(shape) != len(strides)
+        ):
             raise UnsafePickleError("it has a tensor that is none")
         itemsize = storage.itemsize
-        if rest and isinstance(rest[-1], torch.dtype):  # of _rebuild_tensor_v3, whose storage is one of bytes
+        if rest and isinstance(
+            rest[-1], torch.dtype
+        ):  # of _rebuild_tensor_v3, whose storage is one of bytes
             itemsize = rest[-1].itemsize
-        last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        last = offset + sum(
+            (n - 1) * stride for n, stride in zip(shape, strides, strict=True)
+        )
         inside = (
             offset >= 0
             and min(strides, default=0) >= 0
@@ -349,7 +425,9 @@ class FileSlice(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[
+            whence
+        ]
         if origin + offset < 0:
             raise ValueError("a place before the beginning")
         self.position = origin + offset
@@ -372,7 +450,9 @@ def check_saved(stream: IO[bytes], length: int) -> None:
     with zipfile.ZipFile(stream) as archive:
         files = archive.infolist()
         if any(file.compress_type != zipfile.ZIP_STORED for file in files):
-            raise zipfile.BadZipFile("its parts are compressed, and DCP stores them as they are")
+            raise zipfile.BadZipFile(
+                "its parts are compressed, and DCP stores them as they are"
+            )
         if sum(file.file_size for file in files) > length:
             raise zipfile.BadZipFile("its parts are larger than itself")
         pickles = [file for file in files if file.filename.endswith("/data.pkl")]

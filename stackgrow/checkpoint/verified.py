@@ -16,7 +16,9 @@ from stackgrow.seal.tensors import fingerprint
 class Reader:
     """Reads whole tensors, on the CPU. Raises CheckpointError unless each has its fingerprint in ``fingerprints``."""
 
-    def __init__(self, folder: Path, metadata: Metadata, fingerprints: Mapping[str, str] | None):
+    def __init__(
+        self, folder: Path, metadata: Metadata, fingerprints: Mapping[str, str] | None
+    ):
         self.folder = folder
         self.metadata = metadata
         self.fingerprints = fingerprints
@@ -26,7 +28,9 @@ class Reader:
         tensor = read_tensor(self.folder, self.metadata, name)
         if self.fingerprints is not None and name not in self.checked:
             if self.fingerprints.get(name) != fingerprint(tensor):
-                raise CheckpointError(f"{self.folder}: {name} is not what was saved; restore the checkpoint")
+                raise CheckpointError(
+                    f"{self.folder}: {name} is not what was saved; restore the checkpoint"
+                )
             self.checked.add(name)
         return tensor
 
@@ -36,7 +40,9 @@ def read_sealed(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
     the fingerprint that was sealed."""
     manifest = seal.read_seal(folder)
     if manifest is None:
-        raise CheckpointError(f"{folder} is not sealed: it is incomplete, or no run made it")
+        raise CheckpointError(
+            f"{folder} is not sealed: it is incomplete, or no run made it"
+        )
     metadata = read_metadata(folder)
     names = list(names)
     missing = set(names) - metadata.state_dict_metadata.keys()

@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.replay:
         from stackgrow.audit.replay import replay
 
-        further["replay"] = lambda case: replay(case, arguments.replay, arguments.strict)
+        further["replay"] = lambda case: replay(
+            case, arguments.replay, arguments.strict
+        )
     if arguments.against:
         further["against"] = lambda case: same_run(case, open_case(arguments.against))
     try:
@@ -49,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.replay:  # trains along, and finds nothing
                 list(further["replay"](open_case(arguments.run, arguments.data)))
             return 0
-        audit = audit_run(arguments.run, arguments.data, full=arguments.full, further=further)
+        audit = audit_run(
+            arguments.run, arguments.data, full=arguments.full, further=further
+        )
     except RecipeError as error:  # which a run wrote itself
         return tell(DamagedError(error))
     except RunError as error:
@@ -62,13 +66,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     parser.add_argument(
-        "--data", type=Path, action="append", default=[], help="a token store, where it is not at the recipe's place"
+        "--data",
+        type=Path,
+        action="append",
+        default=[],
+        help="a token store, where it is not at the recipe's place",
     )
-    parser.add_argument("--full", action="store_true", help="read every file of the token store, not a few")
-    parser.add_argument("--replay", metavar="STAGE:STEP+N", help="train N steps again from a checkpoint, and compare")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="read every file of the token store, not a few",
+    )
+    parser.add_argument(
+        "--replay",
+        metavar="STAGE:STEP+N",
+        help="train N steps again from a checkpoint, and compare",
+    )
     strict = "with --replay: no tolerance for a machine or software that the run claims, and the optimizer's state too"
     parser.add_argument("--strict", action="store_true", help=strict)
-    parser.add_argument("--against", type=Path, metavar="OTHER", help="whether another run folder holds the same run")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="OTHER",
+        help="whether another run folder holds the same run",
+    )
     add_trust(parser)
     parser.add_argument("--json", action="store_true", help="for machines")
     arguments = parser.parse_args(argv)

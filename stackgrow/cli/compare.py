@@ -19,15 +19,40 @@ from stackgrow.errors import RunError
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument(
-        "runs", type=Path, nargs="+", help="run folders; those that differ in the seed alone are one recipe's"
+        "runs",
+        type=Path,
+        nargs="+",
+        help="run folders; those that differ in the seed alone are one recipe's",
     )
-    parser.add_argument("--loss", choices=["train", "validation"], default="train", help="default: train")
-    parser.add_argument("--at", type=float, nargs="+", default=[], metavar="LOSS", help="default: five that both reach")
-    parser.add_argument("--figure", type=Path, action="append", default=[], help="picture to write, *.png or *.svg")
-    parser.add_argument("--html", type=Path, help="page to write, everything in it")
-    parser.add_argument("--json", action="store_true", help="print plain values instead of a table")
     parser.add_argument(
-        "--force", action="store_true", help="compare runs whose tokenizer, held-out text or sequence length differ"
+        "--loss",
+        choices=["train", "validation"],
+        default="train",
+        help="default: train",
+    )
+    parser.add_argument(
+        "--at",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="LOSS",
+        help="default: five that both reach",
+    )
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        action="append",
+        default=[],
+        help="picture to write, *.png or *.svg",
+    )
+    parser.add_argument("--html", type=Path, help="page to write, everything in it")
+    parser.add_argument(
+        "--json", action="store_true", help="print plain values instead of a table"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="compare runs whose tokenizer, held-out text or sequence length differ",
     )
     arguments = parser.parse_args(argv)
     if any(file.suffix not in (".png", ".svg") for file in arguments.figure):
@@ -35,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from stackgrow.report import compare
 
-        comparison = compare.compare(arguments.runs, arguments.loss, arguments.at, arguments.force)
+        comparison = compare.compare(
+            arguments.runs, arguments.loss, arguments.at, arguments.force
+        )
         if arguments.json:
             print(json.dumps(compare.as_dict(comparison), indent=1))
         else:

@@ -23,13 +23,21 @@ from stackgrow.recipe.shipped import find_recipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    look = verbs.add_parser("inspect", help="what a store holds, or what a recipe trains on")
-    look.add_argument(
-        "path", help="a token store, a recipe (*.toml), or the name of a shipped recipe", type=find_recipe
+    look = verbs.add_parser(
+        "inspect", help="what a store holds, or what a recipe trains on"
     )
-    look.add_argument("--position", type=int, help="with a recipe: show the sequence at this position")
+    look.add_argument(
+        "path",
+        help="a token store, a recipe (*.toml), or the name of a shipped recipe",
+        type=find_recipe,
+    )
+    look.add_argument(
+        "--position", type=int, help="with a recipe: show the sequence at this position"
+    )
     add_set(look)
-    verbs.add_parser("verify", help="read every byte of a store").add_argument("path", help="a token store")
+    verbs.add_parser("verify", help="read every byte of a store").add_argument(
+        "path", help="a token store"
+    )
     args = parser.parse_args(argv)
     try:
         text = answer(args)
@@ -46,7 +54,10 @@ def answer(args: argparse.Namespace) -> str:
     if not args.path.endswith(".toml"):
         return inspect.summary(read_manifest(args.path), "token store")
     recipe = make_plan(load_recipe(args.path, args.set), args.path).recipe
-    texts = [inspect.summary(read_manifest(path), "token store") for path, _ in recipe.data.stores]
+    texts = [
+        inspect.summary(read_manifest(path), "token store")
+        for path, _ in recipe.data.stores
+    ]
     if args.position is not None:
         texts.append(inspect.sequence(recipe, args.position))
     return "\n".join(texts)

@@ -18,15 +18,29 @@ from stackgrow.recipe.load import RecipeError, load_recipe
 from stackgrow.recipe.shipped import find_recipe
 from stackgrow.text import aligned
 
-HEAD = ("stage", "parameters", "gradients", "optimizer", "equal", "working: traced", "planned", "ratio", "seconds")
+HEAD = (
+    "stage",
+    "parameters",
+    "gradients",
+    "optimizer",
+    "equal",
+    "working: traced",
+    "planned",
+    "ratio",
+    "seconds",
+)
 
 
 @quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe")
+    parser.add_argument(
+        "recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe"
+    )
     add_set(parser)
-    parser.add_argument("--ranks", type=int, required=True, help="how many ranks the run would have")
+    parser.add_argument(
+        "--ranks", type=int, required=True, help="how many ranks the run would have"
+    )
     arguments = parser.parse_args(argv)
     if arguments.ranks < 1:
         parser.error("--ranks must be at least 1")
@@ -47,10 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         stage, traced, planned = compared.stage, compared.traced, compared.planned
         same = traced.state_equals(planned)
         equal = equal and same
-        state = [f"{size:,}" for size in (traced.parameters, traced.gradients, traced.optimizer)]
+        state = [
+            f"{size:,}"
+            for size in (traced.parameters, traced.gradients, traced.optimizer)
+        ]
         working = [f"{size:,}" for size in (traced.working, planned.working)]
-        ratio, seconds = f"{planned.working / traced.working:.3f}", f"{traced.seconds:.1f}"
-        rows.append((stage.name, *state, "yes" if same else "NO", *working, ratio, seconds))
+        ratio, seconds = (
+            f"{planned.working / traced.working:.3f}",
+            f"{traced.seconds:.1f}",
+        )
+        rows.append(
+            (stage.name, *state, "yes" if same else "NO", *working, ratio, seconds)
+        )
     print("\n".join(aligned(rows)))
     return 0 if equal else 1
 

@@ -19,10 +19,18 @@ from stackgrow.errors import RunError
 @quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("source", type=Path, help="a run folder, or one of its checkpoints")
+    parser.add_argument(
+        "source", type=Path, help="a run folder, or one of its checkpoints"
+    )
     parser.add_argument("target", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--stage", help="of a run: stage to export (default: the last finished one)")
-    parser.add_argument("--step", type=int, help="of a run: checkpoint to export (default: the stage's newest)")
+    parser.add_argument(
+        "--stage", help="of a run: stage to export (default: the last finished one)"
+    )
+    parser.add_argument(
+        "--step",
+        type=int,
+        help="of a run: checkpoint to export (default: the stage's newest)",
+    )
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -32,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from stackgrow.checkpoint.export import export_run
 
-        options = {"stage": arguments.stage, "step": arguments.step, "dtype": arguments.dtype}
+        options = {
+            "stage": arguments.stage,
+            "step": arguments.step,
+            "dtype": arguments.dtype,
+        }
         print(export_run(arguments.source, arguments.target, **options))
     except (RunError, TokenizerError) as error:
         print(f"export_hf: {error}", file=sys.stderr)

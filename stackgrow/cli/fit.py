@@ -17,17 +17,38 @@ from pathlib import Path
 from stackgrow.cli.options import parser_of, quiet_at_closed_pipe
 from stackgrow.errors import RunError, disk_error
 from stackgrow.report.guideline_table import draw_fits, render_fits, render_toml
-from stackgrow.report.isoflop import Fit, Run, fit_law, fit_timing, read_run, read_table, valleys
+from stackgrow.report.isoflop import (
+    Fit,
+    Run,
+    fit_law,
+    fit_timing,
+    read_run,
+    read_table,
+    valleys,
+)
 
 
 @quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("sources", nargs="+", type=Path, metavar="RUN", help="run folders, or CSV files of curves")
-    parser.add_argument("--variable", choices=["timing", "factor"], default="timing", help="what the sweep varies")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run folders, or CSV files of curves",
+    )
+    parser.add_argument(
+        "--variable",
+        choices=["timing", "factor"],
+        default="timing",
+        help="what the sweep varies",
+    )
     parser.add_argument("--points", type=int, default=6, help="IsoFLOP curves per size")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write all numbers")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves, the fit and the laws")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="draw the curves, the fit and the laws"
+    )
     arguments = parser.parse_args(argv)
     try:
         fit(arguments)
@@ -55,7 +76,10 @@ def fit(arguments: argparse.Namespace) -> None:
             runs.extend(read_table(source, arguments.variable))
     grown = [run for run in runs if run.at]
     laws = {}
-    for name, group in (("scratch", [run for run in runs if run.at is None]), ("grown", grown)):
+    for name, group in (
+        ("scratch", [run for run in runs if run.at is None]),
+        ("grown", grown),
+    ):
         law = fit_law(group)
         if law:
             laws[name] = law
@@ -69,7 +93,9 @@ def fit(arguments: argparse.Namespace) -> None:
             problem = str(error)
     print(render_fits(curves, timing or problem, laws))
     if timing:
-        source = f"{timing.points} valleys of {len(grown)} runs by tools/fit_guidelines.py"
+        source = (
+            f"{timing.points} valleys of {len(grown)} runs by tools/fit_guidelines.py"
+        )
         print("\n" + render_toml(timing, curves, source))
     if arguments.out:
         plain = {

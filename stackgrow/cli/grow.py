@@ -38,9 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from stackgrow.checkpoint.standalone import Ranks, grow_folder
 
-    ranks = Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    ranks = Ranks(
+        int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    )
     if ranks.size > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # rank 0 may import for hours
+        dist.init_process_group(
+            "gloo", timeout=timedelta(days=1)
+        )  # rank 0 may import for hours
     try:
         growth = grow_folder(
             arguments.source,
@@ -63,23 +67,63 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("source", type=Path, metavar="SRC")
-    parser.add_argument("target", type=Path, metavar="DST", help="folder to write; must not exist")
-    parser.add_argument("--operator", required=True, type=operator, metavar="NAME", help=operator_help())
+    parser.add_argument(
+        "target", type=Path, metavar="DST", help="folder to write; must not exist"
+    )
+    parser.add_argument(
+        "--operator", required=True, type=operator, metavar="NAME", help=operator_help()
+    )
     depth = parser.add_mutually_exclusive_group()
-    depth.add_argument("--factor", type=positive, metavar="N", help="layers after / layers before")
-    depth.add_argument("--layer-map", type=layers, metavar="0,1,0,1", help="the source layer of each grown layer")
-    parser.add_argument("--order", choices=["stack", "interleave"], help="with --factor: 0 1 0 1 (default), or 0 0 1 1")
-    parser.add_argument("--noise", type=float, default=0.0, metavar="A", help="share of random weights blended in")
-    parser.add_argument("--optimizer", choices=["copy", "asymmetric"], help="grow AdamW's moments too (default: none)")
-    parser.add_argument("--seed", type=int, default=0, help="of new weights, uneven shares and noise (default: 0)")
-    grown = parser.add_argument_group("widths of the grown model; those that are not given stay")
-    known = parser.add_argument_group("source geometry, for a DCP folder that lies in no run and was not written here")
+    depth.add_argument(
+        "--factor", type=positive, metavar="N", help="layers after / layers before"
+    )
+    depth.add_argument(
+        "--layer-map",
+        type=layers,
+        metavar="0,1,0,1",
+        help="the source layer of each grown layer",
+    )
+    parser.add_argument(
+        "--order",
+        choices=["stack", "interleave"],
+        help="with --factor: 0 1 0 1 (default), or 0 0 1 1",
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="share of random weights blended in",
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=["copy", "asymmetric"],
+        help="grow AdamW's moments too (default: none)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of new weights, uneven shares and noise (default: 0)",
+    )
+    grown = parser.add_argument_group(
+        "widths of the grown model; those that are not given stay"
+    )
+    known = parser.add_argument_group(
+        "source geometry, for a DCP folder that lies in no run and was not written here"
+    )
     for group, prefix in ((grown, "--"), (known, "--source-")):
         name = "target_" if group is grown else "source_"
-        group.add_argument(f"{prefix}heads", type=positive, metavar="N", dest=f"{name}n_heads")
-        group.add_argument(f"{prefix}norm-eps", type=float, metavar="E", dest=f"{name}norm_eps")
+        group.add_argument(
+            f"{prefix}heads", type=positive, metavar="N", dest=f"{name}n_heads"
+        )
+        group.add_argument(
+            f"{prefix}norm-eps", type=float, metavar="E", dest=f"{name}norm_eps"
+        )
     grown.add_argument("--dim", type=positive, metavar="N", dest="target_dim")
-    grown.add_argument("--kv-heads", type=positive, metavar="N", dest="target_n_kv_heads")
+    grown.add_argument(
+        "--kv-heads", type=positive, metavar="N", dest="target_n_kv_heads"
+    )
     grown.add_argument("--ffn-dim", type=positive, metavar="N", dest="target_ffn_dim")
     known.add_argument("--source-rope-theta", type=float, metavar="T")
     arguments = parser.parse_args(argv)
@@ -90,7 +134,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def needs_no_training() -> list[str]:
     """The operators that grow a checkpoint at once: no maps to train first, no mask to raise afterwards."""
-    return [row.name for row in OPERATORS.values() if not row.learned and not row.masked]
+    return [
+        row.name for row in OPERATORS.values() if not row.learned and not row.masked
+    ]
 
 
 def operator_help() -> str:
@@ -119,7 +165,9 @@ def chosen(arguments: argparse.Namespace, prefix: str) -> dict[str, Any]:
     """The given options of one group, as keys of Model."""
     options = vars(arguments).items()
     return {
-        name.removeprefix(prefix): value for name, value in options if name.startswith(prefix) and value is not None
+        name.removeprefix(prefix): value
+        for name, value in options
+        if name.startswith(prefix) and value is not None
     }
 
 
@@ -127,16 +175,35 @@ def stage_of(source: Model, arguments: argparse.Namespace) -> GrowStage:
     """What the options ask for, of this source."""
     from stackgrow.plan.parts import resized
 
-    n, factor, layer_map, widths = source.n_layers, arguments.factor, arguments.layer_map, chosen(arguments, "target_")
+    n, factor, layer_map, widths = (
+        source.n_layers,
+        arguments.factor,
+        arguments.layer_map,
+        chosen(arguments, "target_"),
+    )
     if factor is None and layer_map is None and not widths:
-        raise GrowthError("nothing grows: give --factor, --layer-map or widths such as --dim")
+        raise GrowthError(
+            "nothing grows: give --factor, --layer-map or widths such as --dim"
+        )
     if max(n * (factor or 1), len(layer_map or ())) > MAX_LAYERS:
         raise GrowthError(f"more than {MAX_LAYERS} layers: choose a smaller --factor")
     if factor:
-        layer_map = tuple((interleave_map if arguments.order == "interleave" else stack_map)(n, n * factor))
+        layer_map = tuple(
+            (interleave_map if arguments.order == "interleave" else stack_map)(
+                n, n * factor
+            )
+        )
     target = resized(source, widths, len(layer_map) if layer_map else n)
     drawn = arguments.noise, arguments.seed
-    return GrowStage(0, source, target, arguments.operator, layer_map, *drawn, optimizer=arguments.optimizer)
+    return GrowStage(
+        0,
+        source,
+        target,
+        arguments.operator,
+        layer_map,
+        *drawn,
+        optimizer=arguments.optimizer,
+    )
 
 
 def described(stage: GrowStage) -> str:
@@ -145,7 +212,9 @@ def described(stage: GrowStage) -> str:
         f"{stage.source.parameters()} -> {stage.target.parameters()} parameters",
     ]
     if stage.layer_map:
-        lines.append(f"source layer of each layer: {' '.join(map(str, stage.layer_map))}")
+        lines.append(
+            f"source layer of each layer: {' '.join(map(str, stage.layer_map))}"
+        )
     if stage.source.norm_eps != stage.target.norm_eps:
         lines.append(f"norm_eps {stage.source.norm_eps:g} -> {stage.target.norm_eps:g}")
     if stage.noise:
@@ -155,7 +224,11 @@ def described(stage: GrowStage) -> str:
 
 def summary(target: Path, growth: dict[str, Any]) -> str:
     files = f"{len(growth['linked_files'])} files linked, {len(growth['copied_files'])} copied"
-    dropped = f", {len(growth['dropped'])} source tensors dropped" if growth["dropped"] else ""
+    dropped = (
+        f", {len(growth['dropped'])} source tensors dropped"
+        if growth["dropped"]
+        else ""
+    )
     return f"{target}  {len(growth['tensors'])} tensors, {growth['bytes_written']} bytes written, {files}{dropped}"
 
 

@@ -34,7 +34,12 @@ VERBS = (
     Verb("runs", "runs", "the runs in a folder: how far, how large, what can go"),
     Verb("dry-run", "dry_run", "build every stage as one rank of many, without GPUs"),
     Verb("prepare", "prepare", "text -> a token store"),
-    Verb("inspect", "data", "what a token store holds, or what a recipe trains on", ("inspect",)),
+    Verb(
+        "inspect",
+        "data",
+        "what a token store holds, or what a recipe trains on",
+        ("inspect",),
+    ),
     Verb("verify", "data", "read every byte of a token store", ("verify",)),
     Verb("grow", "grow", "grow a checkpoint without a recipe"),
     Verb("export", "export", "a checkpoint -> a folder that transformers loads"),

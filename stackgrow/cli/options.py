@@ -21,7 +21,9 @@ TOLD_AFTER_SECONDS = 3
 CLOSED_PIPE = 141  # 128 + SIGPIPE, as of any command whose output nobody reads any more
 
 
-def quiet_at_closed_pipe(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+def quiet_at_closed_pipe(
+    main: Callable[[Sequence[str] | None], int],
+) -> Callable[..., int]:
     """A page's ``main`` that ends without a word where its output is closed, as by ``| head``, and with a line where a
     file cannot be read or written."""
 
@@ -42,7 +44,9 @@ def quiet_at_closed_pipe(main: Callable[[Sequence[str] | None], int]) -> Callabl
 
 def parser_of(page: str | None) -> argparse.ArgumentParser:
     """A parser whose help is the page's docstring, examples included."""
-    return argparse.ArgumentParser(description=page, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(
+        description=page, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:

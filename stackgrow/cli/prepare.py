@@ -40,7 +40,9 @@ def usable_cpus() -> int:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     _add_inputs(parser)
     _add_tokens(parser)
@@ -59,25 +61,64 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     """Which files, and which documents in them."""
     add = parser.add_argument
-    add("--input", nargs="+", action="extend", default=[], help="folders, or URLs that fsspec knows")
-    add("--pattern", default="**/*", help="files to take, relative to --input (default: all)")
-    add("--exclude", action="append", default=[], help="files to leave out; may be repeated")
+    add(
+        "--input",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="folders, or URLs that fsspec knows",
+    )
+    add(
+        "--pattern",
+        default="**/*",
+        help="files to take, relative to --input (default: all)",
+    )
+    add(
+        "--exclude",
+        action="append",
+        default=[],
+        help="files to leave out; may be repeated",
+    )
     add("--stdlib", action="store_true", help="take Python's standard library, too")
     add("--preset", choices=PRESETS, help="options that a known corpus needs")
-    add("--text-key", default="text", help="where JSON and Parquet hold the text (default: text)")
-    drop_help = "leave out documents with this value, such as meta.lang=fr; may be repeated"
-    add("--drop", action="append", type=key_value, default=[], metavar="KEY=VALUE", help=drop_help)
+    add(
+        "--text-key",
+        default="text",
+        help="where JSON and Parquet hold the text (default: text)",
+    )
+    drop_help = (
+        "leave out documents with this value, such as meta.lang=fr; may be repeated"
+    )
+    add(
+        "--drop",
+        action="append",
+        type=key_value,
+        default=[],
+        metavar="KEY=VALUE",
+        help=drop_help,
+    )
 
 
 def _add_tokens(parser: argparse.ArgumentParser) -> None:
     """What they become."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--train-tokenizer", type=int, metavar="VOCAB", help="train one of this many pieces")
+    which.add_argument(
+        "--train-tokenizer",
+        type=int,
+        metavar="VOCAB",
+        help="train one of this many pieces",
+    )
     tokenizer_help = "a SentencePiece model, a tokenizer.json, or the folder of one"
     which.add_argument("--tokenizer", type=Path, metavar="PATH", help=tokenizer_help)
     add = parser.add_argument
-    add("--bos", metavar="TOKEN", help="the tokenizer's BOS, where it does not say itself which it is")
-    ends_help = "BOS before each document (default), EOS after it (as the paper), or both"
+    add(
+        "--bos",
+        metavar="TOKEN",
+        help="the tokenizer's BOS, where it does not say itself which it is",
+    )
+    ends_help = (
+        "BOS before each document (default), EOS after it (as the paper), or both"
+    )
     add("--document-ends", choices=DOCUMENT_ENDS, help=ends_help)
     add("--validation", type=float, default=0.02, help="share held out (default: 0.02)")
 
@@ -86,11 +127,23 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     """Where they go, and who does it."""
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write")
-    add("--append", action="store_true", help="add to the store --out, with its tokenizer")
+    add(
+        "--append",
+        action="store_true",
+        help="add to the store --out, with its tokenizer",
+    )
     add("--tokens-per-shard", type=int, default=2**26, help="at most (default: 2**26)")
     add("--workers", type=int, default=usable_cpus(), help="processes (default: all)")
-    add("--slurm", metavar="PARTITION", help="run on Slurm, --workers at a time, and return at once")
-    add("--slurm-time", default="24:00:00", help="time limit of a task (default: 24:00:00)")
+    add(
+        "--slurm",
+        metavar="PARTITION",
+        help="run on Slurm, --workers at a time, and return at once",
+    )
+    add(
+        "--slurm-time",
+        default="24:00:00",
+        help="time limit of a task (default: 24:00:00)",
+    )
 
 
 @quiet_at_closed_pipe
@@ -101,7 +154,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sources.append(stdlib_source())
     slurm = None
     if args.slurm:
-        slurm = {"partition": args.slurm, "time": args.slurm_time, "workers": args.workers}
+        slurm = {
+            "partition": args.slurm,
+            "time": args.slurm_time,
+            "workers": args.workers,
+        }
     try:
         manifest, written = prepare(
             sources,

@@ -19,9 +19,15 @@ from stackgrow.run_folder.folder import RunFolder
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
-    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the first run's folder)")
     parser.add_argument(
-        "--force", action="store_true", help="compare runs whose tokenizer, held-out text or sequence length differ"
+        "--out",
+        type=Path,
+        help="file to write (default: report.html in the first run's folder)",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="compare runs whose tokenizer, held-out text or sequence length differ",
     )
     arguments = parser.parse_args(argv)
     target = arguments.out or RunFolder(arguments.runs[0]).report_file

@@ -15,7 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stackgrow.cli.options import add_set, add_trust, parser_of, quiet_at_closed_pipe, tell
+from stackgrow.cli.options import (
+    add_set,
+    add_trust,
+    parser_of,
+    quiet_at_closed_pipe,
+    tell,
+)
 from stackgrow.errors import LockedError, RunError, StoppedError
 from stackgrow.growth import own
 from stackgrow.recipe.shipped import find_recipe
@@ -24,9 +30,15 @@ from stackgrow.recipe.shipped import find_recipe
 @quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe")
+    parser.add_argument(
+        "recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe"
+    )
     add_set(parser)
-    parser.add_argument("--plan", action="store_true", help="print the plan, and what it leaves unchecked, and exit")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print the plan, and what it leaves unchecked, and exit",
+    )
     parser.add_argument(
         "--check",
         action="store_true",
@@ -76,9 +88,18 @@ def show_plan(arguments: argparse.Namespace) -> None:
     except StoreError as error:  # not prepared yet, or wrong: a plan does not need it
         missing = ["", *wrapped(f"data: {error}")]
     if arguments.json:
-        print(json.dumps({**plan_dict(plan, order), "unchecked": unchecked(plan)}, indent=2))
+        print(
+            json.dumps(
+                {**plan_dict(plan, order), "unchecked": unchecked(plan)}, indent=2
+            )
+        )
         return
-    lines = [render_plan(plan, order), *missing, "", "not checked by --plan, but by --check:"]
+    lines = [
+        render_plan(plan, order),
+        *missing,
+        "",
+        "not checked by --plan, but by --check:",
+    ]
     for item in unchecked(plan):
         lines.extend(wrapped(f"- {item}"))
     print("\n".join(lines))
@@ -93,7 +114,9 @@ def check_all(arguments: argparse.Namespace) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     check_folder(plan, order, arguments.recipe)
-    print(f"nothing is wrong with {arguments.recipe} on {os.environ.get('WORLD_SIZE', '1')} ranks; checked beside it:")
+    print(
+        f"nothing is wrong with {arguments.recipe} on {os.environ.get('WORLD_SIZE', '1')} ranks; checked beside it:"
+    )
     for item in unchecked(plan):
         print(f"- {item}")
 
@@ -104,7 +127,11 @@ def show_state(arguments: argparse.Namespace) -> int:
     from stackgrow.recipe.load import load_recipe
     from stackgrow.run_folder.state import FINISHED, RUNNING, state_of
 
-    folder = Path(make_plan(load_recipe(arguments.recipe, arguments.set), arguments.recipe).recipe.folder)
+    folder = Path(
+        make_plan(
+            load_recipe(arguments.recipe, arguments.set), arguments.recipe
+        ).recipe.folder
+    )
     found = state_of(folder)
     where = f", {found.stage} step {found.step} of {found.steps}" if found.stage else ""
     print(f"{folder}  {found.state}{where}  {found.why}".rstrip())

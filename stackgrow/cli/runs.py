@@ -16,7 +16,14 @@ from pathlib import Path
 
 from stackgrow.cli.options import parser_of, quiet_at_closed_pipe
 from stackgrow.errors import RunError
-from stackgrow.run_folder.state import RunState, bytes_in, delete, runs_in, spare, state_of
+from stackgrow.run_folder.state import (
+    RunState,
+    bytes_in,
+    delete,
+    runs_in,
+    spare,
+    state_of,
+)
 from stackgrow.text import aligned, human, short
 
 HEAD = ("run", "state", "stage", "step", "tokens", "of", "loss", "disk", "")
@@ -25,16 +32,27 @@ HEAD = ("run", "state", "stage", "step", "tokens", "of", "loss", "disk", "")
 @quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="a folder of runs, or a run")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=Path("runs"),
+        help="a folder of runs, or a run",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--prune", action="store_true", help="list what nothing needs any more")
+    parser.add_argument(
+        "--prune", action="store_true", help="list what nothing needs any more"
+    )
     parser.add_argument("--delete", action="store_true", help="with --prune: delete it")
     arguments = parser.parse_args(argv)
     if arguments.delete and not arguments.prune:
         parser.error("--delete has a meaning with --prune only")
     folders = runs_in(arguments.folder)
     if not folders:
-        print(f"runs: {arguments.folder} is no run and holds none; name another folder", file=sys.stderr)
+        print(
+            f"runs: {arguments.folder} is no run and holds none; name another folder",
+            file=sys.stderr,
+        )
         return 2
     try:
         if arguments.prune:
@@ -45,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     states = [state_of(folder) for folder in folders]
     if arguments.json:
-        rows = [{**dataclasses.asdict(state), "folder": str(state.folder)} for state in states]
+        rows = [
+            {**dataclasses.asdict(state), "folder": str(state.folder)}
+            for state in states
+        ]
         print(json.dumps(rows, indent=1))
     else:
         print(table(states))
@@ -84,7 +105,9 @@ def prune(folders: Sequence[Path], *, delete_them: bool) -> None:
             print(f"{'deleted ' if delete_them else ''}{short(path)}  {human(size)}B")
             if delete_them:
                 delete(path)
-    print(f"{human(total)}B {'are free now' if delete_them else 'could be freed: add --delete'}")
+    print(
+        f"{human(total)}B {'are free now' if delete_them else 'could be freed: add --delete'}"
+    )
 
 
 if __name__ == "__main__":

@@ -27,8 +27,14 @@ from stackgrow.run.sweep import Member, check_members, members, run_members
 def values_of(text: str) -> tuple[str, list[str]]:
     """``seed=1,2,3`` as the key and its values."""
     key, equals, values = text.partition("=")
-    if not equals or not key.strip() or not all(part.strip() for part in values.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} must be KEY=VALUE,VALUE,..., such as seed=1,2,3")
+    if (
+        not equals
+        or not key.strip()
+        or not all(part.strip() for part in values.split(","))
+    ):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be KEY=VALUE,VALUE,..., such as seed=1,2,3"
+        )
     return key.strip(), [part.strip() for part in values.split(",")]
 
 
@@ -41,15 +47,49 @@ def positive(text: str) -> int:
 @quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe")
-    parser.add_argument("--over", type=values_of, action="append", required=True, metavar="KEY=VALUE,VALUE")
+    parser.add_argument(
+        "recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe"
+    )
+    parser.add_argument(
+        "--over",
+        type=values_of,
+        action="append",
+        required=True,
+        metavar="KEY=VALUE,VALUE",
+    )
     add_set(parser)
-    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/NAME-sweep)")
-    parser.add_argument("--side-by-side", type=positive, default=1, metavar="K", help="runs at a time (default: 1)")
-    parser.add_argument("--ranks", type=positive, default=1, metavar="N", help="ranks of each run (default: 1)")
-    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of each rank (default: 1)")
-    parser.add_argument("--slurm", metavar="OPTIONS", help="submit a job array with these options of sbatch")
-    parser.add_argument("--only", type=int, metavar="I", help=argparse.SUPPRESS)  # a task of the array
+    parser.add_argument(
+        "--out", type=Path, help="folder of the runs (default: runs/NAME-sweep)"
+    )
+    parser.add_argument(
+        "--side-by-side",
+        type=positive,
+        default=1,
+        metavar="K",
+        help="runs at a time (default: 1)",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="ranks of each run (default: 1)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="threads of each rank (default: 1)",
+    )
+    parser.add_argument(
+        "--slurm",
+        metavar="OPTIONS",
+        help="submit a job array with these options of sbatch",
+    )
+    parser.add_argument(
+        "--only", type=int, metavar="I", help=argparse.SUPPRESS
+    )  # a task of the array
     arguments = parser.parse_args(argv)
     over = dict(arguments.over)
     if len(over) < len(arguments.over):
@@ -81,7 +121,9 @@ def work(arguments: argparse.Namespace, wanted: Sequence[Member]) -> int:
     for member, change in changes:
         failed += change.startswith("failed")
         print(f"{member.folder.name}  {change}", flush=True)
-    print(f"{len(wanted) - failed} of {len(wanted)} runs are finished; stackgrow runs {wanted[0].folder.parent}")
+    print(
+        f"{len(wanted) - failed} of {len(wanted)} runs are finished; stackgrow runs {wanted[0].folder.parent}"
+    )
     return 1 if failed else 0
 
 
@@ -89,7 +131,15 @@ def submit(arguments: argparse.Namespace, wanted: Sequence[Member]) -> int:
     """Hands a job array to Slurm, whose task I runs member I; returns sbatch's exit code."""
     folder = wanted[0].folder.parent
     folder.mkdir(parents=True, exist_ok=True)
-    again = [sys.executable, "-m", "stackgrow.cli.main", "sweep", arguments.recipe, "--out", str(folder)]
+    again = [
+        sys.executable,
+        "-m",
+        "stackgrow.cli.main",
+        "sweep",
+        arguments.recipe,
+        "--out",
+        str(folder),
+    ]
     for key, values in arguments.over:
         again += ["--over", f"{key}={','.join(values)}"]
     for assignment in arguments.set:
@@ -102,7 +152,10 @@ def submit(arguments: argparse.Namespace, wanted: Sequence[Member]) -> int:
     try:
         done = subprocess.run(words)
     except FileNotFoundError:
-        print("sweep: there is no sbatch here; leave out --slurm, or give it on a Slurm machine", file=sys.stderr)
+        print(
+            "sweep: there is no sbatch here; leave out --slurm, or give it on a Slurm machine",
+            file=sys.stderr,
+        )
         return 2
     return done.returncode
 

@@ -24,9 +24,17 @@ from stackgrow.run_folder.found import plan_of_run
 @quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("recipe", type=find_recipe, help="a TOML file, the name of a shipped recipe, or a run's folder")
+    parser.add_argument(
+        "recipe",
+        type=find_recipe,
+        help="a TOML file, the name of a shipped recipe, or a run's folder",
+    )
     add_set(parser)
-    parser.add_argument("--out", type=Path, help=f'where to write it; default: beside the recipe, with "{SUFFIX}"')
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f'where to write it; default: beside the recipe, with "{SUFFIX}"',
+    )
     arguments = parser.parse_args(argv)
     given = Path(arguments.recipe)
     out = arguments.out or given.with_name(f"{given.stem}{SUFFIX}.toml")
@@ -40,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except OSError as error:
         what = (
-            "is there already; name another file with --out" if isinstance(error, FileExistsError) else error.strerror
+            "is there already; name another file with --out"
+            if isinstance(error, FileExistsError)
+            else error.strerror
         )
         print(f"{out}: {what}", file=sys.stderr)
         return 2

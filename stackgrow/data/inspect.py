@@ -13,12 +13,23 @@ from typing import Any
 import numpy as np
 
 from stackgrow.data.order import read_order
-from stackgrow.data.store import AGAIN, SPLITS, Manifest, StoreError, TokenStore, read_manifest
+from stackgrow.data.store import (
+    AGAIN,
+    SPLITS,
+    Manifest,
+    StoreError,
+    TokenStore,
+    read_manifest,
+)
 from stackgrow.data.tokenizer import store_tokenizer
 from stackgrow.recipe.keys import Recipe
 from stackgrow.text import printable
 
-ENDS = {"bos": "BOS before each", "eos": "EOS after each", "both": "BOS before each, EOS after it"}
+ENDS = {
+    "bos": "BOS before each",
+    "eos": "EOS after each",
+    "both": "BOS before each, EOS after it",
+}
 
 
 @dataclass(frozen=True)
@@ -39,14 +50,18 @@ def summary(manifest: Manifest, state: str) -> str:
     for name, split in manifest.splits.items():
         counts = f"{split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards):,} shards"
         lines.append(f"  {name}: {counts}")
-    lines.append(f"  vocabulary: {manifest.vocab_size:,}, tokenizer {manifest.tokenizer_sha256}")
+    lines.append(
+        f"  vocabulary: {manifest.vocab_size:,}, tokenizer {manifest.tokenizer_sha256}"
+    )
     lines.append(f"  documents: {ENDS[manifest.document_ends]}")
     for corpus in manifest.raw.get("corpora", []):
         for source in corpus.get("sources", []):
             lines.append(f"  from {source['root']}/{source['pattern']}")
         for reason, entry in corpus.get("skipped", {}).items():
             examples = ", ".join(entry["names"][:3])
-            lines.append(f"  left out, {reason}: {entry['count']:,}, such as {examples}")
+            lines.append(
+                f"  left out, {reason}: {entry['count']:,}, such as {examples}"
+            )
     return "\n".join(printable(line) for line in lines)
 
 
@@ -65,7 +80,9 @@ def sequence(recipe: Recipe, position: int) -> str:
     tokens = store.tokens(start, start + seq_len)
     of_this_store = order.sequences(position + 1)[number]
     epoch = (of_this_store - 1) // order.n_windows[number]
-    lines = [f"position {position}: window {window} of {store.manifest.folder}, epoch {epoch}"]
+    lines = [
+        f"position {position}: window {window} of {store.manifest.folder}, epoch {epoch}"
+    ]
     for piece in pieces(store, start, start + seq_len):
         where = f"document {piece.document}, number {piece.number} of {piece.file}"
         text = tokenizer.decode(tokens[piece.start : piece.stop].tolist())
@@ -90,14 +107,20 @@ def pieces(store: TokenStore, start: int, stop: int) -> Iterator[Piece]:
 
 def _origin(store: TokenStore, document: int) -> tuple[str, int]:
     """The file that a document of the split came from, and which of those that the file gave to the split it is."""
-    column = 3 + SPLITS.index(store.split)  # of a row: root, file, bytes, documents in train, in validation
+    column = 3 + SPLITS.index(
+        store.split
+    )  # of a row: root, file, bytes, documents in train, in validation
     number = document
     for corpus in store.manifest.raw.get("corpora", []):
-        for row in _listed_files(store.manifest.folder / corpus["list"]["file"], corpus["list"]["sha256"]):
+        for row in _listed_files(
+            store.manifest.folder / corpus["list"]["file"], corpus["list"]["sha256"]
+        ):
             if number < row[column]:
                 return f"{row[0]}/{row[1]}", number
             number -= row[column]
-    raise StoreError(f"{store.manifest.folder} does not tell which file that document came from; {AGAIN}")
+    raise StoreError(
+        f"{store.manifest.folder} does not tell which file that document came from; {AGAIN}"
+    )
 
 
 def _listed_files(path: Path, sha256: str) -> list[list[Any]]:

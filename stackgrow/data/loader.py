@@ -27,7 +27,13 @@ class WindowDataset(torch.utils.data.Dataset):
         StoreError: what ``Order`` raises.
     """
 
-    def __init__(self, stores: Sequence[TokenStore], weights: Sequence[float], seq_len: int, seed: int):
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        weights: Sequence[float],
+        seq_len: int,
+        seed: int,
+    ):
         self.stores = tuple(stores)
         self.seq_len = seq_len
         # A process may open so many files, whatever the number of stores.
@@ -48,7 +54,10 @@ class WindowDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, positions: list[int]) -> Rows:
         """A whole batch, which is how torch's fetcher asks: inputs and labels, int64 [b, S] both."""
-        rows = [(self.stores[store], window) for store, window in self.order.windows(positions)]
+        rows = [
+            (self.stores[store], window)
+            for store, window in self.order.windows(positions)
+        ]
         return _stacked(rows, self.seq_len)
 
 
@@ -138,7 +147,9 @@ class TokenLoader(Stateful):
         reached = self.position
         for inputs, labels in _told_in_one_line(self._batches()):
             if self.position != reached:
-                raise RuntimeError("the position was set while this iterator was live; call iter() again")
+                raise RuntimeError(
+                    "the position was set while this iterator was live; call iter() again"
+                )
             reached += self.stride
             self.position = reached
             yield {"input": inputs}, labels
@@ -165,7 +176,9 @@ def _as_fetched(batch: Rows) -> Rows:
     return batch
 
 
-def open_validation(data: Data, sequences: int, take: str = "first") -> list[tuple[TokenStore, int]]:
+def open_validation(
+    data: Data, sequences: int, take: str = "first"
+) -> list[tuple[TokenStore, int]]:
     """Held-out windows of a recipe's stores, ``sequences`` in all and from each by its weight; fewer where a store
     holds out fewer. ``take``: its "first" ones, or "spread" evenly over it: documents lie in the order of their files,
     so that the first windows can be those of one folder alone. Raises StoreError."""
@@ -182,12 +195,18 @@ def open_validation(data: Data, sequences: int, take: str = "first") -> list[tup
             window = i * windows // taken if take == "spread" else i
             rows.append((store, window))
     if not rows:
-        raise StoreError(f"{paths[0]}: validation has no sequence of {data.seq_len}; prepare a larger --validation")
+        raise StoreError(
+            f"{paths[0]}: validation has no sequence of {data.seq_len}; prepare a larger --validation"
+        )
     return rows
 
 
 def validation_batches(
-    rows: Sequence[tuple[TokenStore, int]], seq_len: int, micro_batch: int, dp_rank: int, dp_world_size: int
+    rows: Sequence[tuple[TokenStore, int]],
+    seq_len: int,
+    micro_batch: int,
+    dp_rank: int,
+    dp_world_size: int,
 ) -> Iterator[Batch]:
     """These windows, in order, each exactly once over all ranks.
 
@@ -208,5 +227,7 @@ def validation_batches(
 
 def _checked_rank(dp_rank: int, dp_world_size: int) -> int:
     if not 0 <= dp_rank < dp_world_size:
-        raise ValueError(f"data-parallel rank {dp_rank} is outside a world of {dp_world_size}")
+        raise ValueError(
+            f"data-parallel rank {dp_rank} is outside a world of {dp_world_size}"
+        )
     return dp_rank

@@ -35,24 +35,37 @@ class Order:
             too small.
     """
 
-    def __init__(self, manifests: Sequence[Manifest], weights: Sequence[float], seq_len: int, seed: int):
+    def __init__(
+        self,
+        manifests: Sequence[Manifest],
+        weights: Sequence[float],
+        seq_len: int,
+        seed: int,
+    ):
         self.manifests = tuple(manifests)
         self.seq_len = seq_len
         self.seed = seed
         self.shares = apportion(weights, BLOCK)  # of each store, in BLOCK sequences
-        self.n_windows = [manifest.splits["train"].windows(seq_len) for manifest in manifests]
+        self.n_windows = [
+            manifest.splits["train"].windows(seq_len) for manifest in manifests
+        ]
         self._refuse_what_cannot_be_mixed()
         self.hashes = [manifest.hash("train") for manifest in manifests]
         if len(manifests) == 1:
             self.data_hash = self.hashes[0]
         else:
-            parts = [[sha256, share] for sha256, share in zip(self.hashes, self.shares, strict=True)]
+            parts = [
+                [sha256, share]
+                for sha256, share in zip(self.hashes, self.shares, strict=True)
+            ]
             self.data_hash = canonical_hash(parts)
         self._start_caches()
 
     def _refuse_what_cannot_be_mixed(self) -> None:
         first = self.manifests[0]
-        for manifest, share, n_windows in zip(self.manifests, self.shares, self.n_windows, strict=True):
+        for manifest, share, n_windows in zip(
+            self.manifests, self.shares, self.n_windows, strict=True
+        ):
             if n_windows < 1:
                 tokens = manifest.splits["train"].tokens
                 raise StoreError(
@@ -60,14 +73,18 @@ class Order:
                     "shorten seq_len or prepare more text"
                 )
             if manifest.tokenizer_sha256 != first.tokenizer_sha256:
-                raise StoreError(f"{manifest.folder} and {first.folder} have different tokenizers")
+                raise StoreError(
+                    f"{manifest.folder} and {first.folder} have different tokenizers"
+                )
             if manifest.document_ends != first.document_ends:
                 raise StoreError(
                     f"{manifest.folder} was prepared with --document-ends {manifest.document_ends}, {first.folder} "
                     f"with {first.document_ends}; prepare one of them again"
                 )
             if share < 1:
-                raise StoreError(f"{manifest.folder}: its weight is less than 1/{BLOCK} of all; raise it or drop it")
+                raise StoreError(
+                    f"{manifest.folder}: its weight is less than 1/{BLOCK} of all; raise it or drop it"
+                )
 
     def windows(self, positions: Sequence[int]) -> list[tuple[int, int]]:
         """(store, window) at each of these positions, which may lie in different epochs."""
@@ -93,7 +110,9 @@ class Order:
     def seen(self, position: int) -> dict[str, dict[str, Any]]:
         """Store -> tokens among the first ``position`` sequences: all, those of the epoch begun, and which it is."""
         result = {}
-        for manifest, count, n_windows in zip(self.manifests, self.sequences(position), self.n_windows, strict=True):
+        for manifest, count, n_windows in zip(
+            self.manifests, self.sequences(position), self.n_windows, strict=True
+        ):
             result[str(manifest.folder)] = {
                 "tokens": count * self.seq_len,
                 "epoch": count // n_windows,
@@ -140,7 +159,9 @@ class Order:
     def _resolve_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """``_stores`` of all positions of one block of a mixture."""
         # Positions in random order are dealt to the stores like cards: the first share to the first, and so on.
-        dealt = permute(np.arange(BLOCK), BLOCK, epoch_key(self.data_hash, self.seed, block))
+        dealt = permute(
+            np.arange(BLOCK), BLOCK, epoch_key(self.data_hash, self.seed, block)
+        )
         stores = np.searchsorted(np.cumsum(self.shares), dealt, side="right")
         before = np.empty_like(stores)
         for store, share in enumerate(self.shares):
@@ -172,7 +193,9 @@ def read_order(data: Data, seed: int) -> Order:
 def apportion(weights: Sequence[float], total: int) -> list[int]:
     """Whole numbers in proportion to ``weights`` that add up to ``total``: the largest remainders are rounded up."""
     largest = max(weights)
-    scaled = [weight / largest for weight in weights]  # a sum of huge ones would be infinite
+    scaled = [
+        weight / largest for weight in weights
+    ]  # a sum of huge ones would be infinite
     sum_of_scaled = sum(scaled)
     exact = [weight / sum_of_scaled * total for weight in scaled]
     shares = [int(share) for share in exact]

@@ -34,16 +34,40 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from stackgrow.data.read import File, Inputs, PrepareError, Reader, Skipped, Source, list_files, other_names, read_file
-from stackgrow.data.store import DOCUMENT_ENDS, DTYPES, FORMAT, MANIFEST, SPLITS, Manifest, TokenStore, read_manifest
+from stackgrow.data.read import (
+    File,
+    Inputs,
+    PrepareError,
+    Reader,
+    Skipped,
+    Source,
+    list_files,
+    other_names,
+    read_file,
+)
+from stackgrow.data.store import (
+    DOCUMENT_ENDS,
+    DTYPES,
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    TokenStore,
+    read_manifest,
+)
 from stackgrow.data.tokenizer import NONE, Tokenizer, store_tokenizer, train_tokenizer
 from stackgrow.data.write import PARTS, STORE, TokenWriter, fraction, write_file
 from stackgrow.process.ranks import lock
 from stackgrow.recipe.write import canonical_hash
 from stackgrow.seal.files import read_json, sync_folder, write_json
 
-TASKS, TASK_BYTES = 1024, 2**21  # at most so many tasks, of at least so many bytes of input
-TRAINING_CHARACTERS = 2**28  # text a tokenizer is trained on at most; the trainer holds it in memory
+TASKS, TASK_BYTES = (
+    1024,
+    2**21,
+)  # at most so many tasks, of at least so many bytes of input
+TRAINING_CHARACTERS = (
+    2**28
+)  # text a tokenizer is trained on at most; the trainer holds it in memory
 LIST_COLUMNS = ["root", "file", "bytes", *SPLITS]
 PACKAGES = ("datatrove", "numpy", "pyarrow", "sentencepiece", "tokenizers")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -90,9 +114,13 @@ def prepare(
         TokenizerError: the tokenizer cannot be read or trained. OSError: the store cannot be written.
     """
     if not 0 <= validation < 1:
-        raise PrepareError(f"validation share {validation} must be at least 0 and below 1")
+        raise PrepareError(
+            f"validation share {validation} must be at least 0 and below 1"
+        )
     if not 1 <= tokens_per_shard <= 2**30:
-        raise PrepareError(f"tokens per shard {tokens_per_shard} must be between 1 and {2**30}")
+        raise PrepareError(
+            f"tokens per shard {tokens_per_shard} must be between 1 and {2**30}"
+        )
     # What is prepared: its fingerprint covers all that decides the store's bytes.
     out = Path(out).absolute()
     work = out.with_name(f".{out.name}.partial")
@@ -104,7 +132,9 @@ def prepare(
     document_ends = _document_ends(document_ends, before)
     known = _known_tokenizer(tokenizer, bos, document_ends, before)
     options: dict[str, Any] = {
-        "tokenizer": f"trained, {known} pieces" if isinstance(known, int) else known.sha256,
+        "tokenizer": f"trained, {known} pieces"
+        if isinstance(known, int)
+        else known.sha256,
         "validation": validation,
         "tokens_per_shard": tokens_per_shard,
         "text_key": text_key,
@@ -125,7 +155,9 @@ def prepare(
     if existing:
         left_over = Inputs.read(work)
         if left_over and left_over.fingerprint == inputs.fingerprint:
-            shutil.rmtree(work, ignore_errors=True)  # a kill came between the last two steps, or its owner is there
+            shutil.rmtree(
+                work, ignore_errors=True
+            )  # a kill came between the last two steps, or its owner is there
         return existing, False
     # The tasks that are not done, here or on Slurm, and then the last step.
     with _locked(work, out):
@@ -133,7 +165,9 @@ def prepare(
         if slurm:
             _submit(work, out, len(inputs.tasks), slurm)
             return None, True
-        executor = _Local(_pipeline(work), len(inputs.tasks), workers, logging_dir=str(work / "log"))
+        executor = _Local(
+            _pipeline(work), len(inputs.tasks), workers, logging_dir=str(work / "log")
+        )
         executor.run()
         finish(work, out)
     return read_manifest(out), True
@@ -141,7 +175,9 @@ def prepare(
 
 def _document_ends(given: str | None, before: Manifest | None) -> str:
     if given not in (None, *DOCUMENT_ENDS):
-        raise PrepareError(f'"{given}" is no way to end a document; give one of {", ".join(DOCUMENT_ENDS)}')
+        raise PrepareError(
+            f'"{given}" is no way to end a document; give one of {", ".join(DOCUMENT_ENDS)}'
+        )
     if before is None:
         return given or "bos"
     if given not in (None, before.document_ends):
@@ -153,7 +189,10 @@ def _document_ends(given: str | None, before: Manifest | None) -> str:
 
 
 def _known_tokenizer(
-    tokenizer: int | str | Path | None, bos: str | None, document_ends: str, before: Manifest | None
+    tokenizer: int | str | Path | None,
+    bos: str | None,
+    document_ends: str,
+    before: Manifest | None,
 ) -> int | Tokenizer:
     """The tokenizer, or how many pieces one is to be trained with; ``before``: of the store that is added to."""
     if before is None:
@@ -161,16 +200,23 @@ def _known_tokenizer(
         if not isinstance(tokenizer, int):
             return Tokenizer.load(tokenizer, bos=bos, document_ends=document_ends)
         if bos is not None:
-            raise PrepareError("a tokenizer that is trained here has a BOS of its own; leave --bos out")
+            raise PrepareError(
+                "a tokenizer that is trained here has a BOS of its own; leave --bos out"
+            )
         return tokenizer
     known = store_tokenizer(before)
     if tokenizer is None and bos is None:
         return known
-    other = PrepareError(f"{before.folder} has a tokenizer of its own, and what is added needs it; name no other")
+    other = PrepareError(
+        f"{before.folder} has a tokenizer of its own, and what is added needs it; name no other"
+    )
     if tokenizer is None or isinstance(tokenizer, int):
         raise other
     given = Tokenizer.load(tokenizer, bos=bos, document_ends=document_ends)
-    if (given.sha256, _opening_id(given, document_ends)) != (known.sha256, before.bos_id):
+    if (given.sha256, _opening_id(given, document_ends)) != (
+        known.sha256,
+        before.bos_id,
+    ):
         raise other
     return known
 
@@ -212,7 +258,9 @@ def _existing(out: Path, inputs: Inputs, append: bool) -> Manifest | None:
     """The store at ``out`` when it holds these inputs; None when nothing is in the way of preparing them."""
     if not (out / MANIFEST).exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise PrepareError(f"{out} exists and is not a token store; name another folder with --out")
+            raise PrepareError(
+                f"{out} exists and is not a token store; name another folder with --out"
+            )
         return None
     manifest = read_manifest(out)
     corpora = manifest.raw.get("corpora", [])
@@ -241,7 +289,9 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
             raise BlockingIOError  # its owner has just finished, and the folder is the store now
         yield
     except BlockingIOError:
-        raise PrepareError(f"another preparation of {out} is at work; let it finish, then run again") from None
+        raise PrepareError(
+            f"another preparation of {out} is at work; let it finish, then run again"
+        ) from None
     finally:
         os.close(handle)
 
@@ -251,7 +301,9 @@ def _begin(work: Path, inputs: Inputs, known: int | Tokenizer) -> None:
     stopped = Inputs.read(work)
     if stopped:
         if stopped.fingerprint != inputs.fingerprint:
-            raise PrepareError(f"{work} holds a stopped preparation of other files or options; finish or delete it")
+            raise PrepareError(
+                f"{work} holds a stopped preparation of other files or options; finish or delete it"
+            )
         return
     for folder in (STORE, PARTS):
         (work / folder).mkdir(exist_ok=True)
@@ -279,7 +331,9 @@ def _dtype(vocab_size: int) -> str:
 
 def _sample(inputs: Inputs) -> Iterator[str]:
     """Training text from all over the corpus: files by the hashes of their names, of each no more than its share."""
-    files = sorted(inputs.files, key=lambda file: hashlib.sha256(os.fsencode(file.name)).digest())
+    files = sorted(
+        inputs.files, key=lambda file: hashlib.sha256(os.fsencode(file.name)).digest()
+    )
     share = max(TRAINING_CHARACTERS // len(files), 2**20)
     total = 0
     for file in files:
@@ -312,21 +366,31 @@ class _Local(LocalPipelineExecutor):
             for rank in ranks:
                 self._run_for_rank(rank)
             return
-        context = multiprocessing.get_context("spawn")  # a forkserver would outlive a killed preparation
+        context = multiprocessing.get_context(
+            "spawn"
+        )  # a forkserver would outlive a killed preparation
         try:
-            with ProcessPoolExecutor(min(self.workers, len(ranks)), context, _start_worker) as pool:
+            with ProcessPoolExecutor(
+                min(self.workers, len(ranks)), context, _start_worker
+            ) as pool:
                 for _ in pool.map(self._run_for_rank, ranks):
                     pass
         except BrokenProcessPool as error:
-            raise PrepareError("a worker was killed, perhaps for want of memory; run again to go on") from error
+            raise PrepareError(
+                "a worker was killed, perhaps for want of memory; run again to go on"
+            ) from error
 
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the workers of a killed preparation end with it
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # PR_SET_PDEATHSIG: the workers of a killed preparation end with it
         parent = multiprocessing.parent_process()
-        if parent and os.getppid() != parent.pid:  # killed before the request: no signal would come
+        if (
+            parent and os.getppid() != parent.pid
+        ):  # killed before the request: no signal would come
             os._exit(1)
 
 
@@ -338,7 +402,9 @@ def _submit(work: Path, out: Path, tasks: int, options: dict[str, Any]) -> None:
         "job_name": f"prepare-{out.name}",
     }
     options = defaults | options
-    encode = SlurmPipelineExecutor(_pipeline(work), tasks, logging_dir=str(work / "log"), **options)
+    encode = SlurmPipelineExecutor(
+        _pipeline(work), tasks, logging_dir=str(work / "log"), **options
+    )
     last_step = SlurmPipelineExecutor(
         [partial(finish, work, out)],
         tasks=1,
@@ -350,7 +416,9 @@ def _submit(work: Path, out: Path, tasks: int, options: dict[str, Any]) -> None:
     try:
         last_step.run()  # submits what it depends on first
     except subprocess.CalledProcessError as error:  # sbatch has said why
-        raise PrepareError("Slurm has refused the job (above); what was submitted of it waits: see squeue") from error
+        raise PrepareError(
+            "Slurm has refused the job (above); what was submitted of it waits: see squeue"
+        ) from error
 
 
 def finish(work: Path, out: Path, *_: Any) -> None:
@@ -388,9 +456,13 @@ def finish(work: Path, out: Path, *_: Any) -> None:
     _put_in_place(work, out, manifest)
 
 
-def _write_list(work: Path, inputs: Inputs, parts: list[dict[str, Any]]) -> dict[str, str]:
+def _write_list(
+    work: Path, inputs: Inputs, parts: list[dict[str, Any]]
+) -> dict[str, str]:
     """Writes the list of the corpus' files, by which a token is traced to its document; returns its name and hash."""
-    documents: dict[str, list[int]] = {}  # of each file, by its number: in train, in validation
+    documents: dict[
+        str, list[int]
+    ] = {}  # of each file, by its number: in train, in validation
     for part in parts:
         documents |= part["files"]
     rows = []
@@ -407,20 +479,28 @@ def _write_list(work: Path, inputs: Inputs, parts: list[dict[str, Any]]) -> dict
 def _refuse_empty(splits: dict[str, Any], skipped: Skipped) -> None:
     if splits["train"]["documents"]:
         return
-    reasons = ", ".join(f"{entry['count']} {reason}" for reason, entry in skipped.items())
+    reasons = ", ".join(
+        f"{entry['count']} {reason}" for reason, entry in skipped.items()
+    )
     held_out = splits["validation"]["documents"]
-    raise PrepareError(f"no documents to train on: {held_out} held out (--validation); left out: {reasons or 'none'}")
+    raise PrepareError(
+        f"no documents to train on: {held_out} held out (--validation); left out: {reasons or 'none'}"
+    )
 
 
 def _records(work: Path, tasks: int) -> list[dict[str, Any]]:
     records = [read_json(work / PARTS / f"{rank:05d}.json") for rank in range(tasks)]
     done = [record for record in records if record is not None]
     if len(done) < tasks:
-        raise PrepareError(f"{tasks - len(done)} of {tasks} tasks are not done; run the same command again")
+        raise PrepareError(
+            f"{tasks - len(done)} of {tasks} tasks are not done; run the same command again"
+        )
     return done
 
 
-def _with_validation(work: Path, parts: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
+def _with_validation(
+    work: Path, parts: list[dict[str, Any]], share: float
+) -> list[dict[str, Any]]:
     """The records; where no document of several was held out, after the task that has the one next to it is done again
     with that one held out."""
     held_out = _joined(_of("validation", parts))["documents"]
@@ -468,7 +548,9 @@ def _put_in_place(work: Path, out: Path, manifest: dict[str, Any]) -> None:
         write_json(store / MANIFEST, manifest)
         store.rename(out)
         sync_folder(out.parent)
-    shutil.rmtree(work, ignore_errors=True)  # another preparation may find it and delete it, too
+    shutil.rmtree(
+        work, ignore_errors=True
+    )  # another preparation may find it and delete it, too
 
 
 def _add_to(out: Path, store: Path, names: set[str], manifest: dict[str, Any]) -> None:
@@ -478,6 +560,8 @@ def _add_to(out: Path, store: Path, names: set[str], manifest: dict[str, Any]) -
         if (store / name).exists():  # not moved before a kill
             (store / name).replace(out / name)
     for split in SPLITS:
-        manifest["splits"][split] = _joined([before["splits"][split], manifest["splits"][split]])
+        manifest["splits"][split] = _joined(
+            [before["splits"][split], manifest["splits"][split]]
+        )
     manifest["corpora"] = [*before["corpora"], *manifest["corpora"]]
     write_json(out / MANIFEST, manifest)

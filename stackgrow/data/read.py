@@ -34,10 +34,18 @@ CODECS = {".zst": "zstd", ".gz": "gzip", ".bz2": "bz2"}
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 # Endings of files that are no documents, whatever is in them, and what they are.
 NO_DOCUMENTS = {
-    **dict.fromkeys((".csv", ".tsv"), "a table; write its texts as JSON lines or Parquet"),
+    **dict.fromkeys(
+        (".csv", ".tsv"), "a table; write its texts as JSON lines or Parquet"
+    ),
     **dict.fromkeys((".tar", ".tgz", ".zip", ".7z", ".rar"), "an archive; unpack it"),
-    **dict.fromkeys((".xz", ".lz4", ".lzma", ".br", ".z"), "compressed in another way than .zst, .gz and .bz2"),
-    **dict.fromkeys((".arrow", ".feather", ".avro", ".orc"), "not a format that is read; write Parquet"),
+    **dict.fromkeys(
+        (".xz", ".lz4", ".lzma", ".br", ".z"),
+        "compressed in another way than .zst, .gz and .bz2",
+    ),
+    **dict.fromkeys(
+        (".arrow", ".feather", ".avro", ".orc"),
+        "not a format that is read; write Parquet",
+    ),
     **dict.fromkeys((".npy", ".npz", ".bin", ".pt", ".safetensors"), "binary data"),
 }
 # What a decompressor says, and what it means.
@@ -45,9 +53,25 @@ CAUSES = {
     "too much memory for decoding": "it was packed with zstd --long; pack it again: zstd -d --long=31 -c FILE | zstd",
     "zlib inflate failed": "it is not gzip, or something follows its end, such as padding; pack it again with gzip",
 }
-VERSIONS = ("mtime", "ETag", "etag", "blob_id", "LastModified", "last_modified", "updated")  # what file systems have
+VERSIONS = (
+    "mtime",
+    "ETag",
+    "etag",
+    "blob_id",
+    "LastModified",
+    "last_modified",
+    "updated",
+)  # what file systems have
 SKIPPED_NAMES = 20  # names kept per reason in the manifest
-STDLIB_EXCLUDED = ("site-packages", "dist-packages", "lib2to3", "encodings", "test", "tests", "idle_test")
+STDLIB_EXCLUDED = (
+    "site-packages",
+    "dist-packages",
+    "lib2to3",
+    "encodings",
+    "test",
+    "tests",
+    "idle_test",
+)
 
 
 class PrepareError(ValueError):
@@ -95,14 +119,18 @@ class Inputs:
     options: dict[str, Any]
     sources: list[Source]
     files: list[File]
-    tasks: list[tuple[int, int]]  # of each the first of its files, and the one after its last
+    tasks: list[
+        tuple[int, int]
+    ]  # of each the first of its files, and the one after its last
     skipped: dict[str, dict[str, Any]]  # files that were left out when they were listed
     # What is known as soon as there is a tokenizer: its file, the tokens' type, and what stands around a document.
     tokenizer: str = ""
     dtype: str = ""
     bos_id: int | None = None
     eos_id: int | None = None
-    begin: list[int] | None = None  # None: an earlier version began this, and BOS opens every document
+    begin: list[int] | None = (
+        None  # None: an earlier version began this, and BOS opens every document
+    )
     end: list[int] = field(default_factory=list)
 
     @property
@@ -119,7 +147,10 @@ class Inputs:
         raw = read_json(work / INPUTS)
         if raw is None:
             return None
-        raw["sources"] = [Source(row["root"], row["pattern"], tuple(row["exclude"])) for row in raw["sources"]]
+        raw["sources"] = [
+            Source(row["root"], row["pattern"], tuple(row["exclude"]))
+            for row in raw["sources"]
+        ]
         raw["files"] = [File(*row) for row in raw["files"]]
         return cls(**raw)
 
@@ -155,11 +186,15 @@ def list_files(sources: Sequence[Source], skipped: Skipped) -> list[File]:
     return files
 
 
-def _list_source(number: int, source: Source, seen: set[str], skipped: Skipped) -> Iterator[File]:
+def _list_source(
+    number: int, source: Source, seen: set[str], skipped: Skipped
+) -> Iterator[File]:
     """Files of one source that are not in ``seen``, where they are added, links resolved."""
     folder = get_datafolder(source.root)
     if not folder.isdir(""):
-        raise PrepareError(f"{source.root} is not a folder; give one that holds the text files")
+        raise PrepareError(
+            f"{source.root} is not a folder; give one that holds the text files"
+        )
     for name, info in sorted(_matching(folder, source.pattern).items()):
         excluded = any(fnmatchcase(name, pattern) for pattern in source.exclude)
         if excluded or info["type"] == "directory":
@@ -244,7 +279,9 @@ class FileReader:
     ``drop`` leaves out documents with a value: ("meta.redpajama_set_name", "RedPajamaGithub").
     """
 
-    def __init__(self, root: str, text_key: str, drop: Sequence[Sequence[str]], skipped: Skipped):
+    def __init__(
+        self, root: str, text_key: str, drop: Sequence[Sequence[str]], skipped: Skipped
+    ):
         self.folder = get_datafolder(root)
         self.text_key = text_key
         self.drop = drop
@@ -268,8 +305,12 @@ class FileReader:
             where = self.folder.resolve_paths(name)
             for message, cause in CAUSES.items():
                 if message in str(error):
-                    raise PrepareError(f"{where}: {error}: {cause}, or leave it out with --exclude") from error
-            raise PrepareError(f"{where}: {error}; fetch it again, or leave it out with --exclude") from error
+                    raise PrepareError(
+                        f"{where}: {error}: {cause}, or leave it out with --exclude"
+                    ) from error
+            raise PrepareError(
+                f"{where}: {error}; fetch it again, or leave it out with --exclude"
+            ) from error
 
     def begins(self, name: str) -> bytes:
         """The first bytes of a file; none where it cannot be read."""
@@ -289,7 +330,9 @@ class FileReader:
                 # A binary column of Parquet gives bytes.
                 encoded = text if isinstance(text, bytes) else str(text).encode()
                 text = encoded.decode()
-            except UnicodeError:  # a lone surrogate, which JSON can spell, or another encoding
+            except (
+                UnicodeError
+            ):  # a lone surrogate, which JSON can spell, or another encoding
                 fault = "not UTF-8"
         if fault:
             self.skipped.add(fault, where)
@@ -312,7 +355,9 @@ class FileReader:
         codec = CODECS.get(PurePosixPath(name).suffix.lower())
         if codec:
             # Arrow's stream goes on over the frames of a file and fails where one is cut off; zstandard's just ends.
-            stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), codec)
+            stream = pyarrow.CompressedInputStream(
+                pyarrow.PythonFile(stream, "r"), codec
+            )
         return io.BufferedReader(stream, 2**20)
 
     def _json_rows(self, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -339,7 +384,10 @@ class FileReader:
         for key, _ in self.drop:
             keys.append(key)
         number = 0
-        with self.folder.open(name, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
+        with (
+            self.folder.open(name, "rb") as stream,
+            pyarrow.parquet.ParquetFile(stream) as file,
+        ):
             for batch in file.iter_batches(1000, columns=keys):
                 for index in range(batch.num_rows):
                     row = _parquet_row(batch.slice(index, 1))
@@ -385,7 +433,9 @@ class Reader(PipelineStep):
         self.work = work
         self.skipped = Skipped()
 
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+    def run(
+        self, data: Any = None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Document]:
         """Raises PrepareError for a file that has changed since it was listed, or cannot be read."""
         inputs = Inputs.of(Path(self.work))
         self.skipped = Skipped()
@@ -399,8 +449,12 @@ class Reader(PipelineStep):
 def read_file(inputs: Inputs, file: File, skipped: Skipped) -> Iterator[Document]:
     """The documents of one file. Raises PrepareError where it has changed since it was listed, or cannot be read."""
     root = inputs.sources[file.source].root
-    reader = FileReader(root, inputs.options["text_key"], inputs.options["drop"], skipped)
+    reader = FileReader(
+        root, inputs.options["text_key"], inputs.options["drop"], skipped
+    )
     now = _file(file.source, file.name, _info(reader.folder, file.name))
     if now != file:
-        raise PrepareError(f"{root}/{file.name} changed while it was being prepared; run again")
+        raise PrepareError(
+            f"{root}/{file.name} changed while it was being prepared; run again"
+        )
     yield from reader.read_file(file.name)

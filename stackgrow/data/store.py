@@ -39,7 +39,9 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 DOCUMENT_ENDS = ("bos", "eos", "both")
 DTYPES = {"uint16": 2**16, "uint32": 2**32}  # name -> how many ids fit
-OPEN_SHARDS = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # at a time; a 750B-token store has thousands
+OPEN_SHARDS = (
+    resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+)  # at a time; a 750B-token store has thousands
 AGAIN = "prepare the store again with tools/prepare_data.py, or copy it again"
 
 
@@ -104,10 +106,19 @@ class Manifest:
     def hash(self, split: str) -> str:
         """SHA-256 over all that decides which token stands where in ``split``, and over nothing else."""
         shards = [shard.sha256 for shard in self.splits[split].shards]
-        content = [FORMAT, self.dtype, self.vocab_size, self.tokenizer_sha256, split, shards]
+        content = [
+            FORMAT,
+            self.dtype,
+            self.vocab_size,
+            self.tokenizer_sha256,
+            split,
+            shards,
+        ]
         if self.document_ends != "bos":
             content.append(self.document_ends)
-        return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(content, separators=(",", ":")).encode()
+        ).hexdigest()
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -148,7 +159,9 @@ def _parse(folder: Path, raw: Any) -> Manifest:
     vocab_size = _count(raw["vocab_size"])
     bos_id = _count(raw["bos_id"])
     if dtype not in DTYPES or not bos_id < vocab_size <= DTYPES[dtype]:
-        raise ValueError(f"dtype {dtype!r}, vocab_size {vocab_size} and bos_id {bos_id} disagree")
+        raise ValueError(
+            f"dtype {dtype!r}, vocab_size {vocab_size} and bos_id {bos_id} disagree"
+        )
     document_ends, eos_id = _parse_ends(raw, vocab_size)
     splits = {name: _parse_split(name, raw["splits"][name]) for name in SPLITS}
     _refuse_doubles(splits)
@@ -172,7 +185,9 @@ def _parse_ends(raw: dict[str, Any], vocab_size: int) -> tuple[str, int | None]:
     """``document_ends`` and ``eos_id``, which older stores do not state: all their documents begin with BOS."""
     ends = raw.get("document_ends", "bos")
     if ends not in DOCUMENT_ENDS:
-        raise ValueError(f"document_ends is {ends!r}, not one of {', '.join(DOCUMENT_ENDS)}")
+        raise ValueError(
+            f"document_ends is {ends!r}, not one of {', '.join(DOCUMENT_ENDS)}"
+        )
     if raw.get("eos_id") is None:
         if ends != "bos":
             raise ValueError(f"document_ends is {ends!r}, and there is no eos_id")
@@ -196,7 +211,9 @@ def _parse_split(name: str, raw: dict[str, Any]) -> Split:
         shards.append(shard)
     total = sum(shard.tokens for shard in shards)
     if total != raw["tokens"]:
-        raise ValueError(f"split {name} claims {raw['tokens']} tokens, its shards add up to {total}")
+        raise ValueError(
+            f"split {name} claims {raw['tokens']} tokens, its shards add up to {total}"
+        )
     return Split(total, _count(raw["documents"]), tuple(shards))
 
 
@@ -211,7 +228,9 @@ def _refuse_doubles(splits: Mapping[str, Split]) -> None:
 
 def _plain(name: Any) -> str:
     """A store can come from a stranger: its manifest may name files of its own folder and nothing else."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(
+        r"[A-Za-z0-9_][A-Za-z0-9._-]*", name
+    ):
         raise ValueError(f"{name!r} is not a plain file name inside the store")
     return name
 
@@ -242,8 +261,12 @@ class TokenStore:
         self.shards = manifest.splits[split].shards
         self.n_tokens = manifest.splits[split].tokens
         self.open_files = OPEN_SHARDS
-        self._starts = list(itertools.accumulate((shard.tokens for shard in self.shards), initial=0))
-        self._files: dict[int, int] = {}  # shard -> file descriptor, the one opened first in front
+        self._starts = list(
+            itertools.accumulate((shard.tokens for shard in self.shards), initial=0)
+        )
+        self._files: dict[
+            int, int
+        ] = {}  # shard -> file descriptor, the one opened first in front
 
     @classmethod
     def open(cls, path: str | Path, split: str = "train") -> TokenStore:
@@ -263,7 +286,9 @@ class TokenStore:
         for shard in store.shards:
             store._check_size(shard)
         if not (manifest.folder / manifest.tokenizer).is_file():
-            raise StoreError(f"{manifest.folder / manifest.tokenizer} is missing; {AGAIN}")
+            raise StoreError(
+                f"{manifest.folder / manifest.tokenizer} is missing; {AGAIN}"
+            )
         return store
 
     def windows(self, seq_len: int) -> int:
@@ -308,13 +333,19 @@ class TokenStore:
         """Reads every byte; raises StoreError at the first file whose content the manifest does not state."""
         with ThreadPoolExecutor() as pool:  # hashing leaves other threads alone
             stated = self._stated_hashes()
-            for name, sha256 in zip(stated, pool.map(self._sha256, stated), strict=True):
+            for name, sha256 in zip(
+                stated, pool.map(self._sha256, stated), strict=True
+            ):
                 if sha256 != stated[name]:
-                    raise StoreError(f"{self.manifest.folder / name} is damaged (SHA-256 differs); {AGAIN}")
+                    raise StoreError(
+                        f"{self.manifest.folder / name} is damaged (SHA-256 differs); {AGAIN}"
+                    )
         for start, shard in zip(self._starts, self.shards, strict=False):
             tokens = self.tokens(start, start + shard.tokens)
             if self._separators(tokens) != shard.documents:
-                raise StoreError(f"{shard.file} does not hold the {shard.documents} documents it states; {AGAIN}")
+                raise StoreError(
+                    f"{shard.file} does not hold the {shard.documents} documents it states; {AGAIN}"
+                )
 
     def _stated_hashes(self) -> dict[str, str]:
         """The SHA-256 that the manifest states of each file."""
@@ -339,7 +370,9 @@ class TokenStore:
         """The bytes of these tokens; a positioned read takes no memory beyond them."""
         shard = self.shards[stretch.shard]
         token_bytes = int(self.manifest.dtype.removeprefix("uint")) // 8
-        end = shard.bytes - (shard.tokens - stretch.last) * token_bytes  # the tokens are the end of the file
+        end = (
+            shard.bytes - (shard.tokens - stretch.last) * token_bytes
+        )  # the tokens are the end of the file
         left = (stretch.last - stretch.first) * token_bytes
         descriptor = self._file(stretch.shard)
         parts = []
@@ -347,7 +380,9 @@ class TokenStore:
         while left:
             part = os.pread(descriptor, left, end - left)
             if not part:
-                raise StoreError(f"{self.manifest.folder / shard.file} ends early; {AGAIN}")
+                raise StoreError(
+                    f"{self.manifest.folder / shard.file} ends early; {AGAIN}"
+                )
             parts.append(part)
             left -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -379,7 +414,9 @@ class TokenStore:
         header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({shard.tokens},), }}"
         if not os.pread(descriptor, 256, 0)[10:].startswith(header.encode()):
             os.close(descriptor)
-            raise StoreError(f"{path} does not hold {shard.tokens} tokens of {self.manifest.dtype}; {AGAIN}")
+            raise StoreError(
+                f"{path} does not hold {shard.tokens} tokens of {self.manifest.dtype}; {AGAIN}"
+            )
         if hasattr(os, "posix_fadvise"):  # not on a Mac
             # No reading ahead: the next window is elsewhere.
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
@@ -391,11 +428,15 @@ class TokenStore:
             raise StoreError(f"{path} is missing; {AGAIN}")
         size = path.stat().st_size
         if size != shard.bytes:
-            raise StoreError(f"{path} has {size} bytes, the manifest states {shard.bytes}; {AGAIN}")
+            raise StoreError(
+                f"{path} has {size} bytes, the manifest states {shard.bytes}; {AGAIN}"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: at exit there is no os
+    def __del__(
+        self, close: Callable[[int], None] = os.close
+    ) -> None:  # bound: at exit there is no os
         for descriptor in self.__dict__.get("_files", {}).values():
             close(descriptor)

@@ -17,7 +17,9 @@ from stackgrow.data.store import AGAIN, Manifest, StoreError
 
 # SentencePiece writes a space as U+2581, so that a real U+2581 would come back as a space.
 SPACE = "\u2581"
-LONG = 2**20  # characters; a longer text is encoded in parts, since encoders hold some 100 bytes per character
+LONG = (
+    2**20
+)  # characters; a longer text is encoded in parts, since encoders hold some 100 bytes per character
 WORD_END = re.compile(r"\w(?= \w)")
 # Names to look for where neither a tokenizer_config.json nor the tokenizer itself says which token it is.
 BOS = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|endoftext|>")
@@ -45,7 +47,9 @@ class Tokenizer:
     adds_prefix: bool  # it puts a space before every text
 
     @staticmethod
-    def load(path: str | Path, *, bos: str | None = None, document_ends: str = "bos") -> Tokenizer:
+    def load(
+        path: str | Path, *, bos: str | None = None, document_ends: str = "bos"
+    ) -> Tokenizer:
         """The tokenizer in file or folder ``path``: tokenizer.json, or else tokenizer.model.
 
         BOS and EOS are what a tokenizer_config.json beside the file names, or else what the tokenizer itself says;
@@ -63,7 +67,9 @@ class Tokenizer:
         if bos is not None:
             tokenizer.bos_id = tokenizer._named(bos, NONE)
             if tokenizer.bos_id == NONE:
-                raise TokenizerError(f'{file} has no token "{bos}"; name one of its own with --bos')
+                raise TokenizerError(
+                    f'{file} has no token "{bos}"; name one of its own with --bos'
+                )
         tokenizer._require(document_ends, str(file))
         return tokenizer
 
@@ -80,7 +86,9 @@ class Tokenizer:
                 "or prepare with --document-ends eos"
             )
         if document_ends != "bos" and self.eos_id == NONE:
-            raise TokenizerError(f"{name} has no EOS token that is known; prepare with --document-ends bos")
+            raise TokenizerError(
+                f"{name} has no EOS token that is known; prepare with --document-ends bos"
+            )
 
     def _named(self, token: str | None, otherwise: int) -> int:
         """The id of a token, or ``otherwise`` where there is no such token."""
@@ -101,7 +109,9 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int] | np.ndarray]:
         """Token ids of each text; a long one's as an array, which takes a tenth of a list's memory."""
         # All short ones in one call: the encoders spread them over the cores.
-        ids_of_short_texts = iter(self._encode([text for text in texts if len(text) <= LONG]))
+        ids_of_short_texts = iter(
+            self._encode([text for text in texts if len(text) <= LONG])
+        )
         result: list[list[int] | np.ndarray] = []
         for text in texts:
             if len(text) <= LONG:
@@ -154,7 +164,9 @@ def _file_of(path: Path) -> Path:
     for name in (HfTokenizer.file, SentencePiece.file):
         if (path / name).is_file():
             return path / name
-    raise TokenizerError(f"{path} has neither {HfTokenizer.file} nor {SentencePiece.file}; name the file itself")
+    raise TokenizerError(
+        f"{path} has neither {HfTokenizer.file} nor {SentencePiece.file}; name the file itself"
+    )
 
 
 def _read_config(path: Path) -> dict[str, str]:
@@ -164,7 +176,9 @@ def _read_config(path: Path) -> dict[str, str]:
     try:
         raw = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not JSON ({error}); fetch it again, or take it away") from error
+        raise TokenizerError(
+            f"{path} is not JSON ({error}); fetch it again, or take it away"
+        ) from error
     named = {}
     for key in ("bos_token", "eos_token"):
         token = raw.get(key) if isinstance(raw, dict) else None
@@ -185,13 +199,17 @@ class SentencePiece(Tokenizer):
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise TokenizerError(f"{name} is not a SentencePiece model; give one, or a tokenizer.json") from error
+            raise TokenizerError(
+                f"{name} is not a SentencePiece model; give one, or a tokenizer.json"
+            ) from error
         self.model = model
         self.vocab_size = self._model.vocab_size()
         self.bos_id = self._model.bos_id()
         self.eos_id = self._model.eos_id()
         self.adds_prefix = self._model.encode("a", out_type=str)[0].startswith(SPACE)
-        bytes_of_space = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        bytes_of_space = [
+            self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()
+        ]
         # Only where a text may be encoded in parts: bytes are pieces, and no part gets a space of its own.
         self._space_ids: list[int] | None = None
         if all(map(self._model.is_byte, bytes_of_space)) and not self.adds_prefix:
@@ -201,7 +219,10 @@ class SentencePiece(Tokenizer):
         return str(self._model.decode(list(ids)))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [self._encode_spaces(text) if SPACE in text else self._model.encode(text) for text in texts]
+        return [
+            self._encode_spaces(text) if SPACE in text else self._model.encode(text)
+            for text in texts
+        ]
 
     def _id_of(self, token: str) -> int | None:
         identity = self._model.piece_to_id(token)
@@ -229,25 +250,41 @@ class HfTokenizer(Tokenizer):
         try:
             self._model = tokenizers.Tokenizer.from_buffer(model)
         except Exception as error:  # the library raises nothing more specific
-            raise TokenizerError(f"{name} is not a tokenizer.json ({error}); give one of Hugging Face's") from error
+            raise TokenizerError(
+                f"{name} is not a tokenizer.json ({error}); give one of Hugging Face's"
+            ) from error
         self._model.no_truncation()
         self._model.no_padding()
         self._model.encode_special_tokens = True
         self.model = model
         self.bos_id = self._own_bos()
         self.eos_id = self._first_known(EOS)
-        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
-        self.adds_prefix = not self._model.encode("a", add_special_tokens=False).tokens[0].startswith("a")
+        self.vocab_size = (
+            max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        )
+        self.adds_prefix = (
+            not self._model.encode("a", add_special_tokens=False)
+            .tokens[0]
+            .startswith("a")
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._model.decode(list(ids), skip_special_tokens=False))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self._model.encode_batch_fast(
+                texts, add_special_tokens=False
+            )
+        ]
 
     def _own_bos(self) -> int:
         put_before_a_text = self._model.encode("").ids
-        if put_before_a_text and self._model.id_to_token(put_before_a_text[0]) not in EOS[:-1]:
+        if (
+            put_before_a_text
+            and self._model.id_to_token(put_before_a_text[0]) not in EOS[:-1]
+        ):
             return int(put_before_a_text[0])
         return self._first_known(BOS)
 
@@ -291,12 +328,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            max_sentence_length=2**30,  # a document is one sentence; longer ones would be dropped
+            max_sentence_length=2
+            ** 30,  # a document is one sentence; longer ones would be dropped
             shuffle_input_sentence=False,
             num_threads=1,
             minloglevel=2,
         )
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2] or "there is no text to train on"
-        raise TokenizerError(f"cannot train a tokenizer of {vocab_size} pieces: {reason}") from error
+        raise TokenizerError(
+            f"cannot train a tokenizer of {vocab_size} pieces: {reason}"
+        ) from error
     return SentencePiece(model.getvalue())

@@ -46,7 +46,9 @@ class TokenWriter(PipelineStep):
         if begin is None:
             begin = [tokenizer.bos_id]
         shards = self._shard_writers(inputs, rank, counts_ends=not begin)
-        files: dict[int, list[int]] = {}  # number of the file -> documents in each of SPLITS
+        files: dict[
+            int, list[int]
+        ] = {}  # number of the file -> documents in each of SPLITS
         lowest = 1.0
         # A document's split follows from its text alone: no other file, and no second preparation, moves it.
         for batch in batches(data):
@@ -56,7 +58,9 @@ class TokenWriter(PipelineStep):
                 lowest = min(lowest, share)
                 split = "validation" if share < self.validation else "train"
                 shards[split].add(_concatenated(begin, ids, inputs.end))
-                documents = files.setdefault(document.metadata["file"], [0] * len(SPLITS))
+                documents = files.setdefault(
+                    document.metadata["file"], [0] * len(SPLITS)
+                )
                 documents[SPLITS.index(split)] += 1
         splits = {split: writer.finish() for split, writer in shards.items()}
         # Written last: a task without its record is done again.
@@ -69,9 +73,15 @@ class TokenWriter(PipelineStep):
         write_json(self.work / PARTS / f"{rank:05d}.json", record)
         tokens = sum(split["tokens"] for split in splits.values())
         rate = human(tokens / max(time.monotonic() - started, 1e-9))
-        print(f"task {rank + 1} of {world_size}: {human(tokens)} tokens, {rate} tokens/s", file=sys.stderr, flush=True)
+        print(
+            f"task {rank + 1} of {world_size}: {human(tokens)} tokens, {rate} tokens/s",
+            file=sys.stderr,
+            flush=True,
+        )
 
-    def _shard_writers(self, inputs: Inputs, rank: int, *, counts_ends: bool) -> dict[str, ShardWriter]:
+    def _shard_writers(
+        self, inputs: Inputs, rank: int, *, counts_ends: bool
+    ) -> dict[str, ShardWriter]:
         writers = {}
         for split in SPLITS:
             writers[split] = ShardWriter(
@@ -124,7 +134,15 @@ class ShardWriter:
     A shard's ``documents`` are those that begin in it; with ``counts_ends``, those that end in it.
     """
 
-    def __init__(self, folder: Path, name: str, size: int, dtype: str, *, counts_ends: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        size: int,
+        dtype: str,
+        *,
+        counts_ends: bool = False,
+    ):
         self.folder = folder
         self.name = name
         self.size = size
@@ -137,7 +155,9 @@ class ShardWriter:
 
     def add(self, document: np.ndarray) -> None:
         if not len(self.buffer):
-            self.buffer = np.empty(self.size, self.dtype)  # memory is taken as it is filled
+            self.buffer = np.empty(
+                self.size, self.dtype
+            )  # memory is taken as it is filled
         counted_at = len(document) - 1 if self.counts_ends else 0
         start = 0
         while start < len(document):
@@ -166,7 +186,9 @@ class ShardWriter:
         name = f"{self.name}-{len(self.shards):04d}.npy"
         write_file(self.folder / name, self.buffer[: self.filled])
         record = file_records(self.folder, [name])[name]
-        self.shards.append(Shard(name, self.filled, self.documents, record["sha256"], record["bytes"]))
+        self.shards.append(
+            Shard(name, self.filled, self.documents, record["sha256"], record["bytes"])
+        )
         self.filled = 0
         self.documents = 0
 

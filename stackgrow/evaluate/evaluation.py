@@ -31,7 +31,11 @@ from stackgrow.process.ranks import from_rank0
 from stackgrow.recipe.keys import Eval, Recipe
 from stackgrow.recipe.load import RecipeError
 from stackgrow.run_folder.choose import Chosen, choose, tokenizer_of
-from stackgrow.run_folder.evaluations import read_evaluation, weights_hash, write_evaluation
+from stackgrow.run_folder.evaluations import (
+    read_evaluation,
+    weights_hash,
+    write_evaluation,
+)
 from stackgrow.run_folder.folder import EVAL, RunFolder
 
 if TYPE_CHECKING:
@@ -62,12 +66,19 @@ class Evaluation:
         step = trainer.step
         if self.due(stage, step):
             session.at(f"{stage.name}, benchmarks after step {step}")
-            self.run(stage, step, partial(score, trainer, batch=self.wanted.batch), _weights_hash(trainer))
+            self.run(
+                stage,
+                step,
+                partial(score, trainer, batch=self.wanted.batch),
+                _weights_hash(trainer),
+            )
 
     def due(self, stage: TrainStage, step: int) -> bool:
         """Whether the stage is to be evaluated after ``step`` and has not been. Every rank must call it."""
         interval = self.wanted.interval
-        at_interval = interval is not None and step > 0 and step % stage.every(interval) == 0
+        at_interval = (
+            interval is not None and step > 0 and step % stage.every(interval) == 0
+        )
         evaluates_end = self.wanted.after == "each" or stage.model == self.recipe.model
         at_end = evaluates_end and step == stage.steps
         if not at_interval and not at_end:
@@ -76,7 +87,14 @@ class Evaluation:
         asked = from_rank0(lambda: self._before(file).get("asked", []))
         return not set(self._names) <= set(asked)
 
-    def run(self, stage: TrainStage, step: int, score: Score, weights: str, grown: str | None = None) -> None:
+    def run(
+        self,
+        stage: TrainStage,
+        step: int,
+        score: Score,
+        weights: str,
+        grown: str | None = None,
+    ) -> None:
         """Runs the tasks and writes their results for the weights with the hash ``weights``; ``grown`` names the grow
         stage whose output was loaded. Other tasks' results for the same weights stay. Collective; no random generator
         is left changed."""
@@ -102,7 +120,11 @@ class Evaluation:
             record["ten_task_mean"] = ten_task_mean
         write_evaluation(file, record)
         if self.recipe.log.tensorboard:
-            _to_tensorboard(RunFolder(self.folder).stage(name).tensorboard / EVAL, results, record["tokens"])
+            _to_tensorboard(
+                RunFolder(self.folder).stage(name).tensorboard / EVAL,
+                results,
+                record["tokens"],
+            )
         print(f"{name}  step {step}  {_headlines(results)}", flush=True)
 
     @property
@@ -132,11 +154,15 @@ class Evaluation:
         limit = self.wanted.limit or None
         # lm-eval's progress bars come from every rank; its warnings are in the logs.
         with unchanged_generators(), contextlib.redirect_stderr(io.StringIO()):
-            found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+            found = evaluate(
+                lm, loaded, limit=limit, bootstrap_iters=0, log_samples=False
+            )
         assert found is not None
         results = {}
         for task, values in found["results"].items():
-            counts = found["n-samples"].get(task, {"effective": 0})  # a group has none of its own
+            counts = found["n-samples"].get(
+                task, {"effective": 0}
+            )  # a group has none of its own
             results[task] = _metrics(values, counts["effective"])
         return results
 
@@ -179,7 +205,9 @@ def _metrics(values: Mapping[str, Any], examples: int) -> dict[str, float]:
     a group that has no mean, nothing."""
     metrics: dict[str, float] = {}
     for name, value in values.items():
-        is_metric = isinstance(value, (int, float)) and "," in name and "_stderr" not in name
+        is_metric = (
+            isinstance(value, (int, float)) and "," in name and "_stderr" not in name
+        )
         if is_metric:
             metrics[name.removesuffix(",none")] = float(value)
     if not metrics:
@@ -191,7 +219,9 @@ def _metrics(values: Mapping[str, Any], examples: int) -> dict[str, float]:
     return metrics
 
 
-def _to_tensorboard(folder: Path, results: Mapping[str, Mapping[str, float]], tokens: int) -> None:
+def _to_tensorboard(
+    folder: Path, results: Mapping[str, Mapping[str, float]], tokens: int
+) -> None:
     """x is as in titan/charts.py."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -202,7 +232,12 @@ def _to_tensorboard(folder: Path, results: Mapping[str, Mapping[str, float]], to
 
 
 def evaluate_run(
-    path: Path, *, stage: str | None = None, step: int | None = None, sets: Sequence[str] = (), **options: Any
+    path: Path,
+    *,
+    stage: str | None = None,
+    step: int | None = None,
+    sets: Sequence[str] = (),
+    **options: Any,
 ) -> None:
     """Evaluates a checkpoint of a run on the ranks that there are: the last of the last finished stage, or of
     ``stage``, or that of ``step``; or ``path`` is the checkpoint's own. ``sets`` change free keys of the recipe,
@@ -233,9 +268,15 @@ def evaluate_run(
     session.start(recipe, folder.logs)
     try:
         # The results go to TensorBoard, and nothing of a training that is none.
-        quiet = dataclasses.replace(recipe, log=dataclasses.replace(recipe.log, tensorboard=False))
-        job = StageJob(quiet, train_stage, stage_hash, folder.stage(train_stage.name).path, data)
-        evaluation = Evaluation(dataclasses.replace(recipe, eval=wanted), stage_hash, chosen.run)
+        quiet = dataclasses.replace(
+            recipe, log=dataclasses.replace(recipe.log, tensorboard=False)
+        )
+        job = StageJob(
+            quiet, train_stage, stage_hash, folder.stage(train_stage.name).path, data
+        )
+        evaluation = Evaluation(
+            dataclasses.replace(recipe, eval=wanted), stage_hash, chosen.run
+        )
         grown = None if chosen.stage is train_stage else chosen.stage.name
         evaluate_checkpoint(evaluation, job, chosen.path, chosen.step, grown)
     finally:
@@ -258,13 +299,23 @@ def _wanted(chosen: Chosen, sets: Sequence[str], options: Mapping[str, Any]) -> 
         if untrusted:
             raise RecipeError(recipe_file, untrusted)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    problems = [*world_problems(plan, world_size), *device.problems(plan), *tasks.problems(wanted)]
+    problems = [
+        *world_problems(plan, world_size),
+        *device.problems(plan),
+        *tasks.problems(wanted),
+    ]
     if problems:
         raise RecipeError(recipe_file, problems)
     return wanted
 
 
-def evaluate_checkpoint(evaluation: Evaluation, job: StageJob, checkpoint: Path, step: int, grown: str | None) -> None:
+def evaluate_checkpoint(
+    evaluation: Evaluation,
+    job: StageJob,
+    checkpoint: Path,
+    step: int,
+    grown: str | None,
+) -> None:
     """Runs ``evaluation`` on ``checkpoint``, which was saved at ``step`` of the job's stage or is its input, made by
     grow stage ``grown``."""
     from stackgrow.evaluate.scorer import score
@@ -276,7 +327,13 @@ def evaluate_checkpoint(evaluation: Evaluation, job: StageJob, checkpoint: Path,
         trainer.step = step
         trainer.set_mask()
         weights = _weights_hash(trainer)
-        evaluation.run(job.stage, step, partial(score, trainer, batch=evaluation.wanted.batch), weights, grown)
+        evaluation.run(
+            job.stage,
+            step,
+            partial(score, trainer, batch=evaluation.wanted.batch),
+            weights,
+            grown,
+        )
     finally:
         trainer.close()
     del trainer

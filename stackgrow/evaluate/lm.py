@@ -35,12 +35,16 @@ class StageLM(TemplateLM):
     def prefix_token_id(self) -> int:
         return self._tokenizer.bos_id
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
         """Token ids, after BOS unless ``add_special_tokens`` is False."""
         ids = self._tokenizer.encode(string)
         return ids if add_special_tokens is False else [self._tokenizer.bos_id, *ids]
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
@@ -64,13 +68,17 @@ class StageLM(TemplateLM):
             rows.append(Row(ids[-(self.max_length + 1) :], len(scored)))
         return [(row.log_likelihood, row.greedy) for row in self._score(rows)]
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[float]:
         """The log-likelihood of whole texts: every token once, in windows of ``max_length``."""
         rows: list[Row] = []
         counts = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
-            windows = list(get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1))
+            windows = list(
+                get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            )
             for window in windows:
                 context, scored = make_disjoint_window(window)
                 rows.append(Row(context + scored, len(scored)))
@@ -84,5 +92,7 @@ class StageLM(TemplateLM):
             totals.append(sum(row.log_likelihood for row in scores[start:end]))
         return totals
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+    def generate_until(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[str]:
         raise NotImplementedError("only tasks that score given text are supported")

@@ -45,7 +45,9 @@ def score(trainer: StageTrainer, rows: Sequence[Row], batch: int) -> list[RowSco
     if mesh:
         ranks, rank = mesh.size(), mesh.get_local_rank()
 
-    longest_first = sorted(range(len(rows)), key=lambda number: len(rows[number].ids), reverse=True)
+    longest_first = sorted(
+        range(len(rows)), key=lambda number: len(rows[number].ids), reverse=True
+    )
     results = torch.zeros(len(rows), 2, dtype=torch.float64, device=trainer.device)
     with trainer.evaluating():
         for start in range(0, len(rows), ranks * batch):
@@ -56,7 +58,9 @@ def score(trainer: StageTrainer, rows: Sequence[Row], batch: int) -> list[RowSco
             for number, row_logits in zip(mine, logits, strict=False):
                 results[number] = _scored(row_logits, rows[number])
     if mesh:
-        dist.all_reduce(results, group=mesh.get_group())  # each row is zero but on the rank that scored it
+        dist.all_reduce(
+            results, group=mesh.get_group()
+        )  # each row is zero but on the rank that scored it
     return [RowScore(float(value), bool(greedy)) for value, greedy in results.tolist()]
 
 
@@ -71,7 +75,9 @@ def _logits(trainer: StageTrainer, inputs: Sequence[list[int]], batch: int) -> T
     else:
         longest = max((len(ids) for ids in inputs), default=1)
         count = max(1, len(inputs))
-        length = math.ceil(max(1, longest) / stage.parallel.tensor) * stage.parallel.tensor
+        length = (
+            math.ceil(max(1, longest) / stage.parallel.tensor) * stage.parallel.tensor
+        )
     tokens = torch.zeros(count, length, dtype=torch.int64)
     for row, ids in zip(tokens, inputs, strict=False):
         row[: len(ids)] = torch.tensor(ids)
@@ -83,7 +89,9 @@ def _logits(trainer: StageTrainer, inputs: Sequence[list[int]], batch: int) -> T
     return whole_vocabulary(logits, stage.model.vocab_size, tensor_mesh)
 
 
-def whole_vocabulary(logits: Tensor, vocab_size: int, mesh: DeviceMesh | None) -> Tensor:
+def whole_vocabulary(
+    logits: Tensor, vocab_size: int, mesh: DeviceMesh | None
+) -> Tensor:
     """Logits [rows, positions, V], of which the ranks of ``mesh``, tensor parallel, may each hold a part of V: as a
     DTensor, or as a plain tensor of V / ranks, as torchtitan from 0.3 on returns them to a loss that is parallel, too.
 
@@ -95,7 +103,9 @@ def whole_vocabulary(logits: Tensor, vocab_size: int, mesh: DeviceMesh | None) -
     if logits.shape[-1] != vocab_size and mesh is not None:
         shape = torch.Size([*logits.shape[:-1], vocab_size])
         stride = (shape[1] * vocab_size, vocab_size, 1)
-        logits = DTensor.from_local(logits, mesh, [Shard(2)], shape=shape, stride=stride).full_tensor()
+        logits = DTensor.from_local(
+            logits, mesh, [Shard(2)], shape=shape, stride=stride
+        ).full_tensor()
     if logits.shape[-1] != vocab_size:
         raise EvaluationError(
             f"the model gives {logits.shape[-1]} logits for a vocabulary of {vocab_size}: benchmarks do not know this "

@@ -42,7 +42,11 @@ TEN = [*SEVEN, *MORE_OF_THE_7B]
 KNOWN = {**PAPER, **MORE_OF_THE_7B}
 # Names in [eval] tasks that stand for several.
 SETS = {"paper": list(PAPER), "paper_7b": list(KNOWN)}
-HEADLINES = ("acc_norm", "acc", "word_perplexity")  # of any other task, the first that it has
+HEADLINES = (
+    "acc_norm",
+    "acc",
+    "word_perplexity",
+)  # of any other task, the first that it has
 
 
 def headline(task: str, metrics: Mapping[str, float]) -> str:
@@ -57,7 +61,9 @@ def headline(task: str, metrics: Mapping[str, float]) -> str:
     return ""
 
 
-def mean(tasks: Sequence[str], results: Mapping[str, Mapping[str, float]]) -> float | None:
+def mean(
+    tasks: Sequence[str], results: Mapping[str, Mapping[str, float]]
+) -> float | None:
     """The plain mean of the accuracies of ``tasks``, SEVEN or TEN, as a fraction; None unless all are there."""
     if not all(task in results for task in tasks):
         return None
@@ -75,7 +81,12 @@ def task_names(tasks: Sequence[str]) -> tuple[str, ...]:
 def trust_problems(wanted: Eval | None, sets: Sequence[str]) -> Iterator[Problem]:
     """A task file can hold code ("!function"), and one that a recipe or a run names may be a stranger's. It runs where
     the user has named its folder, or given --trust."""
-    if wanted is None or not wanted.include or own.trusted() or is_set("eval.include", sets):
+    if (
+        wanted is None
+        or not wanted.include
+        or own.trusted()
+        or is_set("eval.include", sets)
+    ):
         return
     rule = "names task files, which can contain code; read them, then give --set eval.include=... or --trust"
     yield "eval.include", f'"{wanted.include}" {rule}'
@@ -84,7 +95,10 @@ def trust_problems(wanted: Eval | None, sets: Sequence[str]) -> Iterator[Problem
 def problems(wanted: Eval) -> Iterator[Problem]:
     """Why the tasks cannot be run; those that can are loaded, which brings their data to this machine."""
     if importlib.util.find_spec("lm_eval") is None:
-        yield "eval.tasks", 'need lm-eval, which is not installed: pip install "stackgrow[eval]", or remove [eval]'
+        yield (
+            "eval.tasks",
+            'need lm-eval, which is not installed: pip install "stackgrow[eval]", or remove [eval]',
+        )
         return
     if wanted.include and not Path(wanted.include).is_dir():
         yield "eval.include", f"{wanted.include} is not a folder"
@@ -101,11 +115,17 @@ def problems(wanted: Eval) -> Iterator[Problem]:
     try:
         loaded = load_tasks(names, wanted.include)["tasks"]
     except Exception as error:  # whatever a hub, a file or a task's own code raises
-        yield "eval.tasks", f"cannot be loaded ({type(error).__name__}: {error}); is its data on this machine?"
+        yield (
+            "eval.tasks",
+            f"cannot be loaded ({type(error).__name__}: {error}); is its data on this machine?",
+        )
         return
     for name, task in loaded.items():
         if task.OUTPUT_TYPE == "generate_until":
-            yield "eval.tasks", f'"{name}" generates text; only tasks that score given text are supported'
+            yield (
+                "eval.tasks",
+                f'"{name}" generates text; only tasks that score given text are supported',
+            )
 
 
 @lru_cache
@@ -131,4 +151,6 @@ def _manager(names: tuple[str, ...], include: str) -> Any:
     if not rest <= KNOWN.keys():
         return tasks.TaskManager(include_path=folders)
     theirs = {str(Path(tasks.__file__).parent / KNOWN[name][0]) for name in rest}
-    return tasks.TaskManager(include_path=[*sorted(theirs), *folders], include_defaults=False)
+    return tasks.TaskManager(
+        include_path=[*sorted(theirs), *folders], include_defaults=False
+    )

@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from stackgrow.recipe.keys import Model
 
 # What a copied layer computes depends on all of these, and equal tensor shapes do not imply them.
-GEOMETRY = ("family", "dim", "n_heads", "kv_heads", "ffn_dim", "vocab_size", "norm_eps", "rope_theta")
+GEOMETRY = (
+    "family",
+    "dim",
+    "n_heads",
+    "kv_heads",
+    "ffn_dim",
+    "vocab_size",
+    "norm_eps",
+    "rope_theta",
+)
 
 
 def stack_map(n_source: int, n_target: int) -> list[int]:
@@ -62,7 +71,9 @@ def depth_rules(layer_map: Sequence[int], source: Model, target: Model) -> Rules
 
 def _check_counts(n_source: int, n_target: int) -> None:
     if not 1 <= n_source <= n_target:
-        raise GrowthError(f"depth growth needs 1 <= source layers <= target layers, not {n_source} -> {n_target}")
+        raise GrowthError(
+            f"depth growth needs 1 <= source layers <= target layers, not {n_source} -> {n_target}"
+        )
 
 
 def _check_layer_map(layer_map: Sequence[int], source: Model, target: Model) -> None:
@@ -73,7 +84,9 @@ def _check_layer_map(layer_map: Sequence[int], source: Model, target: Model) -> 
         )
     wrong = sorted({i for i in layer_map if not 0 <= i < source.n_layers})
     if wrong:
-        raise GrowthError(f"the layer map names layers {wrong}; the source model has 0 to {source.n_layers - 1}")
+        raise GrowthError(
+            f"the layer map names layers {wrong}; the source model has 0 to {source.n_layers - 1}"
+        )
 
 
 def _check_same_geometry(source: Model, target: Model) -> None:
@@ -83,7 +96,9 @@ def _check_same_geometry(source: Model, target: Model) -> None:
         if before != after:
             changes.append(f"{key} {before!r} -> {after!r}")
     if changes:
-        raise GrowthError(f"depth growth changes n_layers alone, but the models differ in {', '.join(changes)}")
+        raise GrowthError(
+            f"depth growth changes n_layers alone, but the models differ in {', '.join(changes)}"
+        )
 
 
 def _layer_of(name: str) -> int | None:

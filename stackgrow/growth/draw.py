@@ -25,7 +25,9 @@ def generator(*key: object) -> torch.Generator:
     return rng.manual_seed(seed)
 
 
-def draw(name: str, shape: tuple[int, ...], model: Model, rng: torch.Generator) -> Tensor:
+def draw(
+    name: str, shape: tuple[int, ...], model: Model, rng: torch.Generator
+) -> Tensor:
     """The initial value of a tensor of ``model``, by its ``init``: a matrix [d_out, d_in] or [vocabulary, D], or
     an RMSNorm weight (ones). float32 on the CPU."""
     import torch

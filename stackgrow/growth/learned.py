@@ -32,7 +32,9 @@ class HyperNetwork:
     depths: Mapping[str, Tensor]
 
 
-def initial_network(source: Model, target: Model, seed: int, maps: str = "paper") -> HyperNetwork:
+def initial_network(
+    source: Model, target: Model, seed: int, maps: str = "paper"
+) -> HyperNetwork:
     """B: the identity on the old channels, as ``kept_channels`` places them, and rows from N(0, 1/sqrt(rows of B));
     D: stacked identities, so that layer i is layer i mod l (official code, tongxuluo/prts)."""
     kept = kept_channels(source, target)
@@ -83,7 +85,9 @@ def _matrix_of(axis: str, name: str) -> str:
     return name.split(".")[-2][-1]
 
 
-def with_output(widths: Mapping[str, Tensor], source: Model, target: Model) -> dict[str, Tensor]:
+def with_output(
+    widths: Mapping[str, Tensor], source: Model, target: Model
+) -> dict[str, Tensor]:
     """``widths`` and "o", [H E, h e]: B_V as wo must read it, where each query head brings the values of its
     key/value head. Query head t of a target group takes from query head t mod r of the source groups; with one query
     head per group (MHA), "o" is B_V itself, as in eq. 38. Under GQA the paper defines nothing: this is ours."""
@@ -94,14 +98,18 @@ def with_output(widths: Mapping[str, Tensor], source: Model, target: Model) -> d
     from_heads = torch.arange(repeats(target)) % repeats(source)
     pairs = torch.eye(repeats(source)).to(B_V)[from_heads]
     # B_V by heads: [K, E, k, e], of target and source groups (G, g) and the channels in them.
-    blocks = B_V.view(target.kv_heads, target.head_dim, source.kv_heads, source.head_dim)
+    blocks = B_V.view(
+        target.kv_heads, target.head_dim, source.kv_heads, source.head_dim
+    )
     o = torch.einsum("ts,GEge->GtEgse", pairs, blocks)
     output_channels = target.n_heads * target.head_dim
     input_channels = source.n_heads * source.head_dim
     return {**widths, "o": o.reshape(output_channels, input_channels)}
 
 
-def learned_rules(source: Model, target: Model, network: HyperNetwork, maps: str = "paper") -> Rules:
+def learned_rules(
+    source: Model, target: Model, network: HyperNetwork, maps: str = "paper"
+) -> Rules:
     """Fold a trained network in: W_i' = B_out (sum_j D[i, j] W_j) B_in^T (eqs. 37-42), in float64, then rounded.
 
     A layer's rule reads every source layer whose D is not zero: all of one weight type, once D is trained. Raises
@@ -139,7 +147,9 @@ def _mixture(name: str, D: Tensor) -> dict[str, float]:
     return mixture or {f"layers.0.{tensor}": 0.0}
 
 
-def _folded(name: str, mixture: Mapping[str, float], widths: Mapping[str, Tensor]) -> Compute:
+def _folded(
+    name: str, mixture: Mapping[str, float], widths: Mapping[str, Tensor]
+) -> Compute:
     """The target tensor ``name``: its source tensors mixed, then widened. Fewer matrices are multiplied so."""
 
     def fn(*weights: Tensor) -> Tensor:
@@ -157,7 +167,9 @@ def _folded(name: str, mixture: Mapping[str, float], widths: Mapping[str, Tensor
     return Compute(tuple(mixture), by_rows if is_long else fn, "learned map")
 
 
-def _check_shapes(network: HyperNetwork, needed: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+def _check_shapes(
+    network: HyperNetwork, needed: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> None:
     problems = []
     for part, wanted in needed.items():
         matrices = getattr(network, part)
@@ -166,4 +178,6 @@ def _check_shapes(network: HyperNetwork, needed: Mapping[str, Mapping[str, tuple
             if have != shape:
                 problems.append(f"{part}[{name!r}] is {have}, not {shape}")
     if problems:
-        raise GrowthError(f"the network does not fit these models: {'; '.join(problems)}")
+        raise GrowthError(
+            f"the network does not fit these models: {'; '.join(problems)}"
+        )

@@ -17,8 +17,16 @@ from stackgrow.growth.rules import GrowthError
 from stackgrow.growth.width import AXES, check_widths, kept_channels, kind
 from stackgrow.recipe.keys import Model
 
-LAYER_KINDS = tuple(name for name in AXES if name not in ("tok_embeddings", "norm", "output"))
-CHANNELS = {"emb": "stream", "q": "query", "k": "key", "v": "key", "mlp": "ffn"}  # of each B, in the words of AXES
+LAYER_KINDS = tuple(
+    name for name in AXES if name not in ("tok_embeddings", "norm", "output")
+)
+CHANNELS = {
+    "emb": "stream",
+    "q": "query",
+    "k": "key",
+    "v": "key",
+    "mlp": "ffn",
+}  # of each B, in the words of AXES
 
 
 def check_learned(source: Model, target: Model) -> None:
@@ -27,13 +35,20 @@ def check_learned(source: Model, target: Model) -> None:
     check_widths(source, wide)
     kept_channels(source, target)  # raises where heads do not fit
     if target.n_layers < source.n_layers:
-        raise GrowthError(f"growth adds layers: {target.n_layers} are fewer than the source's {source.n_layers}")
+        raise GrowthError(
+            f"growth adds layers: {target.n_layers} are fewer than the source's {source.n_layers}"
+        )
     if not (wider(source, target) or target.n_layers > source.n_layers):
-        raise GrowthError("nothing grows: the target has the source's layers and widths")
+        raise GrowthError(
+            "nothing grows: the target has the source's layers and widths"
+        )
 
 
 def wider(source: Model, target: Model) -> bool:
-    return any(getattr(source, key) != getattr(target, key) for key in ("dim", "n_heads", "kv_heads", "ffn_dim"))
+    return any(
+        getattr(source, key) != getattr(target, key)
+        for key in ("dim", "n_heads", "kv_heads", "ffn_dim")
+    )
 
 
 def learns_widths(source: Model, target: Model, maps: str) -> bool:
@@ -44,7 +59,9 @@ def learns_depths(source: Model, target: Model, maps: str) -> bool:
     return maps == "official" or target.n_layers != source.n_layers
 
 
-def shapes(source: Model, target: Model, maps: str = "paper") -> dict[str, dict[str, tuple[int, int]]]:
+def shapes(
+    source: Model, target: Model, maps: str = "paper"
+) -> dict[str, dict[str, tuple[int, int]]]:
     """{"widths": {name: shape of B}, "depths": {weight type: shape of D}}, of those that ``maps`` has."""
     small = _channel_counts(source)
     large = _channel_counts(target)
@@ -68,7 +85,9 @@ def _channel_counts(model: Model) -> dict[str, int]:
     }
 
 
-def matrix_names(parts: Mapping[str, Mapping[str, object]]) -> dict[str, tuple[str, str]]:
+def matrix_names(
+    parts: Mapping[str, Mapping[str, object]],
+) -> dict[str, tuple[str, str]]:
     """{name in a checkpoint: (part, name in it)}, such as depths.attention_wq: ("depths", "attention.wq")."""
     stored = {}
     for part, names in parts.items():

@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 SUB_BLOCKS = ("attention", "feed_forward")
 
 
-def kept_outputs(source: Model, target: Model, layer_map: tuple[int, ...] | None) -> dict[str, Tensor]:
+def kept_outputs(
+    source: Model, target: Model, layer_map: tuple[int, ...] | None
+) -> dict[str, Tensor]:
     """Module name -> 1 at the outputs that the source had and 0 at the new ones, float32 [d_out]; [1] for a whole
     sub-block of a new layer."""
     import torch
 
     kept = {}
-    for name, is_new in new_outputs(replace(source, n_layers=target.n_layers), target).items():
+    for name, is_new in new_outputs(
+        replace(source, n_layers=target.n_layers), target
+    ).items():
         kept[name.removesuffix(".weight")] = (~is_new).float()
     layers = new_layers(layer_map, source.n_layers) if layer_map else []
     for layer in layers:
@@ -49,7 +53,9 @@ def folding(
         module = name.removesuffix(".weight")
         if module in kept:
             scale = kept[module] + c * (1 - kept[module])
-            tensor = tensor * (scale if name == "tok_embeddings.weight" else scale[:, None])
+            tensor = tensor * (
+                scale if name == "tok_embeddings.weight" else scale[:, None]
+            )
         block = module.rpartition(".")[0]
         if name.endswith(BLOCK_OUTPUTS) and block in kept:
             tensor = tensor * c

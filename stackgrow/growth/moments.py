@@ -25,7 +25,11 @@ from dataclasses import replace
 from stackgrow.growth.rules import Alias, Compute, Moment, Rule, Rules, Shape, Zeros
 
 OPTIMIZER_STATE = "optimizer.state."  # AdamW's moments and step counters
-POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "step": 1}  # a step counter goes where the moments go
+POWERS = {
+    "exp_avg": 1,
+    "exp_avg_sq": 2,
+    "step": 1,
+}  # a step counter goes where the moments go
 
 
 def with_moments(rules_of: Callable[[Moment | None], Rules], asymmetric: bool) -> Rules:
@@ -46,7 +50,10 @@ def with_moments(rules_of: Callable[[Moment | None], Rules], asymmetric: bool) -
 
 
 def _state_shapes(shapes: Mapping[str, Shape], state: str) -> dict[str, Shape]:
-    return {key(name, state): () if state == "step" else shape for name, shape in shapes.items()}
+    return {
+        key(name, state): () if state == "step" else shape
+        for name, shape in shapes.items()
+    }
 
 
 def key(name: str, state: str) -> str:

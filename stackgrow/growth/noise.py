@@ -12,12 +12,23 @@ import torch
 from torch import Tensor
 
 from stackgrow.growth.draw import generator, paper_std
-from stackgrow.growth.rules import Alias, Compute, GrowthError, Moment, Rule, Rules, Shape, Zeros
+from stackgrow.growth.rules import (
+    Alias,
+    Compute,
+    GrowthError,
+    Moment,
+    Rule,
+    Rules,
+    Shape,
+    Zeros,
+)
 
 ROWS = 4096  # blended in float64 at a time
 
 
-def noisy_rules(rules: Rules, n_layers: int, ratio: float, seed: int, moment: Moment | None = None) -> Rules:
+def noisy_rules(
+    rules: Rules, n_layers: int, ratio: float, seed: int, moment: Moment | None = None
+) -> Rules:
     """W <- (1 - ratio) W + ratio eps for the embedding, the head and every linear of what ``rules`` grows; norms
     are left alone (paper, appendix I.2, eqs. 53-54). ``n_layers`` is the target's. Blended in float64, then rounded.
     With the rules of a ``moment``: that moment's.
@@ -26,7 +37,9 @@ def noisy_rules(rules: Rules, n_layers: int, ratio: float, seed: int, moment: Mo
     unless 0 < ratio <= 1.
     """
     if not 0 < ratio <= 1:
-        raise GrowthError(f"the noise ratio {ratio} must be above 0 and at most 1; 0.2 is the paper's")
+        raise GrowthError(
+            f"the noise ratio {ratio} must be above 0 and at most 1; 0.2 is the paper's"
+        )
     targets = dict(rules.targets)
     for name, rule in rules.targets.items():
         shape = rules.target_shapes[name]
@@ -58,7 +71,9 @@ def _shrunk(rule: Alias | Compute, factor: float) -> Compute:
     return Compute(rule.sources, fn, f"times {factor:g}")
 
 
-def _blended(name: str, rule: Rule, shape: Shape, std: float, ratio: float, seed: int) -> Compute:
+def _blended(
+    name: str, rule: Rule, shape: Shape, std: float, ratio: float, seed: int
+) -> Compute:
     """(1 - ratio) W + ratio eps, with W what ``rule`` makes."""
 
     def fn(*sources: Tensor) -> Tensor:

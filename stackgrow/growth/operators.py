@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from stackgrow.growth import own
 from stackgrow.growth.depth import GEOMETRY
-from stackgrow.growth.rules import Alias, Compute, GrowthError, Moment, Rule, Rules, Zeros
+from stackgrow.growth.rules import (
+    Alias,
+    Compute,
+    GrowthError,
+    Moment,
+    Rule,
+    Rules,
+    Zeros,
+)
 from stackgrow.recipe.keys import Model
 
 if TYPE_CHECKING:
@@ -45,12 +53,18 @@ class Operator:
     width: str = ""
     depth: str = ""
     whole: str = ""  # width and depth in one, from a network that a stage of its own trains first
-    needs: Mapping[str, str] = field(default_factory=dict)  # keys of [[growth]] that it alone has: an example of each
+    needs: Mapping[str, str] = field(
+        default_factory=dict
+    )  # keys of [[growth]] that it alone has: an example of each
     options: tuple[str, ...] = ()  # keys of [[growth]] that it has and some others lack
-    refuses: Mapping[str, str] = field(default_factory=dict)  # keys of [[growth]] that it lacks: why
+    refuses: Mapping[str, str] = field(
+        default_factory=dict
+    )  # keys of [[growth]] that it lacks: why
     forbids: tuple[Limit, ...] = ()
     links: bool = False  # it only copies whole tensors: on disk no weight byte moves
-    studied: bool = False  # the paper's guidelines and speed-ups at scale are of this one
+    studied: bool = (
+        False  # the paper's guidelines and speed-ups at scale are of this one
+    )
 
     @property
     def keys(self) -> set[str]:
@@ -113,8 +127,17 @@ _TABLE = (
         needs={"ramp": "1000 steps"},
         forbids=(
             Limit("precision", ("bf16", "fp32"), FLOAT8),
-            Limit("cpu_offload", (False,), 'is not supported with the mask of "random", which stays on the GPU'),
-            Limit("parallel.tensor", (1,), 'cannot shard the widthwise mask of "random"', widthwise=True),
+            Limit(
+                "cpu_offload",
+                (False,),
+                'is not supported with the mask of "random", which stays on the GPU',
+            ),
+            Limit(
+                "parallel.tensor",
+                (1,),
+                'cannot shard the widthwise mask of "random"',
+                widthwise=True,
+            ),
         ),
     ),
     Operator(
@@ -136,7 +159,11 @@ _TABLE = (
             Limit("cpu_offload", (False,), MADE),
             Limit("compile", (False,), MADE),
             Limit("activation_checkpoint", ("none",), MADE),
-            Limit("parallel.tensor", (1,), 'is not supported: "learn" makes every weight on every rank'),
+            Limit(
+                "parallel.tensor",
+                (1,),
+                'is not supported: "learn" makes every weight on every rank',
+            ),
         ),
     ),
 )
@@ -149,10 +176,18 @@ def operator_named(name: str) -> Operator:
     if name in OPERATORS:
         return OPERATORS[name]
     if own.is_own(name):
-        return Operator(name, "a function of your own", "", (DEPTH, WIDTH, BOTH), "as it says itself")
+        return Operator(
+            name,
+            "a function of your own",
+            "",
+            (DEPTH, WIDTH, BOTH),
+            "as it says itself",
+        )
     close = difflib.get_close_matches(name, list(OPERATORS), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise GrowthError(f"no growth operator {name!r}: the operators are {', '.join(OPERATORS)}{hint}")
+    raise GrowthError(
+        f"no growth operator {name!r}: the operators are {', '.join(OPERATORS)}{hint}"
+    )
 
 
 def growth_rules(
@@ -189,11 +224,15 @@ def growth_rules(
         return own.rules(name, available)
     if operator.learned:
         if network is None or layer_map is not None:
-            raise GrowthError(f"{name!r} takes a trained network, which says how layers mix, and no layer map")
+            raise GrowthError(
+                f"{name!r} takes a trained network, which says how layers mix, and no layer map"
+            )
         return _call(operator.whole, available)
     wide = replace(target, n_layers=source.n_layers)
     if layer_map is None and wide == source:
-        raise GrowthError("nothing grows: the target has the source's layers and widths")
+        raise GrowthError(
+            "nothing grows: the target has the source's layers and widths"
+        )
     grows_wider = bool(operator.width) and _geometry(source) != _geometry(wide)
     _check_direction(operator, grows_wider, layer_map)
 
@@ -212,8 +251,14 @@ def growth_rules(
 
 def first_copies(layer_map: Sequence[int], rules: Rules) -> Rules:
     """The rules of a growth in depth, with zeros in every layer whose source layer an earlier one copies too."""
-    again = tuple(f"layers.{i}." for i, layer in enumerate(layer_map) if layer in layer_map[:i])
-    zeros = {name: Zeros(rule.sources[0]) for name, rule in rules.targets.items() if name.startswith(again)}
+    again = tuple(
+        f"layers.{i}." for i, layer in enumerate(layer_map) if layer in layer_map[:i]
+    )
+    zeros = {
+        name: Zeros(rule.sources[0])
+        for name, rule in rules.targets.items()
+        if name.startswith(again)
+    }
     return replace(rules, targets={**rules.targets, **zeros})
 
 
@@ -232,14 +277,18 @@ def _geometry(model: Model) -> list[object]:
     return [getattr(model, key) for key in GEOMETRY]
 
 
-def _check_direction(operator: Operator, grows_wider: bool, layer_map: Sequence[int] | None) -> None:
+def _check_direction(
+    operator: Operator, grows_wider: bool, layer_map: Sequence[int] | None
+) -> None:
     if layer_map is None:
         direction = WIDTH
     else:
         direction = BOTH if grows_wider else DEPTH
     if direction not in operator.directions:
         able = [other.name for other in _TABLE if direction in other.directions]
-        raise GrowthError(f"{operator.name!r} does not grow in {direction}: use {', '.join(able)}")
+        raise GrowthError(
+            f"{operator.name!r} does not grow in {direction}: use {', '.join(able)}"
+        )
 
 
 def _through(first: Mapping[str, Rule], rule: Rule) -> Rule:
@@ -249,7 +298,9 @@ def _through(first: Mapping[str, Rule], rule: Rule) -> Rule:
     if isinstance(rule, Zeros):
         return Zeros(first[rule.like].sources[0])
     inner = [first[name] for name in rule.sources]
-    assert not any(isinstance(step, Zeros) for step in inner), "no growth in width makes a tensor of zeros"
+    assert not any(isinstance(step, Zeros) for step in inner), (
+        "no growth in width makes a tensor of zeros"
+    )
     sources: list[str] = []
     notes = [rule.note]
     for step in inner:
@@ -262,7 +313,11 @@ def _through(first: Mapping[str, Rule], rule: Rule) -> Rule:
         start = 0
         for step in inner:
             end = start + len(step.sources)
-            made.append(step.fn(*tensors[start:end]) if isinstance(step, Compute) else tensors[start])
+            made.append(
+                step.fn(*tensors[start:end])
+                if isinstance(step, Compute)
+                else tensors[start]
+            )
             start = end
         return rule.fn(*made)
 
@@ -272,6 +327,8 @@ def _through(first: Mapping[str, Rule], rule: Rule) -> Rule:
 def _call(function: str, available: Mapping[str, object]) -> Rules:
     """Calls a function of this package with what its parameters name."""
     module, name = function.split(":")
-    rules_of: Callable[..., Rules] = getattr(import_module(f"stackgrow.growth.{module}"), name)
+    rules_of: Callable[..., Rules] = getattr(
+        import_module(f"stackgrow.growth.{module}"), name
+    )
     asked = inspect.signature(rules_of).parameters
     return rules_of(**{parameter: available[parameter] for parameter in asked})

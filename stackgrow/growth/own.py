@@ -47,12 +47,18 @@ def rules(operator: str, available: Mapping[str, object]) -> Rules:
     asked = inspect.signature(function).parameters
     unknown = [name for name in asked if name not in AVAILABLE]
     if unknown:
-        raise GrowthError(f"{operator} asks for {', '.join(unknown)}; its parameters can be {', '.join(AVAILABLE)}")
+        raise GrowthError(
+            f"{operator} asks for {', '.join(unknown)}; its parameters can be {', '.join(AVAILABLE)}"
+        )
     if available["moment"] and "moment" not in asked:
-        raise GrowthError(f'{operator} has no parameter "moment", so that it grows no optimizer state: use "reset"')
+        raise GrowthError(
+            f'{operator} has no parameter "moment", so that it grows no optimizer state: use "reset"'
+        )
     made = function(**{name: available[name] for name in asked})
     if not isinstance(made, Rules):
-        raise GrowthError(f"{operator} gave {type(made).__name__}, not stackgrow.growth.rules.Rules")
+        raise GrowthError(
+            f"{operator} gave {type(made).__name__}, not stackgrow.growth.rules.Rules"
+        )
     return made
 
 
@@ -65,7 +71,9 @@ def file_hash(operator: str) -> str:
 
 def _load(operator: str) -> Callable[..., object]:
     if not _trusted:
-        raise TrustError(f"{operator} is code that the recipe names: it runs only with --trust on the command line")
+        raise TrustError(
+            f"{operator} is code that the recipe names: it runs only with --trust on the command line"
+        )
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     module, name = operator.split(":")

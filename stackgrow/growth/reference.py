@@ -1,4 +1,4 @@
-"""The table of operators in recipes/README.md, from the one in operators.py: ``make schema`` writes it."""
+"""The table of operators in recipes/REFERENCE.md, from the one in operators.py: ``make schema`` writes it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stackgrow.growth.operators import OPERATORS, Operator
 
-README_FILE = Path(__file__).parents[2] / "recipes" / "README.md"
+REFERENCE_FILE = Path(__file__).parents[2] / "recipes" / "REFERENCE.md"
 BEGIN = "<!-- operators: written by `make schema` -->"
 END = "<!-- end of operators -->"
 
@@ -62,5 +62,7 @@ def with_operators(readme: str) -> str:
 
 
 if __name__ == "__main__":
-    README_FILE.write_text(with_operators(README_FILE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"wrote the table of operators in {README_FILE}")
+    REFERENCE_FILE.write_text(
+        with_operators(REFERENCE_FILE.read_text(encoding="utf-8")), encoding="utf-8"
+    )
+    print(f"wrote the table of operators in {REFERENCE_FILE}")

@@ -88,10 +88,17 @@ class Rules:
         problems = [
             *_listed("no rule makes these target tensors", target - made),
             *_listed("the target model has no such tensors", made - target),
-            *_listed("the source model has no such tensors", (used | self.dropped) - source),
-            *_listed("these source tensors are neither used nor dropped", source - used - self.dropped),
+            *_listed(
+                "the source model has no such tensors", (used | self.dropped) - source
+            ),
+            *_listed(
+                "these source tensors are neither used nor dropped",
+                source - used - self.dropped,
+            ),
             *_listed("these source tensors are dropped, yet used", used & self.dropped),
-            *_listed("an Alias keeps the shape; use Compute for", self._reshaped_aliases()),
+            *_listed(
+                "an Alias keeps the shape; use Compute for", self._reshaped_aliases()
+            ),
         ]
         if problems:
             raise GrowthError("; ".join(problems))

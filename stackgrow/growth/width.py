@@ -47,7 +47,13 @@ def kind(name: str) -> str:
     return ".".join(parts[2:] if parts[0] == "layers" else parts)
 
 
-def split_rules(source: Model, target: Model, seed: int, moment: Moment | None = None, norm: str = "scaled") -> Rules:
+def split_rules(
+    source: Model,
+    target: Model,
+    seed: int,
+    moment: Moment | None = None,
+    norm: str = "scaled",
+) -> Rules:
     """G_direct widthwise (eqs. 4-11): E' = E R, W' = L W R, mu' = sqrt(d)/sqrt(D) [mu, mu_copied].
 
     Channel j copies channel j mod d, so that D need not be a multiple of d. R splits: the columns that copy one
@@ -61,7 +67,9 @@ def split_rules(source: Model, target: Model, seed: int, moment: Moment | None =
     """
     check_widths(source, target)
     if source.norm_eps != target.norm_eps:
-        raise GrowthError(f"a split keeps norm_eps: {source.norm_eps:g}, not {target.norm_eps:g}")
+        raise GrowthError(
+            f"a split keeps norm_eps: {source.norm_eps:g}, not {target.norm_eps:g}"
+        )
     channels = copied_channels(source, target)
     factor = 1.0
     if norm == "scaled":
@@ -76,7 +84,9 @@ def split_rules(source: Model, target: Model, seed: int, moment: Moment | None =
         elif len(shape) == 1:
             targets[name] = _split_norm(name, copied[0], factor, moment)
         else:
-            targets[name] = _split_matrix(name, shape, copied[0], copied[1], seed, moment, memory)
+            targets[name] = _split_matrix(
+                name, shape, copied[0], copied[1], seed, moment, memory
+            )
     return Rules(targets, source.tensors(), target.tensors())
 
 
@@ -155,7 +165,9 @@ def check_widths(source: Model, target: Model) -> None:
         if before > after:
             problems.append(f"{key} {before} -> {after} must not shrink")
     if problems:
-        raise GrowthError(f"widthwise growth is not defined here: {', '.join(problems)}")
+        raise GrowthError(
+            f"widthwise growth is not defined here: {', '.join(problems)}"
+        )
 
 
 def repeats(model: Model) -> int:
@@ -172,7 +184,9 @@ def head_channels(heads: Sequence[int], inside: Sequence[int], width: int) -> li
     return channels
 
 
-def _split_norm(name: str, copied: list[int], factor: float, moment: Moment | None) -> Compute:
+def _split_norm(
+    name: str, copied: list[int], factor: float, moment: Moment | None
+) -> Compute:
     """mu' [D] from mu [d]; ``copied`` has the source index of each target index."""
     power = moment.power if moment else 1
     zeroed = _second_copies(copied) if moment and moment.asymmetric else []

@@ -13,8 +13,24 @@ from typing import TYPE_CHECKING
 
 from stackgrow.growth.depth import depth_rules
 from stackgrow.growth.draw import draw, generator
-from stackgrow.growth.rules import Alias, Compute, GrowthError, Moment, Rule, Rules, Zeros
-from stackgrow.growth.width import AXES, check_widths, head_channels, kept_channels, kind, repeats, times
+from stackgrow.growth.rules import (
+    Alias,
+    Compute,
+    GrowthError,
+    Moment,
+    Rule,
+    Rules,
+    Zeros,
+)
+from stackgrow.growth.width import (
+    AXES,
+    check_widths,
+    head_channels,
+    kept_channels,
+    kind,
+    repeats,
+    times,
+)
 from stackgrow.recipe.keys import Model
 
 if TYPE_CHECKING:  # a plan checks a growth by its rules, and needs no torch for that
@@ -24,22 +40,34 @@ BLOCK_OUTPUTS = ("attention.wo.weight", "feed_forward.w2.weight")
 
 
 def zero_width_rules(
-    source: Model, target: Model, seed: int, moment: Moment | None = None, grown: Model | None = None
+    source: Model,
+    target: Model,
+    seed: int,
+    moment: Moment | None = None,
+    grown: Model | None = None,
 ) -> Rules:
     """G_zero (eqs. 12-19): E' = [E, 0], W' = [[W, A], [0, C]], mu' = [alpha mu, 1]; see ``Padding``.
 
     ``grown`` is the model that the whole growth makes, whose layer count the initialization depends on: the target
     itself, where only widths grow.
     """
-    return Padding(source, target, grown or target, seed, zero=True, moment=moment).rules()
+    return Padding(
+        source, target, grown or target, seed, zero=True, moment=moment
+    ).rules()
 
 
 def random_width_rules(
-    source: Model, target: Model, seed: int, moment: Moment | None = None, grown: Model | None = None
+    source: Model,
+    target: Model,
+    seed: int,
+    moment: Moment | None = None,
+    grown: Model | None = None,
 ) -> Rules:
     """G_random (eqs. 20-33): E' = [E, random], W' = [[W, A], [B, C]], mu' = [alpha mu, 1]; see ``Padding``, and
     ``zero_width_rules`` for ``grown``."""
-    return Padding(source, target, grown or target, seed, zero=False, moment=moment).rules()
+    return Padding(
+        source, target, grown or target, seed, zero=False, moment=moment
+    ).rules()
 
 
 def new_outputs(source: Model, target: Model) -> dict[str, Tensor]:
@@ -52,7 +80,9 @@ def new_outputs(source: Model, target: Model) -> dict[str, Tensor]:
     for name, shape in target.tensors().items():
         if len(shape) != 2:
             continue
-        outputs = 1 if name == "tok_embeddings.weight" else 0  # the dimension that holds them
+        outputs = (
+            1 if name == "tok_embeddings.weight" else 0
+        )  # the dimension that holds them
         is_new = torch.ones(shape[outputs], dtype=torch.bool)
         is_new[kept[AXES[kind(name)][outputs]]] = False
         if is_new.any():
@@ -64,25 +94,37 @@ def zero_depth_rules(layer_map: Sequence[int], source: Model, target: Model) -> 
     """G_zero depthwise (A.4): target layer i copies source layer ``layer_map[i]``, and a layer of ``new_layers``
     adds nothing to the residual stream, its attention.wo and feed_forward.w2 being zero. The official code
     (tongxuluo/prts) repeats layers in place, 0 0 0 0 1 1 1 1, as LEMON does."""
-    return _with_new_layers(layer_map, source, target, BLOCK_OUTPUTS, lambda name, like: Zeros(like))
+    return _with_new_layers(
+        layer_map, source, target, BLOCK_OUTPUTS, lambda name, like: Zeros(like)
+    )
 
 
 def random_depth_rules(
-    layer_map: Sequence[int], source: Model, target: Model, seed: int, moment: Moment | None = None
+    layer_map: Sequence[int],
+    source: Model,
+    target: Model,
+    seed: int,
+    moment: Moment | None = None,
 ) -> Rules:
     """G_random depthwise (eqs. 34-36): the layers of ``new_layers`` are drawn like the initialization, and training
     masks what their attention and SwiGLU add to the residual stream; the others are copies."""
 
     def drawn(name: str, like: str) -> Rule:
-        def fn(replaced: Tensor) -> Tensor:  # in the dtype of the layer that it replaces
+        def fn(
+            replaced: Tensor,
+        ) -> Tensor:  # in the dtype of the layer that it replaces
             shape = tuple(replaced.shape)
-            return draw(name, shape, target, generator(seed, "new", name)).to(replaced.dtype)
+            return draw(name, shape, target, generator(seed, "new", name)).to(
+                replaced.dtype
+            )
 
         if moment:
             return Zeros(like)
         return Compute((like,), fn, "random instead of")
 
-    return _with_new_layers(layer_map, source, target, tuple(source.layer_tensors()), drawn)
+    return _with_new_layers(
+        layer_map, source, target, tuple(source.layer_tensors()), drawn
+    )
 
 
 def new_layers(layer_map: Sequence[int], n_source: int) -> list[int]:
@@ -154,9 +196,13 @@ class Padding:
             if have[name] == shape:
                 targets[name] = Alias(name)
             elif len(shape) == 1:
-                targets[name] = Compute((name,), self._padded_norm(name, places[0]), note)
+                targets[name] = Compute(
+                    (name,), self._padded_norm(name, places[0]), note
+                )
             else:
-                targets[name] = Compute((name,), self._padded_matrix(name, places[0], places[1]), note)
+                targets[name] = Compute(
+                    (name,), self._padded_matrix(name, places[0], places[1]), note
+                )
         return Rules(targets, have, want)
 
     def _check_norm_eps(self) -> None:
@@ -179,7 +225,9 @@ class Padding:
 
         return fn
 
-    def _padded_matrix(self, name: str, row_places: list[int], column_places: list[int]) -> Callable[[Tensor], Tensor]:
+    def _padded_matrix(
+        self, name: str, row_places: list[int], column_places: list[int]
+    ) -> Callable[[Tensor], Tensor]:
         """[[W, A], [B, C]]; the places are those of the source's rows and columns in the target."""
         tensor = kind(name)
         head_factor = self.target.head_dim // self.source.head_dim
@@ -219,7 +267,9 @@ class Padding:
         shape = self.target.tensors()[name]
         if self.moment:
             return like.new_zeros(shape)
-        return draw(name, shape, self.grown, generator(self.seed, "new", name)).to(like.dtype)
+        return draw(name, shape, self.grown, generator(self.seed, "new", name)).to(
+            like.dtype
+        )
 
     def _sharing_channels(self) -> list[int]:
         """The channels of new query heads that share an old key/value head."""

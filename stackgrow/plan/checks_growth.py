@@ -20,11 +20,19 @@ from stackgrow.recipe.load import Problem
 MAX_LAYERS = 4096
 # What a schedule that goes on from one stage to the next must have in common in both: keys of [train], and what they
 # come to in steps.
-SCHEDULE_KEYS = ("learning_rate", "min_learning_rate", "schedule", "decay_fraction", "global_batch_tokens")
+SCHEDULE_KEYS = (
+    "learning_rate",
+    "min_learning_rate",
+    "schedule",
+    "decay_fraction",
+    "global_batch_tokens",
+)
 SCHEDULE_STEPS = ("warmup_steps", "horizon_steps")
 
 
-def depth_problems(recipe: Recipe, growth: Growth, n_source: int, where: str) -> Iterator[Problem]:
+def depth_problems(
+    recipe: Recipe, growth: Growth, n_source: int, where: str
+) -> Iterator[Problem]:
     """Whether factor, order and layer map say one thing, and one that can be: from ``n_source`` layers."""
     factor = factor_of(growth)
     if growth.layer_map is not None:
@@ -32,10 +40,16 @@ def depth_problems(recipe: Recipe, growth: Growth, n_source: int, where: str) ->
     elif factor is not None:
         n_target = factor * n_source
         if n_target > MAX_LAYERS:
-            yield f"{where}.factor", f"{factor} makes {n_target} layers of {n_source}; the limit is {MAX_LAYERS}"
+            yield (
+                f"{where}.factor",
+                f"{factor} makes {n_target} layers of {n_source}; the limit is {MAX_LAYERS}",
+            )
     elif len(recipe.growth) > 1:
         if not growth.model:
-            yield f"{where}.factor", "is missing; with several growths each needs a factor, a layer_map or a model"
+            yield (
+                f"{where}.factor",
+                "is missing; with several growths each needs a factor, a layer_map or a model",
+            )
     elif recipe.model.n_layers % n_source:
         yield (
             f"{where}.factor",
@@ -44,14 +58,22 @@ def depth_problems(recipe: Recipe, growth: Growth, n_source: int, where: str) ->
         )
 
 
-def _layer_map_problems(growth: Growth, layer_map: tuple[int, ...], n_source: int, where: str) -> Iterator[Problem]:
+def _layer_map_problems(
+    growth: Growth, layer_map: tuple[int, ...], n_source: int, where: str
+) -> Iterator[Problem]:
     if growth.factor is not None:
         yield f"{where}.layer_map", "stands beside a factor; give one of the two"
     if growth.order != "stack":
-        yield f"{where}.order", f'"{growth.order}" has no meaning beside a layer_map; remove one of the two'
+        yield (
+            f"{where}.order",
+            f'"{growth.order}" has no meaning beside a layer_map; remove one of the two',
+        )
     highest = max(layer_map)
     if highest >= n_source:
-        yield f"{where}.layer_map", f"names layer {highest}; the source has layers 0 to {n_source - 1}"
+        yield (
+            f"{where}.layer_map",
+            f"names layer {highest}; the source has layers 0 to {n_source - 1}",
+        )
     n_target = len(layer_map)
     if not n_source <= n_target <= MAX_LAYERS:
         rule = f"at least the source's {n_source} and at most {MAX_LAYERS}"
@@ -62,8 +84,15 @@ def operator_problems(hop: Hop, recipe: Recipe) -> Iterator[Problem]:
     """Whether the operator is defined between these two models: its rules are made, and nothing is computed."""
     final = recipe.model
     last = hop.growth is recipe.growth[-1]
-    if last and hop.growth.model and dataclasses.replace(final, n_layers=hop.target.n_layers) != hop.target:
-        yield f"{hop.where}.model", "differs from [model], to which the last growth leads; remove it"
+    if (
+        last
+        and hop.growth.model
+        and dataclasses.replace(final, n_layers=hop.target.n_layers) != hop.target
+    ):
+        yield (
+            f"{hop.where}.model",
+            "differs from [model], to which the last growth leads; remove it",
+        )
         return
     if any(head_problems(final, "model")):
         return  # geometry_problems tell it
@@ -94,16 +123,24 @@ def operator_key_problems(hop: Hop) -> Iterator[Problem]:
     given = _given_keys(hop.growth)
     for name, example in operator.needs.items():
         if name not in given:
-            yield f"{hop.where}.{name}", f'is missing; "{operator.name}" needs it, such as "{example}"'
+            yield (
+                f"{hop.where}.{name}",
+                f'is missing; "{operator.name}" needs it, such as "{example}"',
+            )
     for name, reason in operator.refuses.items():
         if name in given:
             value, default = given[name]
-            remedy = f"remove it, or use {json.dumps(default)}" if default else "remove it"
+            remedy = (
+                f"remove it, or use {json.dumps(default)}" if default else "remove it"
+            )
             rule = f'is not defined for "{operator.name}", which {reason}; {remedy}'
             yield f"{hop.where}.{name}", f"{json.dumps(value)} {rule}"
     for name in sorted(_keys_of_some_operators() - operator.keys):
         if name in given:
-            yield f"{hop.where}.{name}", f'has no meaning for "{operator.name}"; remove it'
+            yield (
+                f"{hop.where}.{name}",
+                f'has no meaning for "{operator.name}"; remove it',
+            )
 
 
 def _given_keys(growth: Growth) -> dict[str, tuple[Any, Any]]:
@@ -148,14 +185,25 @@ def carry_problems(hop: Hop) -> Iterator[Problem]:
         return
     own_layers = list(range(hop.source.n_layers))
     if hop.widens:
-        yield f"{where}.freeze", "has no meaning where widths grow: every layer has new parameters; remove it"
-    elif hop.layer_map is None or list(hop.layer_map[: hop.source.n_layers]) != own_layers:
+        yield (
+            f"{where}.freeze",
+            "has no meaning where widths grow: every layer has new parameters; remove it",
+        )
+    elif (
+        hop.layer_map is None
+        or list(hop.layer_map[: hop.source.n_layers]) != own_layers
+    ):
         given = f"[{', '.join(map(str, hop.layer_map))}]" if hop.layer_map else "none"
         rule = f"needs a layer map that begins with {own_layers}, the layers that it freezes; it is {given}"
-        yield f"{where}.freeze", f"{rule}; change the order or the layer_map, or remove freeze"
+        yield (
+            f"{where}.freeze",
+            f"{rule}; change the order or the layer_map, or remove freeze",
+        )
 
 
-def continued_problems(stage: TrainStage, before: TrainStage, where: str) -> Iterator[Problem]:
+def continued_problems(
+    stage: TrainStage, before: TrainStage, where: str
+) -> Iterator[Problem]:
     """A schedule goes on only where it is the same one, and long enough."""
     ends_with_stage = stage.train.horizon == "stage"
     changes = []

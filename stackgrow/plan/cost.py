@@ -31,9 +31,18 @@ class Gpu:
 
 GPUS = {
     "a100": Gpu(80e9, 312e12, 300e9, "NVIDIA A100 80GB SXM datasheet"),
-    "h100": Gpu(80e9, 989e12, 450e9, "NVIDIA H100 SXM datasheet: 1,979 TFLOP/s with sparsity"),
-    "h200": Gpu(141e9, 989e12, 450e9, "NVIDIA H200 SXM datasheet: 1,979 TFLOP/s with sparsity"),
-    "b200": Gpu(180e9, 2250e12, 900e9, "NVIDIA DGX B200 datasheet: 1,440 GB in 8 GPUs, 36 PFLOP/s with sparsity"),
+    "h100": Gpu(
+        80e9, 989e12, 450e9, "NVIDIA H100 SXM datasheet: 1,979 TFLOP/s with sparsity"
+    ),
+    "h200": Gpu(
+        141e9, 989e12, 450e9, "NVIDIA H200 SXM datasheet: 1,979 TFLOP/s with sparsity"
+    ),
+    "b200": Gpu(
+        180e9,
+        2250e12,
+        900e9,
+        "NVIDIA DGX B200 datasheet: 1,440 GB in 8 GPUs, 36 PFLOP/s with sparsity",
+    ),
 }
 
 
@@ -87,7 +96,9 @@ def model_flops(stage: TrainStage) -> float:
 
 def estimate(plan: Plan, cluster: Cluster, data_tokens: int | None = None) -> Cost:
     """The cost of a plan; ``data_tokens``: of one epoch of stores that are not here."""
-    problems = [f"{where}: {what}" for where, what in world_problems(plan, cluster.gpus)]
+    problems = [
+        f"{where}: {what}" for where, what in world_problems(plan, cluster.gpus)
+    ]
     stages: list[StageCost] = []
     if not problems:
         stages = [_stage_cost(stage, cluster) for stage in plan.train_stages]

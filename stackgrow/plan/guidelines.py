@@ -15,7 +15,9 @@ GROWTH_FACTOR = 4
 BEST_FACTORS = (2, 4)
 
 
-def growth_timing(parameters: float, flops: float, fit: tuple[float, float, float] = TIMING) -> float:
+def growth_timing(
+    parameters: float, flops: float, fit: tuple[float, float, float] = TIMING
+) -> float:
     """Tokens d that the base model trains before growth (section 4.2, eq. 2).
 
     log10(d) = a log10(N) + b / log10(C) + c, with N the target's parameters without embedding and head, and
@@ -29,12 +31,17 @@ def growth_timing(parameters: float, flops: float, fit: tuple[float, float, floa
 def preliminary_factor(parameters: float, flops: float) -> float:
     """Growth factor g by appendix F, eq. 50: log10(g) = 1.01 log10(N) - 29.88 / log10(C) - 7.36, fitted on 1.1B and 3B
     alone; its authors call the result mediocre."""
-    return float(10 ** (1.01 * math.log10(parameters) - 29.88 / math.log10(flops) - 7.36))
+    return float(
+        10 ** (1.01 * math.log10(parameters) - 29.88 / math.log10(flops) - 7.36)
+    )
 
 
 def in_fitted_range(parameters: float, flops: float) -> bool:
     """Whether ``growth_timing`` interpolates the paper's own measurements."""
-    return FITTED_PARAMETERS[0] <= parameters <= FITTED_PARAMETERS[1] and flops <= FITTED_FLOPS
+    return (
+        FITTED_PARAMETERS[0] <= parameters <= FITTED_PARAMETERS[1]
+        and flops <= FITTED_FLOPS
+    )
 
 
 def training_flops(parameters: float, tokens: float) -> float:

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from stackgrow.plan.stages import TrainStage
 from stackgrow.recipe.keys import Parallel
 
-ROWWISE = ("attention.wo.weight", "feed_forward.w2.weight")  # tensor parallel splits their columns, and others' rows
+ROWWISE = (
+    "attention.wo.weight",
+    "feed_forward.w2.weight",
+)  # tensor parallel splits their columns, and others' rows
 FP32 = 4
 
 
@@ -38,7 +41,11 @@ class Layout:
 
 def layout(parallel: Parallel, ranks: int) -> Layout:
     """The layout of ``[parallel]`` on a number of ranks that fits it."""
-    shard = parallel.shard if parallel.shard > 0 else ranks // (parallel.replicate * parallel.tensor)
+    shard = (
+        parallel.shard
+        if parallel.shard > 0
+        else ranks // (parallel.replicate * parallel.tensor)
+    )
     return Layout(parallel.replicate, shard, parallel.tensor, parallel.loss_parallel)
 
 
@@ -49,30 +56,52 @@ class Memory:
     parameters: int
     gradients: int
     optimizer: int
-    activations: int  # kept from the forward pass to the backward pass, of one micro-batch
+    activations: (
+        int  # kept from the forward pass to the backward pass, of one micro-batch
+    )
     loss: int  # logits and their gradients
     working: int  # activations and the most that is held beside them: the loss, a layer's own, gathered weights
-    host: int = 0  # of parameters, gradients and optimizer, what cpu_offload keeps off the GPU
+    host: int = (
+        0  # of parameters, gradients and optimizer, what cpu_offload keeps off the GPU
+    )
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer - self.host + self.working
+        return (
+            self.parameters + self.gradients + self.optimizer - self.host + self.working
+        )
 
 
-def stage_memory(stage: TrainStage, layout: Layout, micro_batch: int | None = None) -> Memory:
+def stage_memory(
+    stage: TrainStage, layout: Layout, micro_batch: int | None = None
+) -> Memory:
     """The memory of a stage on ``layout``, with ``micro_batch`` sequences per forward pass (default: the recipe's)."""
     tensors = stage.checkpoint_tensors()
-    elements = sum(local_elements(name, shape, layout) for name, shape in tensors.items())
+    elements = sum(
+        local_elements(name, shape, layout) for name, shape in tensors.items()
+    )
     gradient_elements = elements
-    if layout.tensor > 1 and layout.shard == 1:  # without FSDP, DTensor leaves the embedding's gradient whole
-        gradient_elements += stage.model.vocab_size * stage.model.dim * (layout.tensor - 1) // layout.tensor
+    if (
+        layout.tensor > 1 and layout.shard == 1
+    ):  # without FSDP, DTensor leaves the embedding's gradient whole
+        gradient_elements += (
+            stage.model.vocab_size
+            * stage.model.dim
+            * (layout.tensor - 1)
+            // layout.tensor
+        )
     parameters = FP32 * elements
     gradients = FP32 * gradient_elements
-    optimizer = 2 * FP32 * elements + FP32 * len(tensors)  # AdamW's two moments, and a count of steps for each tensor
+    optimizer = 2 * FP32 * elements + FP32 * len(
+        tensors
+    )  # AdamW's two moments, and a count of steps for each tensor
 
     sequences = micro_batch or stage.micro_batch(layout.data_ranks)
     sizes = _Sizes(stage, layout, tokens=sequences * stage.seq_len)
-    activations = stage.model.n_layers * sizes.kept(stage.train.activation_checkpoint) + sizes.head()
+    activations = (
+        stage.model.n_layers * sizes.kept(stage.train.activation_checkpoint)
+        + sizes.head()
+    )
     beside = max(sizes.loss() + sizes.head_weights, sizes.backward())
     working = activations + sizes.cast + beside + FP32 * stage.made_parameters
     return Memory(
@@ -123,13 +152,19 @@ class _Sizes:
         # FSDP gathers weights in the precision of the products; what autocast makes without it lives for the step.
         self.autocast = bf16 and not sharded
         self.wide = 2 if bf16 else FP32  # bytes of a number in the products
-        self.stream = FP32 if self.autocast else self.wide  # bytes of one in the residual stream
+        self.stream = (
+            FP32 if self.autocast else self.wide
+        )  # bytes of one in the residual stream
 
-        layer = sum(math.prod(shape) for shape in model.layer_tensors().values()) // self.t
+        layer = (
+            sum(math.prod(shape) for shape in model.layer_tensors().values()) // self.t
+        )
         head = self.V * self.D // self.t
         self.layer_weights = self.wide * layer if sharded else 0  # gathered
         self.head_weights = self.wide * head if sharded else 0
-        self.layer_scatter = FP32 * layer if sharded else 0  # gradients on their way to their shards
+        self.layer_scatter = (
+            FP32 * layer if sharded else 0
+        )  # gradients on their way to their shards
         self.head_scatter = FP32 * head if sharded else 0
         # Compiled and recomputed, a layer's casts are made again with what they are for.
         cast_layers = 1 if self.compiled and self.mode != "none" else model.n_layers
@@ -144,7 +179,9 @@ class _Sizes:
         statistics = FP32 * self.heads // t  # of attention
         if mode == "none":
             statistics += 2 * FP32 // t  # of norms
-        if mode == "selective":  # wq, wv, w1 and w2, attention, and what tensor parallel scatters
+        if (
+            mode == "selective"
+        ):  # wq, wv, w1 and w2, attention, and what tensor parallel scatters
             scattered = 2 * D if t > 1 else 0
             own = (D + K + F + D + scattered) // t
             if not self.compiled:
@@ -155,7 +192,9 @@ class _Sizes:
             residual_streams = 2
             norms = 5 * D if self.autocast else 2 * D
             own = (2 * D + 2 * K + 4 * F) // t + norms
-        return self.T * (residual_streams * self.stream * D // t + self.wide * own + statistics)
+        return self.T * (
+            residual_streams * self.stream * D // t + self.wide * own + statistics
+        )
 
     def head(self) -> int:
         """The input and the output of the last norm."""
@@ -179,7 +218,9 @@ class _Sizes:
         """The most beside ``kept`` in the backward pass of the last layer: at its start, what is recomputed, gradients
         of activations, and the head's gradient on its way; at its end, the layer's own. The next one's weights are
         there with its own."""
-        recomputed = 0 if self.mode == "none" else self.kept("none") - self.kept(self.mode)
+        recomputed = (
+            0 if self.mode == "none" else self.kept("none") - self.kept(self.mode)
+        )
         products = 3 * self.F if self.mode == "full" else 3 * self.F // 2
         gradients = self.T * self.wide * (min(self.t, 2) * self.D + products // self.t)
         start = recomputed + gradients + self.head_scatter

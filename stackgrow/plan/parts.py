@@ -29,7 +29,10 @@ class Hop:
 
     @property
     def widens(self) -> bool:
-        return dataclasses.replace(self.source, n_layers=self.target.n_layers) != self.target
+        return (
+            dataclasses.replace(self.source, n_layers=self.target.n_layers)
+            != self.target
+        )
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ class Part:
     table: str  # the TOML path of those: "base.train"
     own: Collection[str]  # which keys of [train] they are
     parallel: Parallel
-    parallel_paths: Mapping[str, str]  # the TOML paths of the keys of [parallel] that are the stage's own
+    parallel_paths: Mapping[
+        str, str
+    ]  # the TOML paths of the keys of [parallel] that are the stage's own
     hop: Hop | None  # the growth that it comes before; None: the last stage
     learns: bool = False  # it trains the maps of that growth
     masking: Hop | None = None  # the growth before it, whose mask it raises
@@ -131,7 +136,9 @@ def _learning_part(recipe: Recipe, before: Part, hop: Hop) -> Part:
 def _author_settings(growth: Growth) -> dict[str, Any]:
     """How LiGO's maps are trained unless the recipe says otherwise: as its author did for the paper (tongxuluo/prts,
     issue 2: rate 7e-5 to 7e-6 in 100 steps, 50 of them warm-up, weight decay 0.1), all with the full batch."""
-    length = growth.learn_steps or Duration(0, "steps")  # where it is missing, the plan says so
+    length = growth.learn_steps or Duration(
+        0, "steps"
+    )  # where it is missing, the plan says so
     return {
         "batch_warmup": (),
         "learning_rate": 7e-5,

@@ -46,7 +46,9 @@ class StageReliability:
     added: float
 
 
-def reliability(cost: StageCost, recipe: Recipe, cluster: Cluster, machine: Machine) -> StageReliability:
+def reliability(
+    cost: StageCost, recipe: Recipe, cluster: Cluster, machine: Machine
+) -> StageReliability:
     """Of a stage whose checkpoints make it wait: an upper bound where they are written asynchronously."""
     stage = cost.stage
     step = 3600 * cost.hours / stage.steps

@@ -20,13 +20,23 @@ from stackgrow.plan.checks_growth import depth_problems, operator_problems
 from stackgrow.plan.parts import Hop, factor_of, parts_of, resized
 from stackgrow.plan.stages import Plan, Stage, TrainStage
 from stackgrow.plan.timeline import lay_out, train_stages
-from stackgrow.plan.timing import bounds_note, connections_note, factor_note, timing_note, warmup_note
+from stackgrow.plan.timing import (
+    bounds_note,
+    connections_note,
+    factor_note,
+    timing_note,
+    warmup_note,
+)
 from stackgrow.plan.until import Until
 from stackgrow.recipe.keys import Growth, Model, Recipe
 from stackgrow.recipe.load import Problem, RecipeError
 
 
-def make_plan(recipe: Recipe, file: str | Path = "recipe", found: Mapping[str, int | str] | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    file: str | Path = "recipe",
+    found: Mapping[str, int | str] | None = None,
+) -> Plan:
     """The stages of a checked recipe; ``found`` is what stages have found out as they ran (see found.py).
 
     Raises:
@@ -41,7 +51,12 @@ def make_plan(recipe: Recipe, file: str | Path = "recipe", found: Mapping[str, i
     blocking = list(growth_faults)
     for part in trained:
         blocking.extend(batch_problems(part, recipe.data.seq_len))
-    problems = [*data_problems(recipe), *geometry_problems(recipe), *base_problems(recipe), *blocking]
+    problems = [
+        *data_problems(recipe),
+        *geometry_problems(recipe),
+        *base_problems(recipe),
+        *blocking,
+    ]
     for part in trained:
         problems.extend(parallel_problems(part, recipe))
         problems.extend(train_problems(part, recipe))
@@ -56,12 +71,18 @@ def make_plan(recipe: Recipe, file: str | Path = "recipe", found: Mapping[str, i
             return int(found.get(stage.name, until.max_steps))
 
         stages, faults = lay_out(recipe, parts, steps_found)
-        earliest, earliest_faults = lay_out(recipe, parts, lambda _, until: until.min_steps)
+        earliest, earliest_faults = lay_out(
+            recipe, parts, lambda _, until: until.min_steps
+        )
         problems.extend(faults + earliest_faults)
     if problems:
-        without_repeats = list(dict.fromkeys(problems))  # stages share the keys of [train]
+        without_repeats = list(
+            dict.fromkeys(problems)
+        )  # stages share the keys of [train]
         raise RecipeError(file, without_repeats)
-    return Plan(recipe, tuple(stages), tuple(_notes(recipe, hops, stages, earliest)), found)
+    return Plan(
+        recipe, tuple(stages), tuple(_notes(recipe, hops, stages, earliest)), found
+    )
 
 
 def resolve_growths(recipe: Recipe) -> tuple[list[Hop], list[Problem]]:
@@ -69,13 +90,17 @@ def resolve_growths(recipe: Recipe) -> tuple[list[Hop], list[Problem]]:
     hops: list[Hop] = []
     if not recipe.growth or recipe.base is None:
         return hops, []
-    source = resized(recipe.model, recipe.base.model, recipe.base.n_layers or recipe.model.n_layers)
+    source = resized(
+        recipe.model, recipe.base.model, recipe.base.n_layers or recipe.model.n_layers
+    )
     if recipe.base.model:
         problems = list(head_problems(source, "base.model"))
         if problems:
             return hops, problems
     for index, growth in enumerate(recipe.growth):
-        problems = list(depth_problems(recipe, growth, source.n_layers, f"growth[{index}]"))
+        problems = list(
+            depth_problems(recipe, growth, source.n_layers, f"growth[{index}]")
+        )
         if problems:
             return hops, problems  # the next growth's source is unknown
         hop = _hop(recipe, index, source)
@@ -97,7 +122,12 @@ def resolve_growths(recipe: Recipe) -> tuple[list[Hop], list[Problem]]:
     depths = [hops[0].source.n_layers] + [hop.target.n_layers for hop in hops]
     path = " -> ".join(str(depth) for depth in depths)
     rule = f"lead {path} layers, but model.n_layers = {recipe.model.n_layers}"
-    return hops, [("growth", f"the growths {rule}; change base.n_layers, a factor, or give a layer_map")]
+    return hops, [
+        (
+            "growth",
+            f"the growths {rule}; change base.n_layers, a factor, or give a layer_map",
+        )
+    ]
 
 
 def _hop(recipe: Recipe, index: int, source: Model) -> Hop:
@@ -106,7 +136,9 @@ def _hop(recipe: Recipe, index: int, source: Model) -> Hop:
     last = index == len(recipe.growth) - 1
     # A growth that is alone must lead to the target's depth; of several, each says its own.
     alone = len(recipe.growth) == 1
-    layer_map = _layer_map(growth, source.n_layers, recipe.model.n_layers if alone else source.n_layers)
+    layer_map = _layer_map(
+        growth, source.n_layers, recipe.model.n_layers if alone else source.n_layers
+    )
     n_layers = len(layer_map) if layer_map else source.n_layers
     target = resized(recipe.model if last else source, growth.model, n_layers)
     if operator_named(growth.operator).learned:
@@ -127,7 +159,9 @@ def _layer_map(growth: Growth, n_source: int, n_final: int) -> tuple[int, ...] |
     return tuple(interleave_map(n_source, n_target))
 
 
-def _notes(recipe: Recipe, hops: Sequence[Hop], stages: list[Stage], earliest: list[Stage]) -> Iterator[str]:
+def _notes(
+    recipe: Recipe, hops: Sequence[Hop], stages: list[Stage], earliest: list[Stage]
+) -> Iterator[str]:
     """What a reader should know before the run."""
     flops_of_earliest = sum(stage.flops for stage in train_stages(earliest))
     flops = sum(stage.flops for stage in train_stages(stages))
@@ -135,7 +169,11 @@ def _notes(recipe: Recipe, hops: Sequence[Hop], stages: list[Stage], earliest: l
         yield from warmup_note(stage)
     for hop in hops:
         yield from timing_note(recipe, hop)
-        waiting = [stage for stage in train_stages(stages) if stage.until and stage.model == hop.source]
+        waiting = [
+            stage
+            for stage in train_stages(stages)
+            if stage.until and stage.model == hop.source
+        ]
         if waiting:
             yield from bounds_note(waiting[0], hop, (flops_of_earliest, flops))
         yield from factor_note(recipe, hop)

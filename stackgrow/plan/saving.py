@@ -57,7 +57,9 @@ def expected_saving(plan: Plan) -> Saving | None:
 
     def distance(measured: Measured) -> float:
         of_size = abs(math.log(measured.non_embedding_parameters / n))
-        return of_size + abs(math.log(measured.tokens / _scratch_tokens(plan, measured.speed_up)))
+        return of_size + abs(
+            math.log(measured.tokens / _scratch_tokens(plan, measured.speed_up))
+        )
 
     nearest = min(MEASURED, key=distance)
     return Saving(
@@ -79,7 +81,10 @@ def _caveats(plan: Plan, nearest: Measured) -> Iterator[str]:
     """In what the plan differs from what was measured."""
     if len(plan.growths) > 1:
         yield f"{len(plan.growths)} growths, measured with one"
-    if any(growth.noise or not operator_named(growth.operator).studied for growth in plan.growths):
+    if any(
+        growth.noise or not operator_named(growth.operator).studied
+        for growth in plan.growths
+    ):
         yield "another operator than G_stack"
     n = plan.train_stages[-1].model.non_embedding_parameters()
     if abs(math.log(n / nearest.non_embedding_parameters)) > NEAR:

@@ -30,17 +30,25 @@ class Choice:
     place: int = 0  # among all that fit, from 1
 
 
-def search(stage: TrainStage, cluster: Cluster, network: float = NETWORK, best: int = 3) -> list[Choice]:
+def search(
+    stage: TrainStage, cluster: Cluster, network: float = NETWORK, best: int = 3
+) -> list[Choice]:
     """The fastest ways to run a stage that fit the memory, and after them the recipe's own if it is none of them and
     fits; ``network``: bytes per second and GPU between nodes."""
     own = _own_choice(stage, cluster, network)
     candidates = list(_choices(stage, cluster, network))
     if own is not None:
-        candidates = [choice for choice in candidates if replace(choice, own=True) != own]
+        candidates = [
+            choice for choice in candidates if replace(choice, own=True) != own
+        ]
         candidates.append(own)
-    fitting = [choice for choice in candidates if choice.memory.total <= cluster.gpu.memory]
+    fitting = [
+        choice for choice in candidates if choice.memory.total <= cluster.gpu.memory
+    ]
     fitting.sort(key=lambda choice: (round(choice.slowdown, 3), choice.memory.total))
-    placed = [replace(choice, place=place) for place, choice in enumerate(fitting, start=1)]
+    placed = [
+        replace(choice, place=place) for place, choice in enumerate(fitting, start=1)
+    ]
     return [choice for choice in placed if choice.place <= best or choice.own]
 
 
@@ -73,7 +81,9 @@ def _choices(stage: TrainStage, cluster: Cluster, network: float) -> Iterator[Ch
             if share % micro_batch:
                 continue
             for mode in modes:
-                variant = replace(stage, train=replace(stage.train, activation_checkpoint=mode))
+                variant = replace(
+                    stage, train=replace(stage.train, activation_checkpoint=mode)
+                )
                 memory = stage_memory(variant, possible, micro_batch)
                 slow = slowdown(variant, possible, micro_batch, cluster, network)
                 yield Choice(possible, micro_batch, mode, memory, slow)
@@ -82,8 +92,16 @@ def _choices(stage: TrainStage, cluster: Cluster, network: float) -> Iterator[Ch
 def _layouts(stage: TrainStage, gpus: int) -> Iterator[Layout]:
     """FSDP, HSDP by nodes, and either with tensor parallelism inside a node, where the model divides."""
     model = stage.model
-    must_divide = (model.n_heads, model.kv_heads, model.ffn_dim, model.vocab_size, stage.seq_len // 2)
-    no_tensor_parallel = stage.learns_maps or stage.train.loss_chunk > 0  # as checks.py has it
+    must_divide = (
+        model.n_heads,
+        model.kv_heads,
+        model.ffn_dim,
+        model.vocab_size,
+        stage.seq_len // 2,
+    )
+    no_tensor_parallel = (
+        stage.learns_maps or stage.train.loss_chunk > 0
+    )  # as checks.py has it
     for tensor in (1, 2, 4, 8):
         if gpus % tensor or any(size % tensor for size in must_divide):
             continue
@@ -95,14 +113,26 @@ def _layouts(stage: TrainStage, gpus: int) -> Iterator[Layout]:
                 yield Layout(replicate, shard, tensor, loss_parallel=True)
 
 
-def slowdown(stage: TrainStage, layout: Layout, micro_batch: int, cluster: Cluster, network: float) -> float:
+def slowdown(
+    stage: TrainStage,
+    layout: Layout,
+    micro_batch: int,
+    cluster: Cluster,
+    network: float,
+) -> float:
     """Seconds of one micro-batch on one rank over those of its products. FSDP's traffic (weights gathered twice,
     float32 gradients scattered once) overlaps with the products; tensor parallelism's (four gathers and four scatters
     of a layer's bf16 stream) does not."""
     gpu = cluster.gpu
     tokens = micro_batch * stage.seq_len
     weights = stage.model.parameters() / layout.tensor
-    products = model_flops(stage) / stage.tokens * tokens / layout.tensor / (gpu.flops * cluster.mfu)
+    products = (
+        model_flops(stage)
+        / stage.tokens
+        * tokens
+        / layout.tensor
+        / (gpu.flops * cluster.mfu)
+    )
 
     wire = gpu.nvlink if layout.shard * layout.tensor <= NODE else network
     fsdp = weights * (2 + 2 + FP32) * (1 - 1 / layout.shard) / wire
@@ -124,5 +154,7 @@ def recomputed(stage: TrainStage) -> float:
         "selective": D * (K + D + F),  # wk, wo, w3
         "full": D * (2 * K + 2 * D + 3 * F),
     }
-    products = 2 * model.n_layers * again[stage.train.activation_checkpoint]  # of one token
+    products = (
+        2 * model.n_layers * again[stage.train.activation_checkpoint]
+    )  # of one token
     return products / stage.flops_per_token

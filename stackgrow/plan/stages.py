@@ -40,7 +40,9 @@ class Continued:
         """What the schedule's rate is multiplied by in step ``step`` of the stage, 1 being the first."""
         if self.rewarm is None:
             return 1.0
-        return self.rewarm.ratio + (1 - self.rewarm.ratio) * min(1.0, (step - 1) / self.rewarm.rewarm_steps)
+        return self.rewarm.ratio + (1 - self.rewarm.ratio) * min(
+            1.0, (step - 1) / self.rewarm.rewarm_steps
+        )
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class TrainStage:
     kind: str = "train"
     until: Until | None = None
     parallel: Parallel = field(default_factory=Parallel)
-    schedule: Continued | None = None  # None: the learning rate's schedule begins with the stage
+    schedule: Continued | None = (
+        None  # None: the learning rate's schedule begins with the stage
+    )
     freeze: Freeze | None = None
     document_mask: bool = False
 
@@ -76,7 +80,9 @@ class TrainStage:
     learns_maps: ClassVar[bool] = False
     imports: ClassVar[bool] = False
     folds_maps: ClassVar[bool] = False
-    finds: ClassVar[type[int] | type[str] | None] = int  # the step at which the loss called for growth
+    finds: ClassVar[type[int] | type[str] | None] = (
+        int  # the step at which the loss called for growth
+    )
 
     @property
     def name(self) -> str:
@@ -126,9 +132,14 @@ class TrainStage:
         """Of the first ``steps`` steps. A frozen step costs 6 N a token like any other, less the backward pass of the
         frozen layers, 4 N of theirs: no gradient goes below the lowest trained layer."""
         frozen_tokens = self.batches.tokens(min(steps, self.frozen_steps))
-        per_layer = (self.model.non_embedding_parameters() - self.model.dim) // self.model.n_layers
+        per_layer = (
+            self.model.non_embedding_parameters() - self.model.dim
+        ) // self.model.n_layers
         frozen_parameters = per_layer * self.frozen_layers
-        return self.flops_per_token * self.batches.tokens(steps) - 4 * frozen_parameters * frozen_tokens
+        return (
+            self.flops_per_token * self.batches.tokens(steps)
+            - 4 * frozen_parameters * frozen_tokens
+        )
 
     @property
     def frozen_steps(self) -> int:
@@ -142,8 +153,15 @@ class TrainStage:
     def attention_flops(self) -> float:
         dim, seq_len = self.model.dim, self.seq_len
         frozen_tokens = self.batches.tokens(self.frozen_steps)
-        spared = guidelines.attention_flops(self.frozen_layers, dim, seq_len, frozen_tokens) * 2 / 3
-        return guidelines.attention_flops(self.model.n_layers, dim, seq_len, self.tokens) - spared
+        spared = (
+            guidelines.attention_flops(self.frozen_layers, dim, seq_len, frozen_tokens)
+            * 2
+            / 3
+        )
+        return (
+            guidelines.attention_flops(self.model.n_layers, dim, seq_len, self.tokens)
+            - spared
+        )
 
     @property
     def warmup_steps(self) -> int:
@@ -160,7 +178,9 @@ class TrainStage:
         rank's share of every step."""
         share = math.gcd(*self.batches.sizes) // self.seq_len // data_ranks
         most = min(share, self.train.micro_batch)
-        return max(sequences for sequences in range(1, most + 1) if share % sequences == 0)
+        return max(
+            sequences for sequences in range(1, most + 1) if share % sequences == 0
+        )
 
     def checkpoint_tensors(self) -> dict[str, tuple[int, ...]]:
         return dict(self.model.tensors())
@@ -177,15 +197,21 @@ class TrainStage:
     def identity(self) -> dict[str, Any]:
         plain = to_dict(self)
         free = {f.name for f in dataclasses.fields(Train) if f.metadata["free"]}
-        plain["train"] = {key: value for key, value in plain["train"].items() if key not in free}
+        plain["train"] = {
+            key: value for key, value in plain["train"].items() if key not in free
+        }
         plain.pop("start_flops")
         plain.pop("parallel")  # all of it is free
-        if self.train.on_spike != "skip":  # the weights depend on neither, and old recipes keep their hashes
+        if (
+            self.train.on_spike != "skip"
+        ):  # the weights depend on neither, and old recipes keep their hashes
             plain["train"].pop("on_spike")
             plain["train"].pop("spike_sigmas")
         if not self.document_mask:  # as before there was one
             plain.pop("document_mask")
-        if self.until:  # where the loss decides the end, it is not known when the stage begins
+        if (
+            self.until
+        ):  # where the loss decides the end, it is not known when the stage begins
             plain["steps"] = self.until.max_steps
         return plain
 
@@ -218,9 +244,13 @@ class TrainStage:
     def learning_rate(self, step: int) -> float:
         """The rate of optimizer step ``step`` (1 to ``steps``), as torchtitan 0.2.2's scheduler has it."""
         if not 1 <= step <= self.steps:
-            raise ValueError(f"step {step} is not in {self.name}, which has steps 1 to {self.steps}")
+            raise ValueError(
+                f"step {step} is not in {self.name}, which has steps 1 to {self.steps}"
+            )
         if self.schedule:
-            return self._scheduled(step + self.schedule.steps) * self.schedule.factor(step)
+            return self._scheduled(step + self.schedule.steps) * self.schedule.factor(
+                step
+            )
         return self._scheduled(step)
 
     def _scheduled(self, step: int) -> float:
@@ -232,7 +262,9 @@ class TrainStage:
 
         decay_steps = self.horizon_steps - self.warmup_steps
         if self.train.schedule == "wsd":
-            decay_steps = min(decay_steps, round(self.horizon_steps * self.train.decay_fraction))
+            decay_steps = min(
+                decay_steps, round(self.horizon_steps * self.train.decay_fraction)
+            )
         # The horizon ends one step after the last, so that the last step's rate is not zero.
         steps_in_decay = step - 1 - (self.horizon_steps - decay_steps)
         if decay_steps == 0 or steps_in_decay <= 0:
@@ -248,7 +280,11 @@ class TrainStage:
 
 def _without_plain(identity: dict[str, Any], **plain: object) -> dict[str, Any]:
     """``identity`` without the keys that have their ``plain`` value: as it was before there were such keys."""
-    return {name: value for name, value in identity.items() if name not in plain or value != plain[name]}
+    return {
+        name: value
+        for name, value in identity.items()
+        if name not in plain or value != plain[name]
+    }
 
 
 @dataclass(frozen=True)
@@ -290,7 +326,9 @@ class LearnStage(TrainStage):
 
     @property
     def checkpoint_bytes(self) -> int:
-        return CHECKPOINT_BYTES * learned_shapes.parameters(self.source, self.model, self.maps)
+        return CHECKPOINT_BYTES * learned_shapes.parameters(
+            self.source, self.model, self.maps
+        )
 
 
 @dataclass(frozen=True)
@@ -305,7 +343,9 @@ class GrowStage:
     noise: float
     seed: int  # the recipe's, made different for every growth
     ramp: Duration | None = None
-    optimizer: str | None = None  # "copy" or "asymmetric"; None: its state is left behind
+    optimizer: str | None = (
+        None  # "copy" or "asymmetric"; None: its state is left behind
+    )
     kind: str = "grow"
     norm: str = "scaled"
     maps: str = "paper"
@@ -351,9 +391,18 @@ class GrowStage:
     def change(self) -> str:
         """``2 -> 8 layers, dim 64 -> 128``."""
         names = ("dim", "n_heads", "n_kv_heads", "ffn_dim")
-        pairs = [(name, getattr(self.source, name), getattr(self.target, name)) for name in names]
-        widths = [f", {name} {before} -> {after}" for name, before, after in pairs if before != after]
-        return f"{self.source.n_layers} -> {self.target.n_layers} layers" + "".join(widths)
+        pairs = [
+            (name, getattr(self.source, name), getattr(self.target, name))
+            for name in names
+        ]
+        widths = [
+            f", {name} {before} -> {after}"
+            for name, before, after in pairs
+            if before != after
+        ]
+        return f"{self.source.n_layers} -> {self.target.n_layers} layers" + "".join(
+            widths
+        )
 
 
 @dataclass(frozen=True)
@@ -465,7 +514,11 @@ class Plan:
         hashes: dict[str, str] = {}
         parent = canonical_hash({"seed": self.recipe.seed, "data": data_hash})
         for stage in self.stages:
-            parent = hashes[stage.name] = canonical_hash({"parent": parent, "stage": stage.identity()})
+            parent = hashes[stage.name] = canonical_hash(
+                {"parent": parent, "stage": stage.identity()}
+            )
             if stage.name in self.found:
-                parent = canonical_hash({"parent": parent, "found": self.found[stage.name]})
+                parent = canonical_hash(
+                    {"parent": parent, "found": self.found[stage.name]}
+                )
         return hashes

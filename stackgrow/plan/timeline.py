@@ -9,7 +9,15 @@ from stackgrow.plan.batches import Batches
 from stackgrow.plan.checks import schedule_problems
 from stackgrow.plan.checks_growth import continued_problems
 from stackgrow.plan.parts import Hop, Part
-from stackgrow.plan.stages import Continued, Freeze, GrowStage, ImportStage, LearnStage, Stage, TrainStage
+from stackgrow.plan.stages import (
+    Continued,
+    Freeze,
+    GrowStage,
+    ImportStage,
+    LearnStage,
+    Stage,
+    TrainStage,
+)
 from stackgrow.plan.timing import due, shown
 from stackgrow.plan.until import Until
 from stackgrow.recipe.keys import Growth, LossSlope, Recipe
@@ -17,10 +25,14 @@ from stackgrow.recipe.load import Problem
 from stackgrow.recipe.values import Duration, Rewarm, Share
 from stackgrow.text import human
 
-StepsUntil = Callable[[TrainStage, Until], int]  # the steps of a stage whose end the loss decides
+StepsUntil = Callable[
+    [TrainStage, Until], int
+]  # the steps of a stage whose end the loss decides
 
 
-def lay_out(recipe: Recipe, parts: Sequence[Part], steps_until: StepsUntil) -> tuple[list[Stage], list[Problem]]:
+def lay_out(
+    recipe: Recipe, parts: Sequence[Part], steps_until: StepsUntil
+) -> tuple[list[Stage], list[Problem]]:
     """The stages of ``parts`` and the growths between them, up to the first that there is no room for."""
     timeline = Timeline(recipe, steps_until)
     if recipe.base and recipe.base.from_:
@@ -191,7 +203,9 @@ class Timeline:
         if part.hop is None and self.grown and self.grown.growth.timing == "auto":
             budget = human(self.recipe.budget.tokens)
             guideline = (
-                "[guideline]" if self.recipe.guideline else "the paper's guideline, fitted on models of 410M to 3B"
+                "[guideline]"
+                if self.recipe.guideline
+                else "the paper's guideline, fitted on models of 410M to 3B"
             )
             return (
                 f"{self.grown.where}.timing",

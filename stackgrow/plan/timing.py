@@ -29,7 +29,11 @@ def auto(recipe: Recipe, hop: Hop) -> int:
     n, fit = hop.target.non_embedding_parameters(), recipe.guideline
     constants = (fit.a, fit.b, fit.c) if fit else guidelines.TIMING
     try:
-        return round(guidelines.growth_timing(n, guidelines.training_flops(n, recipe.budget.tokens), constants))
+        return round(
+            guidelines.growth_timing(
+                n, guidelines.training_flops(n, recipe.budget.tokens), constants
+            )
+        )
     except OverflowError:  # of a fit that makes no sense: beyond any budget
         return 10 * recipe.budget.tokens
 
@@ -84,7 +88,9 @@ def factor_note(recipe: Recipe, hop: Hop) -> Iterator[str]:
         return
     if hop.growth.factor == "auto":
         n = hop.target.non_embedding_parameters()
-        preliminary = guidelines.preliminary_factor(n, guidelines.training_flops(n, recipe.budget.tokens))
+        preliminary = guidelines.preliminary_factor(
+            n, guidelines.training_flops(n, recipe.budget.tokens)
+        )
         yield (
             f"{hop.where}.factor: {guidelines.GROWTH_FACTOR}, which the paper uses throughout (section 4.2); its "
             f"preliminary equation (appendix F, eq. 50) would give {preliminary:.1f}"
@@ -105,7 +111,9 @@ def connections_note(hop: Hop) -> Iterator[str]:
     yield f"{hop.where}: keeps {kept} of {every} connections between layers, R_c = {rate:.1f}% (paper, eq. 51)"
 
 
-def bounds_note(latest: TrainStage, hop: Hop, flops: tuple[float, float]) -> Iterator[str]:
+def bounds_note(
+    latest: TrainStage, hop: Hop, flops: tuple[float, float]
+) -> Iterator[str]:
     """What is known beforehand of a growth whose timing the loss decides; ``flops`` are those of the run, grown at the
     earliest and at the latest."""
     until = latest.until

@@ -27,7 +27,15 @@ def scratch_twin(plan: Plan, file: str | Path = "recipe") -> Plan:
         RecipeError: nothing grows; or what remains is no recipe, such as a horizon shorter than the twin's steps.
     """
     if not plan.growths:
-        raise RecipeError(file, [("growth", "is missing: a recipe that grows nothing is its own scratch twin")])
+        raise RecipeError(
+            file,
+            [
+                (
+                    "growth",
+                    "is missing: a recipe that grows nothing is its own scratch twin",
+                )
+            ],
+        )
     last = plan.train_stages[-1]
     steps = last.batches.nearest(round(plan.flops / last.flops_per_token))
     recipe = plan.recipe
@@ -40,7 +48,9 @@ def scratch_twin(plan: Plan, file: str | Path = "recipe") -> Plan:
         guideline=None,
         train=last.train,
         parallel=last.parallel,
-        run=dataclasses.replace(recipe.run, folder=recipe.run.folder and recipe.run.folder + SUFFIX),
+        run=dataclasses.replace(
+            recipe.run, folder=recipe.run.folder and recipe.run.folder + SUFFIX
+        ),
     )
     return make_plan(twin, file)
 
@@ -72,7 +82,9 @@ def twin_text(plan: Plan, twin: Plan, file: Path) -> str:
 def _caveats(plan: Plan) -> list[str]:
     caveats = []
     if plan.recipe.base and plan.recipe.base.from_:
-        caveats.append("what the base from elsewhere has cost is not known, and not in the budget")
+        caveats.append(
+            "what the base from elsewhere has cost is not known, and not in the budget"
+        )
     for stage in plan.train_stages:
         if stage.until and stage.name not in plan.found:
             caveats.append(

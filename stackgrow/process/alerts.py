@@ -48,7 +48,11 @@ class Alerts:
         self._stall_told = False
 
     def tell(self, event: str, message: str) -> None:
-        variables = {"STACKGROW_EVENT": event, "STACKGROW_MESSAGE": message, "STACKGROW_RUN": str(self.folder)}
+        variables = {
+            "STACKGROW_EVENT": event,
+            "STACKGROW_MESSAGE": message,
+            "STACKGROW_RUN": str(self.folder),
+        }
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("ab") as output:

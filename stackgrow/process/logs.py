@@ -16,9 +16,13 @@ def log_to(file: Path) -> None:
     console = logging.StreamHandler(sys.stderr)
     console.addFilter(_is_for_the_console)
     logging.basicConfig(level=logging.INFO, handlers=[handler, console], force=True)
-    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
+    warnings.filterwarnings(
+        "ignore", message="'set_vital' is deprecated"
+    )  # torchdata 0.11 on torch 2.13
     # A float32 recipe makes torchtitan ask for a float32 autocast, which is none.
-    warnings.filterwarnings("ignore", message="In .* autocast, but the target dtype is not supported")
+    warnings.filterwarnings(
+        "ignore", message="In .* autocast, but the target dtype is not supported"
+    )
 
 
 def _is_for_the_console(record: logging.LogRecord) -> bool:

@@ -20,7 +20,9 @@ RENEW_LINE = "\r\x1b[K"  # back to its beginning, and erased
 class Progress:
     """Progress of one stage; silent unless ``enabled`` (rank 0)."""
 
-    def __init__(self, stage: str, steps: int, *, enabled: bool, stream: TextIO | None = None):
+    def __init__(
+        self, stage: str, steps: int, *, enabled: bool, stream: TextIO | None = None
+    ):
         self.stage, self.steps, self.enabled = stage, steps, enabled
         self.stream = stream or sys.stdout
         self.terminal = self.stream.isatty()
@@ -84,7 +86,9 @@ class Progress:
         """Keeps the newest validation loss in the line; where lines do not renew themselves, says it at once."""
         self.validation = f"val {loss:.4f}"
         if not self.terminal:
-            self._show(f"{self.stage}  step {step}/{self.steps}  validation loss {loss:.4f}")
+            self._show(
+                f"{self.stage}  step {step}/{self.steps}  validation loss {loss:.4f}"
+            )
 
     def close(self) -> None:
         """Leaves the last line standing."""

@@ -20,7 +20,12 @@ from stackgrow.errors import DiskError
 from stackgrow.process import signals
 
 VISIBLE_SECONDS = 120.0  # NFS clients look again after 60 (acdirmax)
-CANNOT_LOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # as Lustre mounted without flock
+CANNOT_LOCK = {
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOLCK,
+}  # as Lustre mounted without flock
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -68,4 +73,7 @@ def lock(file: int | IO[str], operation: int = fcntl.LOCK_EX) -> None:
     except OSError as error:
         if error.errno not in CANNOT_LOCK:
             raise
-        logger.warning("This file system has no locks (%s): nothing keeps two processes apart", error.strerror)
+        logger.warning(
+            "This file system has no locks (%s): nothing keeps two processes apart",
+            error.strerror,
+        )

@@ -80,7 +80,9 @@ def _in_child() -> None:
     """A fork, e.g. a loader process, must not report to its parent's listener; the trainer ends it with SIGTERM."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+        signal.signal(
+            number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN
+        )
 
 
 def leave_group(*_: object) -> None:
@@ -101,4 +103,6 @@ def stop_if_asked(place: str) -> None:
 
 def stopped(place: str) -> StoppedError:
     by = asked() or "a signal to another rank"
-    return StoppedError(f"{place}: stopped by {by}; what was done is saved, and the same command goes on from here")
+    return StoppedError(
+        f"{place}: stopped by {by}; what was done is saved, and the same command goes on from here"
+    )

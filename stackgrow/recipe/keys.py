@@ -1,7 +1,7 @@
 """The keys of a recipe, each with what it may be; load.py reads them, checks.py says how they fit.
 
 The dataclasses below are the only description of the keys: parsing, defaults, ``recipe.schema.json`` and the
-reference in recipes/README.md come from them. Nothing here imports torch: a recipe is read in milliseconds.
+reference in recipes/REFERENCE.md come from them. Nothing here imports torch: a recipe is read in milliseconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from stackgrow.recipe.values import Duration, Kind, Phase, Rewarm, Share
 # The operators' names alone, for the schema. What each one is stands in growth/operators.py, which this room must not
 # know; a test keeps the two equal.
 OPERATORS = ("stack", "split", "zero", "random", "learn")
-MAX_WIDTH = 2**16  # planning a growth takes memory and time with every channel; GPT-3 has 12,288
+MAX_WIDTH = (
+    2**16
+)  # planning a growth takes memory and time with every channel; GPT-3 has 12,288
 
 
 class _Required:
@@ -51,7 +53,14 @@ def key(
     return field(default=None if required else default, metadata=metadata)
 
 
-def table(cls: type, help: str, *, required: bool = False, optional: bool = False, many: bool = False) -> Any:
+def table(
+    cls: type,
+    help: str,
+    *,
+    required: bool = False,
+    optional: bool = False,
+    many: bool = False,
+) -> Any:
     """A table ``[name]`` described by ``cls``. When absent, it is filled with defaults; an ``optional`` one
     is None, and ``many`` (an array of tables ``[[name]]``) are ()."""
     metadata = {
@@ -71,29 +80,55 @@ def overrides(cls: type, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Budget:
-    tokens: int = key(values.tokens(), "tokens trained over all stages, the base's included")
+    tokens: int = key(
+        values.tokens(), "tokens trained over all stages, the base's included"
+    )
 
 
 @dataclass(frozen=True)
 class Mix:
     """One store of a mixture."""
 
-    path: str = key(values.path(), "folder of a token store written by tools/prepare_data.py", free=True)
-    weight: float = key(values.number(above=True), "its share of the sequences, relative to the other weights")
+    path: str = key(
+        values.path(),
+        "folder of a token store written by tools/prepare_data.py",
+        free=True,
+    )
+    weight: float = key(
+        values.number(above=True),
+        "its share of the sequences, relative to the other weights",
+    )
 
 
 @dataclass(frozen=True)
 class Data:
-    path: str = key(values.path(), "folder of a token store written by tools/prepare_data.py", "", free=True)
-    mix: tuple[Mix, ...] = table(Mix, "instead of path: a mixture of token stores", many=True)
+    path: str = key(
+        values.path(),
+        "folder of a token store written by tools/prepare_data.py",
+        "",
+        free=True,
+    )
+    mix: tuple[Mix, ...] = table(
+        Mix, "instead of path: a mixture of token stores", many=True
+    )
     tokenizer: str = key(
-        values.sha256(), "SHA-256 of the tokenizer file that the stores must be made with", "", free=True
+        values.sha256(),
+        "SHA-256 of the tokenizer file that the stores must be made with",
+        "",
+        free=True,
     )
     seq_len: int = key(values.integer(2, 2**20), "tokens in one training sequence")
     document_mask: bool = key(
-        values.boolean(), 'no attention from one document to another; needs train.attention = "flex"', False
+        values.boolean(),
+        'no attention from one document to another; needs train.attention = "flex"',
+        False,
     )
-    workers: int = key(values.integer(0, 256), "loader processes per rank; 0 loads in the trainer", 0, free=True)
+    workers: int = key(
+        values.integer(0, 256),
+        "loader processes per rank; 0 loads in the trainer",
+        0,
+        free=True,
+    )
 
     @property
     def stores(self) -> list[tuple[str, float]]:
@@ -110,10 +145,21 @@ class Model:
     family: str = key(values.choice("llama2"), "architecture")
     dim: int = key(values.integer(2, MAX_WIDTH), "hidden width D")
     n_layers: int = key(values.integer(1, 4096), "number of layers L")
-    n_heads: int = key(values.integer(1, MAX_WIDTH), "attention heads; head width is dim / n_heads")
-    n_kv_heads: int = key(values.integer(0, MAX_WIDTH), "key/value heads (grouped-query attention); 0 means n_heads", 0)
-    ffn_dim: int = key(values.integer(1, 4 * MAX_WIDTH), "width F of the SwiGLU layer, exactly")
-    vocab_size: int = key(values.integer(2, 2**22), "vocabulary V: the token store's, or a multiple of 64 that pads it")
+    n_heads: int = key(
+        values.integer(1, MAX_WIDTH), "attention heads; head width is dim / n_heads"
+    )
+    n_kv_heads: int = key(
+        values.integer(0, MAX_WIDTH),
+        "key/value heads (grouped-query attention); 0 means n_heads",
+        0,
+    )
+    ffn_dim: int = key(
+        values.integer(1, 4 * MAX_WIDTH), "width F of the SwiGLU layer, exactly"
+    )
+    vocab_size: int = key(
+        values.integer(2, 2**22),
+        "vocabulary V: the token store's, or a multiple of 64 that pads it",
+    )
     norm_eps: float = key(values.number(0, 1, above=True), "epsilon of RMSNorm", 1e-5)
     rope_theta: float = key(values.number(1), "base of the rotary frequencies", 10000.0)
     init: str = key(
@@ -177,9 +223,13 @@ class Model:
 @dataclass(frozen=True)
 class Train:
     # The batch.
-    global_batch_tokens: int = key(values.tokens(), "tokens in one optimizer step, over all ranks")
+    global_batch_tokens: int = key(
+        values.tokens(), "tokens in one optimizer step, over all ranks"
+    )
     batch_warmup: tuple[Phase, ...] = key(
-        values.phases(), "smaller batches at the start of the stage, each for a while, then global_batch_tokens", ()
+        values.phases(),
+        "smaller batches at the start of the stage, each for a while, then global_batch_tokens",
+        (),
     )
     micro_batch: int = key(
         values.integer(),
@@ -189,33 +239,52 @@ class Train:
     )
     # The learning rate over the stage.
     learning_rate: float = key(values.number(above=True), "peak learning rate")
-    min_learning_rate: float = key(values.number(), "learning rate at the end of the horizon", 0.0)
+    min_learning_rate: float = key(
+        values.number(), "learning rate at the end of the horizon", 0.0
+    )
     schedule: str = key(
         values.choice("cosine", "linear", "wsd"),
         "decay after the warm-up; wsd: constant, then linear",
         "cosine",
     )
-    warmup: Duration = key(values.duration(), "linear warm-up at the start of the stage", Duration(0, "steps"))
+    warmup: Duration = key(
+        values.duration(),
+        "linear warm-up at the start of the stage",
+        Duration(0, "steps"),
+    )
     horizon: Duration = key(
         values.duration(1, words=("stage",)),
         "length of the whole schedule, apart from the stage's own",
         "stage",
     )
-    decay_fraction: float = key(values.number(0, 1, above=True), "wsd: the last part of the horizon that decays", 0.1)
+    decay_fraction: float = key(
+        values.number(0, 1, above=True),
+        "wsd: the last part of the horizon that decays",
+        0.1,
+    )
     # AdamW.
     beta1: float = key(values.number(0, 1, below=True), "AdamW", 0.9)
     beta2: float = key(values.number(0, 1, below=True), "AdamW", 0.95)
     eps: float = key(values.number(above=True), "AdamW", 1e-8)
     weight_decay: float = key(values.number(), "AdamW, on all parameters", 0.1)
-    max_grad_norm: float = key(values.number(above=True), "gradient norm is clipped to this", 1.0)
+    max_grad_norm: float = key(
+        values.number(above=True), "gradient norm is clipped to this", 1.0
+    )
     # How the work is computed: all but the precision gives the same model to rounding.
     precision: str = key(
         values.choice("bf16", "fp32", "float8"),
         "of matrix products (weights and moments stay float32); float8: torchao's, by rows, all but the head's",
         "bf16",
     )
-    optimizer: str = key(values.choice("fused", "foreach", "for-loop"), "AdamW implementation", "fused", free=True)
-    compile: bool = key(values.boolean(), "torch.compile each block and the loss", False, free=True)
+    optimizer: str = key(
+        values.choice("fused", "foreach", "for-loop"),
+        "AdamW implementation",
+        "fused",
+        free=True,
+    )
+    compile: bool = key(
+        values.boolean(), "torch.compile each block and the loss", False, free=True
+    )
     attention: str = key(
         values.choice("sdpa", "flash_attn", "flex"),
         'kernel: "sdpa" (torch: cuDNN, then flash); "flash_attn" (package flash-attn, GPU, bf16); "flex" (GPU)',
@@ -223,7 +292,10 @@ class Train:
         free=True,
     )
     loss_chunk: int = key(
-        values.integer(0), "tokens whose logits are in memory at once on a rank; 0: a whole micro-batch", 0, free=True
+        values.integer(0),
+        "tokens whose logits are in memory at once on a rank; 0: a whole micro-batch",
+        0,
+        free=True,
     )
     activation_checkpoint: str = key(
         values.choice("none", "selective", "full"),
@@ -231,8 +303,15 @@ class Train:
         "none",
         free=True,
     )
-    cpu_offload: bool = key(values.boolean(), "keep sharded weights and moments in host memory", False, free=True)
-    deterministic: bool = key(values.boolean(), "only deterministic kernels; slower on GPUs", False, free=True)
+    cpu_offload: bool = key(
+        values.boolean(),
+        "keep sharded weights and moments in host memory",
+        False,
+        free=True,
+    )
+    deterministic: bool = key(
+        values.boolean(), "only deterministic kernels; slower on GPUs", False, free=True
+    )
     # What a bad step leads to. Free, so that a run that was stopped can go on without the batch; up to there it took
     # the updates that a run with "skip" takes. metrics.jsonl, whose hash each seal states, tells which were left out.
     on_nonfinite: str = key(
@@ -248,7 +327,9 @@ class Train:
         "record",
     )
     spike_sigmas: float = key(
-        values.number(1), "a spike is this many standard deviations above the mean of 128 losses", 6.0
+        values.number(1),
+        "a spike is this many standard deviations above the mean of 128 losses",
+        6.0,
     )
 
 
@@ -258,24 +339,51 @@ class Widths:
 
     dim: int = key(values.integer(2, MAX_WIDTH), "hidden width D", None)
     n_heads: int = key(values.integer(1, MAX_WIDTH), "attention heads", None)
-    n_kv_heads: int = key(values.integer(1, MAX_WIDTH), "key/value heads; n_heads where [model] has as many", None)
-    ffn_dim: int = key(values.integer(1, 4 * MAX_WIDTH), "width F of the SwiGLU layer", None)
+    n_kv_heads: int = key(
+        values.integer(1, MAX_WIDTH),
+        "key/value heads; n_heads where [model] has as many",
+        None,
+    )
+    ffn_dim: int = key(
+        values.integer(1, 4 * MAX_WIDTH), "width F of the SwiGLU layer", None
+    )
     norm_eps: float = key(values.number(0, 1, above=True), "epsilon of RMSNorm", None)
 
 
 @dataclass(frozen=True)
 class Parallel:
-    replicate: int = key(values.integer(), "data parallel, weights replicated (DDP; with shard: HSDP)", 1, free=True)
-    shard: int = key(
-        values.integer(also=(-1,)), "data parallel, weights sharded (FSDP2); -1: all ranks left", -1, free=True
+    replicate: int = key(
+        values.integer(),
+        "data parallel, weights replicated (DDP; with shard: HSDP)",
+        1,
+        free=True,
     )
-    tensor: int = key(values.integer(), "tensor parallel, with sequence parallel", 1, free=True)
-    loss_parallel: bool = key(values.boolean(), "with tensor > 1: keep the logits sharded in the loss", True, free=True)
+    shard: int = key(
+        values.integer(also=(-1,)),
+        "data parallel, weights sharded (FSDP2); -1: all ranks left",
+        -1,
+        free=True,
+    )
+    tensor: int = key(
+        values.integer(), "tensor parallel, with sequence parallel", 1, free=True
+    )
+    loss_parallel: bool = key(
+        values.boolean(),
+        "with tensor > 1: keep the logits sharded in the loss",
+        True,
+        free=True,
+    )
     async_tensor: bool = key(
-        values.boolean(), "with tensor > 1 and compile: overlap its communication", False, free=True
+        values.boolean(),
+        "with tensor > 1 and compile: overlap its communication",
+        False,
+        free=True,
     )
     reshard_after_forward: str = key(
-        values.choice("default", "always", "never"), "when FSDP frees gathered weights", "default", free=True
+        values.choice("default", "always", "never"),
+        "when FSDP frees gathered weights",
+        "default",
+        free=True,
     )
     pipeline: int = key(values.integer(), "not supported: must be 1", 1, free=True)
     context: int = key(values.integer(), "not supported: must be 1", 1, free=True)
@@ -285,15 +393,27 @@ class Parallel:
 class Base:
     """What differs from [model] in the model that training starts from."""
 
-    n_layers: int | None = key(values.integer(1, 4096), "layers of the base model", None)
-    model: dict[str, Any] = overrides(Widths, "widths of the base model that differ from [model]'s")
-    train: dict[str, Any] = overrides(Train, "keys of [train] that differ in the base stage")
-    parallel: dict[str, Any] = overrides(Parallel, "keys of [parallel] that differ in the base stage")
+    n_layers: int | None = key(
+        values.integer(1, 4096), "layers of the base model", None
+    )
+    model: dict[str, Any] = overrides(
+        Widths, "widths of the base model that differ from [model]'s"
+    )
+    train: dict[str, Any] = overrides(
+        Train, "keys of [train] that differ in the base stage"
+    )
+    parallel: dict[str, Any] = overrides(
+        Parallel, "keys of [parallel] that differ in the base stage"
+    )
     from_: str = key(
-        values.path(), "start from these weights: a Hugging Face Llama folder, or a distributed checkpoint", ""
+        values.path(),
+        "start from these weights: a Hugging Face Llama folder, or a distributed checkpoint",
+        "",
     )
     position: int = key(
-        values.integer(0), "with from: sequences of this data that the base has consumed; the data go on after them", 0
+        values.integer(0),
+        "with from: sequences of this data that the base has consumed; the data go on after them",
+        0,
     )
 
 
@@ -306,8 +426,12 @@ class LossSlope:
         "grow when the loss falls by less than this per billion tokens: a line fitted over the second half of the "
         "steps that the stage has at min, moving on",
     )
-    min: Duration | Share = key(values.duration(1, share=True), "earliest growth, since the start of the run")
-    max: Duration | Share = key(values.duration(1, share=True), "latest growth, since the start of the run")
+    min: Duration | Share = key(
+        values.duration(1, share=True), "earliest growth, since the start of the run"
+    )
+    max: Duration | Share = key(
+        values.duration(1, share=True), "latest growth, since the start of the run"
+    )
 
 
 @dataclass(frozen=True)
@@ -326,17 +450,31 @@ class Growth:
         or_table=LossSlope,
     )
     factor: int | str | None = key(
-        values.integer(2, also=("auto",)), 'growth factor g: layers after / layers before; "auto": the paper\'s 4', None
+        values.integer(2, also=("auto",)),
+        'growth factor g: layers after / layers before; "auto": the paper\'s 4',
+        None,
     )
     layer_map: tuple[int, ...] | None = key(
-        values.layer_list(), "instead of factor: the source layer of each target layer", None
+        values.layer_list(),
+        "instead of factor: the source layer of each target layer",
+        None,
     )
-    order: str = key(values.choice("stack", "interleave"), "with factor: 0 1 0 1, or 0 0 1 1", "stack")
+    order: str = key(
+        values.choice("stack", "interleave"),
+        "with factor: 0 1 0 1, or 0 0 1 1",
+        "stack",
+    )
     noise: float = key(
-        values.number(0, 1), "share of random weights blended into all grown linears (paper, appendix I.2: 0.2)", 0.0
+        values.number(0, 1),
+        "share of random weights blended into all grown linears (paper, appendix I.2: 0.2)",
+        0.0,
     )
-    ramp: Duration | None = key(values.duration(1), 'with "random": how long the mask takes from 0 to 1', None)
-    learn_steps: Duration | None = key(values.duration(1), 'with "learn": how long its maps are trained', None)
+    ramp: Duration | None = key(
+        values.duration(1), 'with "random": how long the mask takes from 0 to 1', None
+    )
+    learn_steps: Duration | None = key(
+        values.duration(1), 'with "learn": how long its maps are trained', None
+    )
     maps: str = key(
         values.choice("paper", "official"),
         'with "learn": train the maps of what grows (eqs. 37-42), or, as the official code, those of widths and depth '
@@ -362,28 +500,45 @@ class Growth:
         "restart",
     )
     freeze: Duration | None = key(
-        values.duration(1), "how long only the new layers, the last norm and the head are trained (MSLT)", None
+        values.duration(1),
+        "how long only the new layers, the last norm and the head are trained (MSLT)",
+        None,
     )
     learn: dict[str, Any] = overrides(
         Train,
         "with \"learn\": keys of [train] that differ while its maps are trained; unless given, LiGO's author's: rate "
         "7e-5 to 7e-6 over the stage, half of it warm-up, weight decay 0.1",
     )
-    model: dict[str, Any] = overrides(Widths, "widths after this growth; the last growth leads to [model]")
-    train: dict[str, Any] = overrides(Train, "keys of [train] that differ in the stage after this growth")
-    parallel: dict[str, Any] = overrides(Parallel, "keys of [parallel] that differ in the stage after this growth")
+    model: dict[str, Any] = overrides(
+        Widths, "widths after this growth; the last growth leads to [model]"
+    )
+    train: dict[str, Any] = overrides(
+        Train, "keys of [train] that differ in the stage after this growth"
+    )
+    parallel: dict[str, Any] = overrides(
+        Parallel, "keys of [parallel] that differ in the stage after this growth"
+    )
 
 
 @dataclass(frozen=True)
 class Guideline:
     """A fit of one's own for ``timing = "auto"``: log10(d) = a log10(N) + b / log10(C) + c."""
 
-    a: float = key(values.number(-1e3, 1e3), "of log10 of N, the target's parameters without embedding and head")
-    b: float = key(values.number(-1e6, 1e6), "of 1 / log10 of the training FLOPs C = 6 N D")
+    a: float = key(
+        values.number(-1e3, 1e3),
+        "of log10 of N, the target's parameters without embedding and head",
+    )
+    b: float = key(
+        values.number(-1e6, 1e6), "of 1 / log10 of the training FLOPs C = 6 N D"
+    )
     c: float = key(values.number(-1e3, 1e3), "constant")
     source: str = key(values.text(), "what it was fitted on; shown in the plan")
-    max_parameters: float | None = key(values.number(above=True), "largest N of the fit: the plan warns beyond", None)
-    max_flops: float | None = key(values.number(above=True), "largest C of the fit: the plan warns beyond", None)
+    max_parameters: float | None = key(
+        values.number(above=True), "largest N of the fit: the plan warns beyond", None
+    )
+    max_flops: float | None = key(
+        values.number(above=True), "largest C of the fit: the plan warns beyond", None
+    )
 
 
 @dataclass(frozen=True)
@@ -394,7 +549,9 @@ class Validation:
         Duration(500, "steps"),
         free=True,
     )
-    sequences: int = key(values.integer(0), "held-out sequences per validation; 0: no validation", 64)
+    sequences: int = key(
+        values.integer(0), "held-out sequences per validation; 0: no validation", 64
+    )
     take: str = key(
         values.choice("first", "spread"),
         "which ones: the first of the held-out text, or evenly spread over all of it, as text in folders needs",
@@ -411,17 +568,40 @@ class Eval:
         'lm-eval\'s tasks; "paper": the eight of the paper; "paper_7b": these and the three more of its 7B',
         free=True,
     )
-    after: str = key(values.choice("last", "each"), "at the end of the last train stage, or of each", "last", free=True)
-    interval: Duration | None = key(values.duration(1), "and between evaluations within a stage", None, free=True)
-    batch: int = key(values.integer(), "sequences in one forward pass on one rank", 8, free=True)
-    limit: int = key(values.integer(0), "examples of each task, for a try; 0: all", 0, free=True)
-    include: str = key(values.path(), "folder with task files of your own; what they contain is run", "", free=True)
+    after: str = key(
+        values.choice("last", "each"),
+        "at the end of the last train stage, or of each",
+        "last",
+        free=True,
+    )
+    interval: Duration | None = key(
+        values.duration(1), "and between evaluations within a stage", None, free=True
+    )
+    batch: int = key(
+        values.integer(), "sequences in one forward pass on one rank", 8, free=True
+    )
+    limit: int = key(
+        values.integer(0), "examples of each task, for a try; 0: all", 0, free=True
+    )
+    include: str = key(
+        values.path(),
+        "folder with task files of your own; what they contain is run",
+        "",
+        free=True,
+    )
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    interval: Duration = key(values.duration(1), "between checkpoints", Duration(500, "steps"), free=True)
-    keep: int = key(values.integer(1), "newest checkpoints kept; a stage's last is always kept", 2, free=True)
+    interval: Duration = key(
+        values.duration(1), "between checkpoints", Duration(500, "steps"), free=True
+    )
+    keep: int = key(
+        values.integer(1),
+        "newest checkpoints kept; a stage's last is always kept",
+        2,
+        free=True,
+    )
     async_mode: str = key(
         values.choice("disabled", "async", "async_with_pinned_mem"),
         "save while training goes on",
@@ -438,8 +618,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Log:
-    interval: Duration = key(values.duration(1), "between logged steps", Duration(10, "steps"), free=True)
-    tensorboard: bool = key(values.boolean(), "write TensorBoard files", True, free=True)
+    interval: Duration = key(
+        values.duration(1), "between logged steps", Duration(10, "steps"), free=True
+    )
+    tensorboard: bool = key(
+        values.boolean(), "write TensorBoard files", True, free=True
+    )
     wandb: bool = key(
         values.boolean(),
         "send the same to Weights & Biases (package wandb; WANDB_PROJECT etc. apply)",
@@ -451,8 +635,15 @@ class Log:
 @dataclass(frozen=True)
 class Run:
     folder: str = key(values.path(), 'run folder; default "runs/<name>"', "", free=True)
-    init_timeout: int = key(values.integer(), "seconds for a collective up to a stage's first step", 300, free=True)
-    train_timeout: int = key(values.integer(), "seconds for a collective after it", 100, free=True)
+    init_timeout: int = key(
+        values.integer(),
+        "seconds for a collective up to a stage's first step",
+        300,
+        free=True,
+    )
+    train_timeout: int = key(
+        values.integer(), "seconds for a collective after it", 100, free=True
+    )
     on_event: str = key(
         values.text(),
         "on the command line only, --set run.on_event=./notify.sh: a shell command that is started at a stall, spike, "
@@ -462,10 +653,16 @@ class Run:
         typed_only=True,
     )
     stall_seconds: int = key(
-        values.integer(), "with on_event: a stall is this long without a step or another sign of life", 600, free=True
+        values.integer(),
+        "with on_event: a stall is this long without a step or another sign of life",
+        600,
+        free=True,
     )
     accept_versions: bool = key(
-        values.boolean(), "go on under another minor version of torch or torchtitan", False, free=True
+        values.boolean(),
+        "go on under another minor version of torch or torchtitan",
+        False,
+        free=True,
     )
 
 
@@ -474,12 +671,18 @@ class Recipe:
     """One TOML file, checked: everything that defines a run. Values are parsed; amounts are in tokens."""
 
     name: str = key(values.name(), "names the run and its folder", free=True)
-    seed: int = key(values.integer(0, 2**32 - 1), "of initialization, data order and growth")
+    seed: int = key(
+        values.integer(0, 2**32 - 1), "of initialization, data order and growth"
+    )
     budget: Budget = table(Budget, "how much is trained", required=True)
     data: Data = table(Data, "what is trained on", required=True)
     model: Model = table(Model, "the target: what the last stage trains", required=True)
-    base: Base | None = table(Base, "what differs from [model] in the base model", optional=True)
-    growth: tuple[Growth, ...] = table(Growth, "growths in order of their timing", many=True)
+    base: Base | None = table(
+        Base, "what differs from [model] in the base model", optional=True
+    )
+    growth: tuple[Growth, ...] = table(
+        Growth, "growths in order of their timing", many=True
+    )
     guideline: Guideline | None = table(
         Guideline,
         'instead of the paper\'s guideline for timing = "auto": log10(d) = a log10(N) + b / log10(C) + c',

@@ -18,7 +18,9 @@ from stackgrow.errors import RunError
 from stackgrow.recipe.keys import Recipe, Run
 from stackgrow.recipe.write import toml_name
 
-MAX_BYTES = 1 << 17  # a recipe is a page of text: anything larger is a mistake or an attack
+MAX_BYTES = (
+    1 << 17
+)  # a recipe is a page of text: anything larger is a mistake or an attack
 SET_SYNTAX = "write it as section.key=value, for example --set parallel.tensor=2 or --set growth[0].timing=10B"
 Problem = tuple[str, str]
 
@@ -31,13 +33,17 @@ class RecipeError(RunError, ValueError):
     def __init__(self, file: str | Path, problems: Sequence[Problem]):
         self.problems = list(problems)
         count = len(self.problems)
-        lines = [f"{file}: {count} problem" if count == 1 else f"{file}: {count} problems"]
+        lines = [
+            f"{file}: {count} problem" if count == 1 else f"{file}: {count} problems"
+        ]
         for where, message in self.problems:
             lines.append(f"  {where}: {message}" if where else f"  {message}")
         super().__init__("\n".join(lines))
 
 
-def load_recipe(file: str | Path, sets: Sequence[str] = (), *, trusted: bool = False) -> Recipe:
+def load_recipe(
+    file: str | Path, sets: Sequence[str] = (), *, trusted: bool = False
+) -> Recipe:
     """The recipe in ``file`` with ``sets`` ("train.compile=true") applied.
 
     ``trusted`` files, such as the recipe.toml that a run wrote itself, may name paths anywhere.
@@ -84,7 +90,9 @@ def _read_bytes(file: Path) -> bytes:
     except ValueError as error:  # a pipe, or a NUL byte in the name
         raise ValueError(f"cannot be read ({error})") from error
     if len(content) > MAX_BYTES:
-        raise ValueError(f"is larger than {MAX_BYTES} bytes; a recipe is a page of text")
+        raise ValueError(
+            f"is larger than {MAX_BYTES} bytes; a recipe is a page of text"
+        )
     return content
 
 
@@ -93,11 +101,17 @@ def _parse_toml(content: bytes) -> dict[str, Any]:
     try:
         raw = tomli.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise ValueError(
+            f"is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
     except RecursionError as error:
         raise ValueError("is not valid TOML: nested too deeply") from error
-    except ValueError as error:  # TOMLDecodeError is one; so is a number with too many digits
-        raise ValueError(f"is not valid TOML: {error}{_remedy(content.decode('utf-8-sig'), str(error))}") from error
+    except (
+        ValueError
+    ) as error:  # TOMLDecodeError is one; so is a number with too many digits
+        raise ValueError(
+            f"is not valid TOML: {error}{_remedy(content.decode('utf-8-sig'), str(error))}"
+        ) from error
     if not raw:
         raise ValueError("is empty; copy recipes/quickstart.toml and edit it")
     return raw
@@ -111,7 +125,10 @@ def _remedy(text: str, error: str) -> str:
         line = lines[int(number[1]) - 1]
     elif lines:
         line = lines[-1]
-    match = re.fullmatch(r"\s*([A-Za-z0-9_.-]+)\s*=\s*([A-Za-z0-9][A-Za-z0-9 %._/-]{0,100}?)\s*(?:#.*)?", line)
+    match = re.fullmatch(
+        r"\s*([A-Za-z0-9_.-]+)\s*=\s*([A-Za-z0-9][A-Za-z0-9 %._/-]{0,100}?)\s*(?:#.*)?",
+        line,
+    )
     if match is None:
         return ""
     key, value = match[1], match[2]
@@ -120,7 +137,9 @@ def _remedy(text: str, error: str) -> str:
     return f'; put the value in quotes: {key} = "{value}"'
 
 
-def _command_problems(raw: Mapping[str, Any], keys_set: Sequence[str]) -> Iterator[Problem]:
+def _command_problems(
+    raw: Mapping[str, Any], keys_set: Sequence[str]
+) -> Iterator[Problem]:
     """A recipe can come from a stranger: what is run in a shell is the user's own words."""
     run = raw.get("run")
     if not isinstance(run, dict):
@@ -128,10 +147,15 @@ def _command_problems(raw: Mapping[str, Any], keys_set: Sequence[str]) -> Iterat
     for spec in dataclasses.fields(Run):
         where = f"run.{spec.name}"
         if spec.metadata["typed_only"] and spec.name in run and where not in keys_set:
-            yield where, f"a recipe may not name a command; give it on the command line: --set {where}=..."
+            yield (
+                where,
+                f"a recipe may not name a command; give it on the command line: --set {where}=...",
+            )
 
 
-def _path_problems(raw: Mapping[str, Any], keys_set: Sequence[str]) -> Iterator[Problem]:
+def _path_problems(
+    raw: Mapping[str, Any], keys_set: Sequence[str]
+) -> Iterator[Problem]:
     """A recipe can come from a stranger, so its own paths stay below the working directory. Keys in ``keys_set``
     were set by the user on the command line, and may name any path."""
     for where, value in _paths(raw):
@@ -210,13 +234,17 @@ def _require_step(node: Any, step: str | int) -> None:
     """Raises ValueError where ``step`` leads nowhere from ``node``."""
     if isinstance(step, str) and isinstance(node, list):
         rule = f"name one of its entries, counted from 0, as in growth[0].{step}"
-        raise ValueError(f'"{step}" cannot be set: what holds it is not a table but a list; {rule}')
+        raise ValueError(
+            f'"{step}" cannot be set: what holds it is not a table but a list; {rule}'
+        )
     if isinstance(step, str) and not isinstance(node, dict):
         raise ValueError(f'"{step}" cannot be set: what holds it is not a table')
     if isinstance(step, int):
         entries = len(node) if isinstance(node, list) else 0
         if step >= entries:
-            raise ValueError(f"there is no entry [{step}]: the recipe has {entries} there, counted from 0")
+            raise ValueError(
+                f"there is no entry [{step}]: the recipe has {entries} there, counted from 0"
+            )
 
 
 def _set_value(steps: Sequence[str | int], text: str) -> Any:
@@ -242,7 +270,9 @@ def _is_text(steps: Sequence[str | int]) -> bool:
         if spec is None:
             return False
         table = _table_of(spec)
-    return spec is not None and "kind" in spec.metadata and spec.metadata["kind"].is_text
+    return (
+        spec is not None and "kind" in spec.metadata and spec.metadata["kind"].is_text
+    )
 
 
 @functools.cache
@@ -257,7 +287,9 @@ def _table_of(spec: dataclasses.Field[Any]) -> type | None:
     return meta.get("table") or meta.get("overrides") or meta.get("or_table")
 
 
-def _build(cls: Any, raw: Any, where: str, problems: list[Problem], *, partial: bool = False) -> Any:
+def _build(
+    cls: Any, raw: Any, where: str, problems: list[Problem], *, partial: bool = False
+) -> Any:
     """An instance of dataclass ``cls`` from a raw table; ``partial``: a dict of the keys that are given."""
     if not isinstance(raw, dict):
         problems.append((where, f"{_show(raw)} must be a table {_header(where)}"))
@@ -279,7 +311,12 @@ def _header(where: str) -> str:
     return f"[[{array}]]" if bracket else f"[{where}]"
 
 
-def _build_key(spec: dataclasses.Field[Any], raw: Mapping[str, Any], where: str, problems: list[Problem]) -> Any:
+def _build_key(
+    spec: dataclasses.Field[Any],
+    raw: Mapping[str, Any],
+    where: str,
+    problems: list[Problem],
+) -> Any:
     """The value of one key, which is given or not: a single value, a table of overrides, a table, or several."""
     meta = spec.metadata
     if "kind" in meta:
@@ -298,12 +335,19 @@ def _build_key(spec: dataclasses.Field[Any], raw: Mapping[str, Any], where: str,
     return _build(meta["table"], {} if given is None else given, where, problems)
 
 
-def _value(spec: dataclasses.Field[Any], raw: Mapping[str, Any], where: str, problems: list[Problem]) -> Any:
+def _value(
+    spec: dataclasses.Field[Any],
+    raw: Mapping[str, Any],
+    where: str,
+    problems: list[Problem],
+) -> Any:
     kind = spec.metadata["kind"]
     name = toml_name(spec)
     if name not in raw:
         if spec.metadata["required"]:
-            problems.append((where, f"is missing; it must be {kind.rule} ({spec.metadata['help']})"))
+            problems.append(
+                (where, f"is missing; it must be {kind.rule} ({spec.metadata['help']})")
+            )
         return spec.default
     given = raw[name]
     if isinstance(given, dict) and spec.metadata["or_table"]:
@@ -315,7 +359,9 @@ def _value(spec: dataclasses.Field[Any], raw: Mapping[str, Any], where: str, pro
         return spec.default
 
 
-def _tables(cls: type, rows: Any, where: str, problems: list[Problem]) -> tuple[Any, ...]:
+def _tables(
+    cls: type, rows: Any, where: str, problems: list[Problem]
+) -> tuple[Any, ...]:
     """One instance of ``cls`` for each table of an array."""
     if rows is None:
         return ()
@@ -339,7 +385,9 @@ def _unknown(name: str, cls: type, where: str) -> str:
     """What is wrong with a key that table ``where`` does not have."""
     below, _, _ = where.partition("[")
     # A right key in the wrong table is more likely than a key that happens to look like it.
-    homes = [header for header, table in _tables_in(cls, below) if name in _fields(table)]
+    homes = [
+        header for header, table in _tables_in(cls, below) if name in _fields(table)
+    ]
     if homes:
         return f"unknown key; it belongs in {' or '.join(homes)}"
     known = list(_fields(cls))
@@ -366,7 +414,9 @@ def _tables_in(cls: type, where: str) -> list[tuple[str, type]]:
 def _show(value: Any) -> str:
     """A given value in one short line of printable ASCII."""
     try:
-        text = str(value) if isinstance(value, float) else json.dumps(value, default=str)
+        text = (
+            str(value) if isinstance(value, float) else json.dumps(value, default=str)
+        )
     except (ValueError, RecursionError):  # a number too long to print, tables too deep
         text = f"this {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""The recipe's keys for editors and readers: ``recipe.schema.json`` and the reference in recipes/README.md.
+"""The recipe's keys for editors and readers: ``recipe.schema.json`` and the reference in recipes/REFERENCE.md.
 
 ``python -m stackgrow.recipe.schema`` writes both from the dataclasses in keys.py.
 """
@@ -15,7 +15,7 @@ from stackgrow.recipe.keys import Recipe
 from stackgrow.recipe.write import to_dict, toml_name
 
 SCHEMA_FILE = Path(__file__).parents[1] / "recipe.schema.json"
-README_FILE = Path(__file__).parents[2] / "recipes" / "README.md"
+REFERENCE_FILE = Path(__file__).parents[2] / "recipes" / "REFERENCE.md"
 BEGIN, END = "<!-- reference: written by `make schema` -->", "<!-- end of reference -->"
 
 
@@ -30,7 +30,9 @@ def recipe_schema() -> dict[str, Any]:
 
 def _object(cls: type, partial: bool = False) -> dict[str, Any]:
     """The schema of one table; ``partial``: of a table that overrides single keys of it."""
-    fields = [spec for spec in dataclasses.fields(cls) if not spec.metadata.get("typed_only")]
+    fields = [
+        spec for spec in dataclasses.fields(cls) if not spec.metadata.get("typed_only")
+    ]
     schema: dict[str, Any] = {
         "type": "object",
         "properties": {toml_name(spec): _property(spec, partial) for spec in fields},
@@ -49,7 +51,9 @@ def _property(spec: dataclasses.Field[Any], partial: bool) -> dict[str, Any]:
         return described | _object(meta["overrides"], partial=True)
     if "table" in meta:
         table = _object(meta["table"])
-        return described | ({"type": "array", "items": table} if meta["many"] else table)
+        return described | (
+            {"type": "array", "items": table} if meta["many"] else table
+        )
     schema = meta["kind"].schema
     if meta["or_table"]:
         schema = {"anyOf": [schema, _object(meta["or_table"])]}
@@ -116,5 +120,7 @@ def with_reference(readme: str) -> str:
 
 if __name__ == "__main__":
     SCHEMA_FILE.write_text(schema_text(), encoding="utf-8")
-    README_FILE.write_text(with_reference(README_FILE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"wrote {SCHEMA_FILE} and the reference in {README_FILE}")
+    REFERENCE_FILE.write_text(
+        with_reference(REFERENCE_FILE.read_text(encoding="utf-8")), encoding="utf-8"
+    )
+    print(f"wrote {SCHEMA_FILE} and the reference in {REFERENCE_FILE}")

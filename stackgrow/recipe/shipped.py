@@ -6,7 +6,9 @@ import sysconfig
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2] / "recipes"
-INSTALLED = Path("share") / "stackgrow" / "recipes"  # in the environment's prefix: see pyproject.toml
+INSTALLED = (
+    Path("share") / "stackgrow" / "recipes"
+)  # in the environment's prefix: see pyproject.toml
 
 
 def shipped_recipes() -> Path:

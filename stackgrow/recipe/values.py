@@ -108,7 +108,9 @@ def _quoted(words: tuple[int | str, ...]) -> list[str]:
     return [json.dumps(word) for word in words]
 
 
-def integer(low: int = 1, high: int = MAX_INT, also: tuple[int | str, ...] = ()) -> Kind:
+def integer(
+    low: int = 1, high: int = MAX_INT, also: tuple[int | str, ...] = ()
+) -> Kind:
     """A whole number in [low, high], or one of ``also`` (such as -1 for "what is left", or a word)."""
     rule = f"a whole number of at least {low}"
     if high < MAX_INT:
@@ -129,7 +131,13 @@ def integer(low: int = 1, high: int = MAX_INT, also: tuple[int | str, ...] = ())
     return Kind(rule, parse, schema)
 
 
-def number(low: float = 0.0, high: float = math.inf, *, above: bool = False, below: bool = False) -> Kind:
+def number(
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+) -> Kind:
     """A finite number in [low, high]; ``above`` leaves ``low`` itself out, ``below`` leaves ``high`` out."""
     rule = f"a number above {low:g}" if above else f"a number of at least {low:g}"
     schema: dict[str, Any] = {"type": "number"}
@@ -181,7 +189,9 @@ def operator(*names: str) -> Kind:
         _require(value in names or re.fullmatch(pattern, value) is not None, rule)
         return value
 
-    schema = {"anyOf": [{"enum": list(names)}, {"type": "string", "pattern": f"^{pattern}$"}]}
+    schema = {
+        "anyOf": [{"enum": list(names)}, {"type": "string", "pattern": f"^{pattern}$"}]
+    }
     return Kind(rule, parse, schema)
 
 
@@ -191,10 +201,14 @@ def name() -> Kind:
     pattern = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
     def parse(value: Any) -> str:
-        _require(isinstance(value, str) and re.fullmatch(pattern, value) is not None, rule)
+        _require(
+            isinstance(value, str) and re.fullmatch(pattern, value) is not None, rule
+        )
         return value
 
-    return Kind(rule, parse, {"type": "string", "pattern": f"^{pattern}$"}, is_text=True)
+    return Kind(
+        rule, parse, {"type": "string", "pattern": f"^{pattern}$"}, is_text=True
+    )
 
 
 def sha256() -> Kind:
@@ -202,10 +216,14 @@ def sha256() -> Kind:
     pattern = "[0-9a-fA-F]{64}"
 
     def parse(value: Any) -> str:
-        _require(isinstance(value, str) and re.fullmatch(pattern, value) is not None, rule)
+        _require(
+            isinstance(value, str) and re.fullmatch(pattern, value) is not None, rule
+        )
         return value.lower()
 
-    return Kind(rule, parse, {"type": "string", "pattern": f"^{pattern}$"}, is_text=True)
+    return Kind(
+        rule, parse, {"type": "string", "pattern": f"^{pattern}$"}, is_text=True
+    )
 
 
 def names() -> Kind:
@@ -215,10 +233,23 @@ def names() -> Kind:
     def parse(value: Any) -> tuple[str, ...]:
         _require(isinstance(value, list) and len(value) > 0, rule)
         for entry in value:
-            _require(isinstance(entry, str) and entry.isprintable() and len(entry.split()) == 1, rule)
+            _require(
+                isinstance(entry, str)
+                and entry.isprintable()
+                and len(entry.split()) == 1,
+                rule,
+            )
         return tuple(value)
 
-    return Kind(rule, parse, {"type": "array", "minItems": 1, "items": {"type": "string", "pattern": r"^\S+$"}})
+    return Kind(
+        rule,
+        parse,
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {"type": "string", "pattern": r"^\S+$"},
+        },
+    )
 
 
 def path() -> Kind:
@@ -260,7 +291,9 @@ def _token_amount(given: str, rule: str) -> int:
         raise ValueError(rule)
     digits = match[1].replace("_", "")
     suffix = match[2] or ""
-    amount = Fraction(digits) * SUFFIXES[suffix]  # exact, where a float would lose tokens
+    amount = (
+        Fraction(digits) * SUFFIXES[suffix]
+    )  # exact, where a float would lose tokens
     _require(amount.denominator == 1, rule)
     return int(amount)
 
@@ -327,7 +360,9 @@ def phases() -> Kind:
         return tuple(parse_phase(entry) for entry in value)
 
     pattern = f"^({TOKENS}) for ({TOKENS}|{STEPS})$"
-    return Kind(rule, parse, {"type": "array", "items": {"type": "string", "pattern": pattern}})
+    return Kind(
+        rule, parse, {"type": "array", "items": {"type": "string", "pattern": pattern}}
+    )
 
 
 def rewarm(*words: str) -> Kind:
@@ -365,5 +400,9 @@ def layer_list() -> Kind:
             _require(_is_integer(index) and 0 <= index < 10**6, rule)
         return tuple(value)
 
-    schema = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+    schema = {
+        "type": "array",
+        "minItems": 1,
+        "items": {"type": "integer", "minimum": 0},
+    }
     return Kind(rule, parse, schema)

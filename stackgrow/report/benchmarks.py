@@ -53,7 +53,9 @@ def last_scores(run: Path) -> Scores:
     for task, metrics in record["tasks"].items():
         metric = headline(task, metrics)
         if metric:
-            scores[f"{task} {metric}"] = Score(metrics[metric], metrics.get(f"{metric}_stderr"))
+            scores[f"{task} {metric}"] = Score(
+                metrics[metric], metrics.get(f"{metric}_stderr")
+            )
     if record["seven_task_mean"] is not None:
         scores[MEAN] = Score(record["seven_task_mean"])
     if record.get("ten_task_mean") is not None:
@@ -68,7 +70,11 @@ def _last_record(run: Path) -> dict[str, Any] | None:
         record = read_evaluation(file)
         _check(record, file)
         records.append(record)
-    return max(records, key=lambda record: (record["tokens"], record["step"], not record.get("limit")), default=None)
+    return max(
+        records,
+        key=lambda record: (record["tokens"], record["step"], not record.get("limit")),
+        default=None,
+    )
 
 
 def _check(record: Any, file: Path) -> None:
@@ -76,12 +82,16 @@ def _check(record: Any, file: Path) -> None:
     numbers = []
     if isinstance(record, dict):
         numbers = [record.get("tokens"), record.get("step")]
-        numbers += [record.get(name) or 0.0 for name in ("seven_task_mean", "ten_task_mean")]
+        numbers += [
+            record.get(name) or 0.0 for name in ("seven_task_mean", "ten_task_mean")
+        ]
         tasks = record.get("tasks")
         for metrics in tasks.values() if isinstance(tasks, dict) else [None]:
             numbers += metrics.values() if isinstance(metrics, dict) else [None]
     if not numbers or not all(isinstance(number, int | float) for number in numbers):
-        raise DamagedError(f"{file} holds no results of benchmarks; restore it or remove it")
+        raise DamagedError(
+            f"{file} holds no results of benchmarks; restore it or remove it"
+        )
 
 
 def chance(benchmark: str) -> float | None:
@@ -104,5 +114,7 @@ def benchmark_rows(evaluations: Mapping[str, Scores]) -> list[tuple[str, ...]]:
         rows.append((run, *cells))
     guesses = [chance(name) for name in names]
     if any(guess is not None for guess in guesses):
-        rows.append(("chance", *("-" if guess is None else f"{guess:.4f}" for guess in guesses)))
+        rows.append(
+            ("chance", *("-" if guess is None else f"{guess:.4f}" for guess in guesses))
+        )
     return rows

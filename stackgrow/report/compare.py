@@ -51,7 +51,12 @@ class Comparison:
         return self.curves[0]
 
 
-def compare(runs: Sequence[Path], loss: str = "train", losses: Sequence[float] = (), force: bool = False) -> Comparison:
+def compare(
+    runs: Sequence[Path],
+    loss: str = "train",
+    losses: Sequence[float] = (),
+    force: bool = False,
+) -> Comparison:
     """``runs`` against the first of them, at ``losses`` or at five that both reach.
 
     Raises:
@@ -77,7 +82,15 @@ def compare(runs: Sequence[Path], loss: str = "train", losses: Sequence[float] =
         differences_of[curve.name] = differences(baseline.runs[0], curve.runs[0])
         if baseline.arrived and curve.arrived:
             speed_ups_of[curve.name] = speed_ups(baseline.target, curve.target, losses)
-    return Comparison(loss, losses, curves, speed_ups_of, differences_of, unlike_of, _evaluations(runs))
+    return Comparison(
+        loss,
+        losses,
+        curves,
+        speed_ups_of,
+        differences_of,
+        unlike_of,
+        _evaluations(runs),
+    )
 
 
 def _evaluations(runs: Sequence[Path]) -> dict[str, Scores]:
@@ -100,16 +113,35 @@ def speed_up_rows(comparison: Comparison, curve: Curve) -> list[tuple[str, ...]]
     seeds = f"{curve.seeds} vs {comparison.baseline.seeds}"
     with_interval = any(speed_up.interval for speed_up in reached)
     # One seed has no intervals, and then there is no column of them.
-    head = ["loss", "FLOPs", "baseline", "speed-up", "95%", "tokens", "baseline", "speed-up", "seeds"]
+    head = [
+        "loss",
+        "FLOPs",
+        "baseline",
+        "speed-up",
+        "95%",
+        "tokens",
+        "baseline",
+        "speed-up",
+        "seeds",
+    ]
     if not with_interval:
         head.remove("95%")
     rows = [tuple(head)]
     for speed_up in reached:
-        row = [f"{speed_up.loss:.4f}", f"{speed_up.flops:.3g}", f"{speed_up.baseline_flops:.3g}"]
+        row = [
+            f"{speed_up.loss:.4f}",
+            f"{speed_up.flops:.3g}",
+            f"{speed_up.baseline_flops:.3g}",
+        ]
         row.append(f"{speed_up.in_flops:+.1%}")
         if with_interval:
             row.append(_interval_text(speed_up.interval))
-        row += [human(speed_up.tokens), human(speed_up.baseline_tokens), f"{speed_up.in_tokens:+.1%}", seeds]
+        row += [
+            human(speed_up.tokens),
+            human(speed_up.baseline_tokens),
+            f"{speed_up.in_tokens:+.1%}",
+            seeds,
+        ]
         rows.append(tuple(row))
     return rows
 
@@ -172,9 +204,18 @@ def verdict(comparison: Comparison, curve: Curve) -> str:
     if common_span(baseline.target, curve.target):
         reached = {speed_up.loss for speed_up in comparison.speed_ups[curve.name]}
         missed = [f"{loss:g}" for loss in comparison.losses if loss not in reached]
-        return f"{equal}; not reached by both: loss {', '.join(missed)}" if missed else equal
-    spans = [f"{one.name} from {one.target.span.high:.4f} to {one.target.span.low:.4f}" for one in (baseline, curve)]
-    return f"the curves never meet, so there is no speed-up: {', '.join(spans)}; {equal}"
+        return (
+            f"{equal}; not reached by both: loss {', '.join(missed)}"
+            if missed
+            else equal
+        )
+    spans = [
+        f"{one.name} from {one.target.span.high:.4f} to {one.target.span.low:.4f}"
+        for one in (baseline, curve)
+    ]
+    return (
+        f"the curves never meet, so there is no speed-up: {', '.join(spans)}; {equal}"
+    )
 
 
 def _at_equal_flops(baseline: Curve, curve: Curve) -> str:
@@ -226,13 +267,17 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
         "loss": SMOOTHING[comparison.loss],
         "baseline": comparison.baseline.name,
         "seeds": {curve.name: curve.seeds for curve in comparison.curves},
-        "noise_floor": None if floor is None else {"low": floor.low, "high": floor.high},
+        "noise_floor": None
+        if floor is None
+        else {"low": floor.low, "high": floor.high},
         "speed_ups": exact,
         "verdicts": {curve.name: verdict(comparison, curve) for curve in others},
         "certainty": {curve.name: certainty(comparison, curve) for curve in others},
         "differences": comparison.differences,
         "not_comparable": comparison.unlike,
-        "evaluations": {run: _scores_dict(scores) for run, scores in comparison.evaluations.items()},
+        "evaluations": {
+            run: _scores_dict(scores) for run, scores in comparison.evaluations.items()
+        },
     }
 
 
@@ -244,4 +289,7 @@ def _speed_up_dict(speed_up: SpeedUp) -> dict[str, Any]:
 
 
 def _scores_dict(scores: Scores) -> dict[str, Any]:
-    return {name: {"value": score.value, "standard_error": score.error} for name, score in scores.items()}
+    return {
+        name: {"value": score.value, "standard_error": score.error}
+        for name, score in scores.items()
+    }

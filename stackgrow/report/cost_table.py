@@ -15,7 +15,17 @@ from stackgrow.plan.search import NETWORK, Choice
 from stackgrow.plan.stages import TrainStage
 from stackgrow.text import aligned, human, wrapped
 
-TIME_HEAD = ("stage", "parameters", "tokens", "steps", "6ND FLOPs", "attention", "time", "GPU-hours", "disk")
+TIME_HEAD = (
+    "stage",
+    "parameters",
+    "tokens",
+    "steps",
+    "6ND FLOPs",
+    "attention",
+    "time",
+    "GPU-hours",
+    "disk",
+)
 MEMORY_HEAD = (
     "GB on rank 0",
     "layout",
@@ -38,7 +48,15 @@ RELIABILITY_HEAD = (
     "failures",
     "added time",
 )
-CHOICE_HEAD = ("stage", "place", "layout", "micro_batch", "activation_checkpoint", "GB", "time")
+CHOICE_HEAD = (
+    "stage",
+    "place",
+    "layout",
+    "micro_batch",
+    "activation_checkpoint",
+    "GB",
+    "time",
+)
 Choices = dict[str, list[Choice]]  # by the stages' names
 
 
@@ -57,7 +75,9 @@ class Assumed:
         return f" = {gpu_hours * self.price:,.0f} {self.currency}"
 
 
-def render_cost(cost: Cost, choices: Choices | None = None, assumed: Assumed | None = None) -> str:
+def render_cost(
+    cost: Cost, choices: Choices | None = None, assumed: Assumed | None = None
+) -> str:
     """Time, disk, memory, failures, saving and what does not fit, in at most 120 columns; ``choices``: what a search
     proposes."""
     assumed = assumed or Assumed()
@@ -67,7 +87,13 @@ def render_cost(cost: Cost, choices: Choices | None = None, assumed: Assumed | N
         blocks.append(aligned(_reliability_table(cost, assumed.machine)))
     if choices is not None:
         blocks.append(aligned(_choice_table(choices)))
-        blocks.append([f"- {name}: nothing fits" for name, fitting in choices.items() if not fitting])
+        blocks.append(
+            [
+                f"- {name}: nothing fits"
+                for name, fitting in choices.items()
+                if not fitting
+            ]
+        )
     blocks.append(_bullets(_remarks(cost, assumed, searched=choices is not None)))
     if cost.problems:
         blocks.append(["what does not fit:", *_bullets(cost.problems)])
@@ -90,7 +116,9 @@ def _time_table(cost: Cost) -> list[tuple[str, ...]]:
     for stage in plan.stages:
         disk, _ = stage_disk(plan, stage)
         if not isinstance(stage, TrainStage):
-            rows.append((stage.name, *[""] * (len(TIME_HEAD) - 2), f"{_gigabytes(disk)} GB"))
+            rows.append(
+                (stage.name, *[""] * (len(TIME_HEAD) - 2), f"{_gigabytes(disk)} GB")
+            )
             continue
         hours = cost.cluster.hours(model_flops(stage))
         row = (
@@ -273,12 +301,17 @@ def _expectation(cost: Cost, saving: Saving) -> str:
     )
 
 
-def cost_dict(cost: Cost, choices: Choices | None = None, assumed: Assumed | None = None) -> dict[str, Any]:
+def cost_dict(
+    cost: Cost, choices: Choices | None = None, assumed: Assumed | None = None
+) -> dict[str, Any]:
     """The cost as plain values; sizes in bytes, times in hours of the whole cluster, those of "reliability" in
     seconds."""
     assumed = assumed or Assumed()
     gpu_hours = cost.hours * cost.cluster.gpus
-    stages = [reliability(stage, cost.plan.recipe, cost.cluster, assumed.machine) for stage in cost.stages]
+    stages = [
+        reliability(stage, cost.plan.recipe, cost.cluster, assumed.machine)
+        for stage in cost.stages
+    ]
     plain = {
         "name": cost.plan.recipe.name,
         "cluster": dataclasses.asdict(cost.cluster),
@@ -322,5 +355,7 @@ def _stage_dict(stage_cost: StageCost) -> dict[str, Any]:
     }
 
 
-def render_cost_json(cost: Cost, choices: Choices | None = None, assumed: Assumed | None = None) -> str:
+def render_cost_json(
+    cost: Cost, choices: Choices | None = None, assumed: Assumed | None = None
+) -> str:
     return json.dumps(cost_dict(cost, choices, assumed), indent=2)

@@ -33,7 +33,8 @@ WINDOW = 0.1
 NEIGHBOURS = 2  # records to either side that are in a window in any case
 LEVELS = 5  # losses at which runs are compared where none are asked for
 DEFINITION = (
-    "speed-up = FLOPs(baseline) / FLOPs(run) - 1 at equal smoothed loss, with the base's FLOPs; likewise in tokens"
+    "speed-up = FLOPs(baseline) / FLOPs(run) - 1 at equal smoothed loss, with the base's FLOPs; "
+    "likewise in tokens"
 )
 
 
@@ -52,7 +53,9 @@ class SeedCurve:
         return np.interp(np.log(flops), np.log(self.flops), self.smooth)
 
 
-def seed_curve(flops: np.ndarray, tokens: np.ndarray, loss: np.ndarray, window: float = WINDOW) -> SeedCurve:
+def seed_curve(
+    flops: np.ndarray, tokens: np.ndarray, loss: np.ndarray, window: float = WINDOW
+) -> SeedCurve:
     """A run's records of one stage, in any order, smoothed over ``window``."""
     order = np.argsort(flops, kind="stable")
     flops = flops[order]
@@ -84,7 +87,9 @@ def smooth(x: np.ndarray, y: np.ndarray, window: float = WINDOW) -> np.ndarray:
     mean_y = window_mean(y)
     variance = window_mean(scaled**2) - mean_x**2
     covariance = window_mean(scaled * y) - mean_x * mean_y
-    slope = np.divide(covariance, variance, where=variance > 1e-18, out=np.zeros_like(y))
+    slope = np.divide(
+        covariance, variance, where=variance > 1e-18, out=np.zeros_like(y)
+    )
     return mean_y + slope * (scaled - mean_x)
 
 
@@ -164,7 +169,9 @@ def stage_curve(stage: str, seeds: Sequence[SeedCurve]) -> StageCurve | None:
     first = seeds[0].flops
     inside = first[(first > start) & (first < end)]
     flops = np.unique(np.concatenate([[start], inside, [end]]))
-    tokens = np.mean([np.interp(flops, seed.flops, seed.tokens) for seed in seeds], axis=0)
+    tokens = np.mean(
+        [np.interp(flops, seed.flops, seed.tokens) for seed in seeds], axis=0
+    )
     by_seed = np.array([seed.smooth_at(flops) for seed in seeds])
     return StageCurve(stage, tuple(seeds), flops, tokens, by_seed, by_seed.mean(axis=0))
 
@@ -247,7 +254,10 @@ def _identity(run: Path, recipe: dict[str, Any]) -> str:
     data = RunFolder(run).provenance().get("data")
     if not isinstance(data, dict):
         data = {}
-    hashes = {name: data.get(name) for name in ("manifest_hash", "validation_hash", "tokenizer_sha256")}
+    hashes = {
+        name: data.get(name)
+        for name in ("manifest_hash", "validation_hash", "tokenizer_sha256")
+    }
     return canonical_hash({"recipe": recipe, "data": hashes})
 
 
@@ -264,7 +274,9 @@ def _read_curve(name: str, runs: Sequence[Path], loss: str) -> Curve:
     for stage_name, seeds in seeds_of_stage.items():
         stage = stage_curve(stage_name, seeds)
         if stage is None:
-            raise DamagedError(f"the seeds of {name} have no FLOPs of {stage_name} in common; compare them one by one")
+            raise DamagedError(
+                f"the seeds of {name} have no FLOPs of {stage_name} in common; compare them one by one"
+            )
         stages.append(stage)
     if not stages:
         file = _records_file(StageFolder(runs[0]), loss).name
@@ -287,11 +299,18 @@ def _records_file(folder: StageFolder, loss: str) -> Path:
 def _read_seed(folder: StageFolder, loss: str) -> SeedCurve | None:
     """The records of a stage whose loss is finite; None where there are none. A validation before the run's first step
     has no place on a logarithmic axis, and is left out."""
-    flops, tokens, losses = read_columns(_records_file(folder, loss), ("flops", "tokens", "loss"))
+    flops, tokens, losses = read_columns(
+        _records_file(folder, loss), ("flops", "tokens", "loss")
+    )
     trained = flops > 0
     if not trained.any():
         return None
-    return seed_curve(flops[trained], tokens[trained], losses[trained], WINDOW if loss == "train" else 0.0)
+    return seed_curve(
+        flops[trained],
+        tokens[trained],
+        losses[trained],
+        WINDOW if loss == "train" else 0.0,
+    )
 
 
 class Interval(NamedTuple):
@@ -303,7 +322,9 @@ class Interval(NamedTuple):
     @property
     def excludes_0(self) -> bool:
         """Whether there is a difference beyond the spread between seeds."""
-        return (self.low is not None and self.low > 0) or (self.high is not None and self.high < 0)
+        return (self.low is not None and self.low > 0) or (
+            self.high is not None and self.high < 0
+        )
 
 
 @dataclass(frozen=True)
@@ -334,7 +355,9 @@ def common_span(baseline: StageCurve, run: StageCurve) -> Span | None:
     return Span(high, low) if low <= high else None
 
 
-def speed_ups(baseline: StageCurve, run: StageCurve, losses: Sequence[float] = ()) -> list[SpeedUp]:
+def speed_ups(
+    baseline: StageCurve, run: StageCurve, losses: Sequence[float] = ()
+) -> list[SpeedUp]:
     """The speed-up at each of ``losses`` that both reach, or at five losses evenly spread, in the baseline's FLOPs,
     over all that both reach; [] where there is none."""
     span = common_span(baseline, run)
@@ -371,7 +394,9 @@ def _speed_up(baseline: StageCurve, run: StageCurve, loss: float) -> SpeedUp | N
     return SpeedUp(loss, theirs.flops, theirs.tokens, ours.flops, ours.tokens, interval)
 
 
-def _interval(baseline: StageCurve, theirs: Reached, run: StageCurve, ours: Reached) -> Interval | None:
+def _interval(
+    baseline: StageCurve, theirs: Reached, run: StageCurve, ours: Reached
+) -> Interval | None:
     """All amounts of the run's FLOPs at which its loss is not told apart from the baseline's at ``theirs``, as
     speed-ups: by Welch's test of the seeds' losses, at 5%. ``ours``: where the means are equal."""
     if min(len(baseline.seeds), len(run.seeds)) < LEAST_SEEDS:

@@ -46,7 +46,9 @@ def new_figure(width: float, height: float) -> Any:
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError:
-        raise MissingExtraError('pictures need matplotlib: pip install "stackgrow[report]"') from None
+        raise MissingExtraError(
+            'pictures need matplotlib: pip install "stackgrow[report]"'
+        ) from None
     settings: Any = {
         "text.color": INK,
         "axes.edgecolor": INK,
@@ -93,8 +95,12 @@ def logarithmic(axis: Any, low: float, high: float) -> None:
     marks = []
     for exponent in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
         marks += [factor * 10.0**exponent for factor in (1, 2, 5)]
-    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
-    axis.set_major_locator(FixedLocator([mark for mark in marks if low <= mark <= high]))
+    axis.axes.set(
+        **{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)}
+    )
+    axis.set_major_locator(
+        FixedLocator([mark for mark in marks if low <= mark <= high])
+    )
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(amount_text)
 
@@ -114,7 +120,9 @@ def save_figure(comparison: Comparison, file: Path) -> None:
     """All panels side by side with a legend below, as PNG or SVG by the name of ``file``."""
     panels = panels_of(comparison)
     width, height = SIZE
-    legend_rows = math.ceil(len(comparison.curves) / len(panels))  # it has a column below each panel
+    legend_rows = math.ceil(
+        len(comparison.curves) / len(panels)
+    )  # it has a column below each panel
     whole = new_figure(width * len(panels), height + 0.25 * legend_rows)
     parts = whole.subfigures(1, len(panels), squeeze=False)[0]
     for part, panel in zip(parts, panels, strict=True):
@@ -123,9 +131,14 @@ def save_figure(comparison: Comparison, file: Path) -> None:
     # The axes have no legends, which would cover curves: this one names them all.
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], color=color_of(number), linewidth=2) for number in range(len(comparison.curves))]
+    lines = [
+        Line2D([], [], color=color_of(number), linewidth=2)
+        for number in range(len(comparison.curves))
+    ]
     labels = [curve.legend for curve in comparison.curves]
-    whole.legend(lines, labels, loc="outside lower center", ncols=len(panels), fontsize=9)
+    whole.legend(
+        lines, labels, loc="outside lower center", ncols=len(panels), fontsize=9
+    )
     if file.suffix == ".svg":
         file.write_text(svg_of(whole), encoding="utf-8")
     else:
@@ -165,21 +178,33 @@ def draw_over_tokens(figure: Any, comparison: Comparison) -> None:
     axes.set_xlabel("tokens, base included")
 
 
-def _draw_losses(axes: Any, curve: Curve, color: str, x_of: Callable[[Any], np.ndarray]) -> None:
+def _draw_losses(
+    axes: Any, curve: Curve, color: str, x_of: Callable[[Any], np.ndarray]
+) -> None:
     """All stages: dashed before the target model's, a dot where a grown one begins, the records themselves pale."""
     for stage in curve.stages:
         # The records of every seed, as they are.
         for seed in stage.seeds:
             some = _some(len(seed.loss))
-            axes.plot(x_of(seed)[some], seed.loss[some], color=color, alpha=0.18, linewidth=0.8)
+            axes.plot(
+                x_of(seed)[some],
+                seed.loss[some],
+                color=color,
+                alpha=0.18,
+                linewidth=0.8,
+            )
 
         # The smoothed mean of all seeds.
         x = x_of(stage)
         some = _some(len(x))
         if stage is curve.target:
-            axes.plot(x[some], stage.smooth[some], color=color, linestyle="-", linewidth=1.8)
+            axes.plot(
+                x[some], stage.smooth[some], color=color, linestyle="-", linewidth=1.8
+            )
         else:
-            axes.plot(x[some], stage.smooth[some], color=color, linestyle="--", linewidth=1.2)
+            axes.plot(
+                x[some], stage.smooth[some], color=color, linestyle="--", linewidth=1.2
+            )
         if stage is not curve.stages[0]:
             axes.plot(x[0], stage.smooth[0], "o", color=color, markersize=5)
 
@@ -191,8 +216,12 @@ def _some(count: int) -> np.ndarray:
 
 def _limit_losses(axes: Any, comparison: Comparison) -> None:
     """From just below the lowest loss to that after a twentieth of the FLOPs: the first fall would hide the rest."""
-    lowest = min(stage.span.low for curve in comparison.curves for stage in curve.stages)
-    start = max(curve.loss_at(0.05 * curve.target.flops[-1]) for curve in comparison.curves)
+    lowest = min(
+        stage.span.low for curve in comparison.curves for stage in curve.stages
+    )
+    start = max(
+        curve.loss_at(0.05 * curve.target.flops[-1]) for curve in comparison.curves
+    )
     margin = 0.1 * (start - lowest) or 0.1
     plain_axes(axes)
     axes.set_ylim(lowest - margin, start + margin)
@@ -202,14 +231,18 @@ def _limit_losses(axes: Any, comparison: Comparison) -> None:
 def _draw_differences(axes: Any, comparison: Comparison) -> None:
     for number, curve in enumerate(comparison.curves):
         if curve is not comparison.baseline:
-            _draw_difference(axes, comparison.baseline.target, curve.target, color_of(number))
+            _draw_difference(
+                axes, comparison.baseline.target, curve.target, color_of(number)
+            )
     plain_axes(axes)
     axes.axhline(0, color=color_of(0), linewidth=1.2)
     axes.set_ylabel("difference")
     _limit_differences(axes, comparison)
 
 
-def _draw_difference(axes: Any, baseline: StageCurve, run: StageCurve, color: str) -> None:
+def _draw_difference(
+    axes: Any, baseline: StageCurve, run: StageCurve, color: str
+) -> None:
     """The run's loss less the baseline's at equal FLOPs, and its 95% interval where there are seeds enough."""
     flops = _common_flops(baseline, run)
     if not len(flops):
@@ -222,7 +255,14 @@ def _draw_difference(axes: Any, baseline: StageCurve, run: StageCurve, color: st
     axes.plot(flops, difference, color=color, linewidth=1.5)
     if min(len(ours), len(theirs)) >= LEAST_SEEDS:
         half = half_width(ours, theirs)
-        axes.fill_between(flops, difference - half, difference + half, color=color, alpha=0.15, linewidth=0)
+        axes.fill_between(
+            flops,
+            difference - half,
+            difference + half,
+            color=color,
+            alpha=0.15,
+            linewidth=0,
+        )
 
 
 def _common_flops(baseline: StageCurve, run: StageCurve) -> np.ndarray:
@@ -259,7 +299,13 @@ def draw_speed_ups(figure: Any, comparison: Comparison) -> None:
             if interval is None or interval.low is None or interval.high is None:
                 continue
             at = speed_up.baseline_flops
-            axes.plot([at, at], [100 * interval.low, 100 * interval.high], color=color, alpha=0.4, linewidth=3)
+            axes.plot(
+                [at, at],
+                [100 * interval.low, 100 * interval.high],
+                color=color,
+                alpha=0.4,
+                linewidth=3,
+            )
     plain_axes(axes)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.xaxis.set_major_formatter(amount_text)
@@ -267,7 +313,11 @@ def draw_speed_ups(figure: Any, comparison: Comparison) -> None:
     axes.set_ylabel("iso-loss speed-up in FLOPs, %")
 
 
-def series_svg(lines: Sequence[tuple[np.ndarray, np.ndarray]], label: str, logarithmic_values: bool = False) -> str:
+def series_svg(
+    lines: Sequence[tuple[np.ndarray, np.ndarray]],
+    label: str,
+    logarithmic_values: bool = False,
+) -> str:
     """Values over tokens, a line (tokens, values) for each stage of a run, as an <svg> element."""
     figure = new_figure(SIZE[0], SIZE[1] * 0.75)
     axes = figure.subplots()

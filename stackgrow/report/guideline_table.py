@@ -26,11 +26,16 @@ def render_fits(found: Sequence[Valley], timing: Fit | str | None, laws: Laws) -
     if isinstance(timing, str):
         blocks.append([f"no guideline: {timing}"])
     elif timing:
-        values = [f"{name} = {_with_error(timing, name)} (paper {PAPER[name]:g})" for name in GUIDELINE]
+        values = [
+            f"{name} = {_with_error(timing, name)} (paper {PAPER[name]:g})"
+            for name in GUIDELINE
+        ]
         blocks.append(["log10(d) = a log10(N) + b / log10(C) + c", *values])
     for name, law in laws.items():
         values = [f"{part} = {_with_error(law, part)}" for part in ("a", "b")]
-        points = f"final losses of {law.points} sizes; least squares of L, as in the paper"
+        points = (
+            f"final losses of {law.points} sizes; least squares of L, as in the paper"
+        )
         blocks.append([f"L = a C^b, {name}: {', '.join(values)} ({points})"])
     return "\n\n".join("\n".join(block) for block in blocks)
 
@@ -64,7 +69,13 @@ def render_toml(timing: Fit, found: Sequence[Valley], source: str) -> str:
     return "\n".join(["[guideline]", *lines])
 
 
-def draw_fits(runs: Sequence[Run], found: Sequence[Valley], timing: Fit | None, laws: Laws, file: Path) -> None:
+def draw_fits(
+    runs: Sequence[Run],
+    found: Sequence[Valley],
+    timing: Fit | None,
+    laws: Laws,
+    file: Path,
+) -> None:
     """IsoFLOP curves with their valleys for each size, the fitted timing over N and C, and the scaling laws.
 
     Raises:
@@ -80,9 +91,13 @@ def draw_fits(runs: Sequence[Run], found: Sequence[Valley], timing: Fit | None, 
     figure = new_figure(4.2 * panels, 3.6)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for size in sizes:
-        _draw_isoflop(axes.pop(0), [valley for valley in found if valley.parameters == size])
+        _draw_isoflop(
+            axes.pop(0), [valley for valley in found if valley.parameters == size]
+        )
     if timing:
-        _draw_timing(figure, axes.pop(0), [valley for valley in found if valley.best], timing)
+        _draw_timing(
+            figure, axes.pop(0), [valley for valley in found if valley.best], timing
+        )
     if laws:
         _draw_laws(axes.pop(0), runs, laws)
     figure.savefig(file, dpi=110)
@@ -94,7 +109,9 @@ def _draw_isoflop(axes: Any, curves: Sequence[Valley]) -> None:
 
         # The losses that were measured, and the parabola through them.
         label = f"{valley.flops:.2g} FLOPs"
-        axes.plot(valley.tried, valley.losses, "o", color=color, markersize=4, label=label)
+        axes.plot(
+            valley.tried, valley.losses, "o", color=color, markersize=4, label=label
+        )
         first = math.log10(valley.tried[0])
         last = math.log10(valley.tried[-1])
         x = np.linspace(first, last, 100)

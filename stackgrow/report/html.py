@@ -100,7 +100,9 @@ def write_report(runs: Sequence[Path], target: Path, force: bool = False) -> Non
         "title": title,
         "comparison": _comparison_head(first) if several else None,
         "losses": [_loss_section(comparison) for comparison in comparisons],
-        "benchmarks": _transposed(benchmark_rows(first.evaluations)) if first.evaluations else None,
+        "benchmarks": _transposed(benchmark_rows(first.evaluations))
+        if first.evaluations
+        else None,
         "runs": [run_page(run) for run in runs],
     }
     seal.write_text(target, _rendered(values))
@@ -111,7 +113,11 @@ def _rendered(values: dict[str, Any]) -> str:
 
     loader = PackageLoader("stackgrow.report", ".")
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template(TEMPLATE).render(values)
 
@@ -135,7 +141,10 @@ def _comparison_head(comparison: Comparison) -> ComparisonHead:
     not_comparable = []
     for curve in comparison.curves[1:]:
         differences.append(Differences(curve.label, comparison.differences[curve.name]))
-        not_comparable += [f"{curve.name}: {reason}" for reason in comparison.unlike.get(curve.name, [])]
+        not_comparable += [
+            f"{curve.name}: {reason}"
+            for reason in comparison.unlike.get(curve.name, [])
+        ]
     return ComparisonHead(
         sentences=[outcome(comparison, curve) for curve in comparison.curves[1:]],
         definition=DEFINITION,
@@ -153,12 +162,21 @@ def _loss_section(comparison: Comparison) -> LossSection:
     for curve in comparison.curves[1:]:
         label = f"{curve.label} against {comparison.baseline.label}"
         rows = speed_up_rows(comparison, curve)
-        against.append(Against(label, verdict(comparison, curve), certainty(comparison, curve), rows))
+        against.append(
+            Against(
+                label, verdict(comparison, curve), certainty(comparison, curve), rows
+            )
+        )
     return LossSection(
         title=TITLES[comparison.loss],
         caption=caption,
-        legend=[LegendEntry(color_of(number), curve.legend) for number, curve in enumerate(comparison.curves)],
-        pictures=[Markup(panel_svg(comparison, panel)) for panel in panels_of(comparison)],
+        legend=[
+            LegendEntry(color_of(number), curve.legend)
+            for number, curve in enumerate(comparison.curves)
+        ],
+        pictures=[
+            Markup(panel_svg(comparison, panel)) for panel in panels_of(comparison)
+        ],
         against=against,
     )
 

@@ -89,7 +89,11 @@ def read_run(folder: Path, variable: str) -> Run:
     if bases and variable == "timing":
         at = float(bases[-1].tokens[-1])
     elif bases:
-        layers = recipe.base.n_layers if recipe.base and recipe.base.n_layers else recipe.model.n_layers
+        layers = (
+            recipe.base.n_layers
+            if recipe.base and recipe.base.n_layers
+            else recipe.model.n_layers
+        )
         at = recipe.model.n_layers / layers
 
     # The guideline's N is without embedding and head; records count 6 N without the input embedding.
@@ -122,8 +126,12 @@ def read_table(file: Path, variable: str) -> list[Run]:
                 at = float(row[variable]) if row[variable] else None
             except (KeyError, TypeError, ValueError) as error:
                 columns = f"parameters, {variable}, flops, loss"
-                raise DamagedError(f"{file}:{line}: {error}; each row needs numbers for {columns}") from None
-            points.setdefault(_Row(parameters, at, row.get("seed") or ""), []).append((flops, loss))
+                raise DamagedError(
+                    f"{file}:{line}: {error}; each row needs numbers for {columns}"
+                ) from None
+            points.setdefault(_Row(parameters, at, row.get("seed") or ""), []).append(
+                (flops, loss)
+            )
     runs = []
     for key, pairs in points.items():
         flops_of, losses = np.array(pairs).T
@@ -160,7 +168,11 @@ def _valleys_of_size(grown: list[Run], points: int) -> Iterator[Valley]:
 
 
 def _valley(
-    parameters: float, flops: float, runs: Sequence[str], tried: Sequence[float], losses: Sequence[float]
+    parameters: float,
+    flops: float,
+    runs: Sequence[str],
+    tried: Sequence[float],
+    losses: Sequence[float],
 ) -> Valley:
     x = np.log10(tried)
     curvature, slope, level = np.polyfit(x, losses, 2).tolist()
@@ -174,7 +186,16 @@ def _valley(
         problem = "the loss is still falling at the largest value tried"
     best = None if problem else float(10**bottom)
     parabola = (curvature, slope, level)
-    return Valley(parameters, flops, tuple(runs), tuple(tried), tuple(losses), parabola, best, problem)
+    return Valley(
+        parameters,
+        flops,
+        tuple(runs),
+        tuple(tried),
+        tuple(losses),
+        parabola,
+        best,
+        problem,
+    )
 
 
 def fit_timing(found: Sequence[Valley]) -> Fit:
@@ -275,7 +296,10 @@ def fit_law(runs: Sequence[Run]) -> Fit | None:
     # Of several timings or seeds of one size, the run that came lowest.
     lowest: dict[float, Run] = {}
     for run in runs:
-        if run.parameters not in lowest or run.loss[-1] < lowest[run.parameters].loss[-1]:
+        if (
+            run.parameters not in lowest
+            or run.loss[-1] < lowest[run.parameters].loss[-1]
+        ):
             lowest[run.parameters] = run
     if len(lowest) < 2:
         return None
@@ -301,6 +325,10 @@ def fit_law(runs: Sequence[Run]) -> Fit | None:
         variance = np.square(losses - fitted).sum() / degrees
         covariance = variance * np.linalg.inv(jacobian.T @ jacobian)
         # log a at C = 1 is log_a - b * middle.
-        log_a_error = math.sqrt(covariance[0, 0] - 2 * middle * covariance[0, 1] + middle**2 * covariance[1, 1])
+        log_a_error = math.sqrt(
+            covariance[0, 0]
+            - 2 * middle * covariance[0, 1]
+            + middle**2 * covariance[1, 1]
+        )
         errors = {"a": values["a"] * log_a_error, "b": math.sqrt(covariance[1, 1])}
     return Fit(values, errors, points=len(losses))

@@ -28,7 +28,10 @@ def _name(stage: GrowStage) -> str:
         name = _copies(stage)
     elif stage.source.n_layers == stage.target.n_layers:
         name += " widthwise"
-    elif dataclasses.replace(stage.source, n_layers=stage.target.n_layers) != stage.target:
+    elif (
+        dataclasses.replace(stage.source, n_layers=stage.target.n_layers)
+        != stage.target
+    ):
         name += " in depth and width"
     if stage.noise:
         name += f" with noise {stage.noise:g}"
@@ -40,7 +43,9 @@ def _copies(stage: GrowStage) -> str:
     assert stage.layer_map is not None
     layer_map = list(stage.layer_map)
     n_source = stage.source.n_layers
-    if len(layer_map) % n_source == 0 and layer_map == stack_map(n_source, len(layer_map)):
+    if len(layer_map) % n_source == 0 and layer_map == stack_map(
+        n_source, len(layer_map)
+    ):
         return "G_stack"
     if layer_map == sorted(layer_map) and len(set(layer_map)) == n_source:
         return "G_direct, interleaved"

@@ -22,14 +22,20 @@ def draw_plan(plan: Plan, file: Path) -> None:
     """
     # Two columns, over tokens and over FLOPs; in each, parameters above and the learning rate below.
     figure = new_figure(11, 6)
-    figure.suptitle(f"{plan.recipe.name}: {human(plan.tokens)} tokens, {plan.flops:.3g} FLOPs (6 N D)")
+    figure.suptitle(
+        f"{plan.recipe.name}: {human(plan.tokens)} tokens, {plan.flops:.3g} FLOPs (6 N D)"
+    )
     axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(2, 1))
     over_tokens = axes[:, 0]
     over_flops = axes[:, 1]
     for number, stage in enumerate(plan.train_stages):
         color = color_of(number)
-        _draw_stage(over_tokens, stage, color, start=stage.start_tokens, length=stage.tokens)
-        _draw_stage(over_flops, stage, color, start=stage.start_flops, length=stage.flops)
+        _draw_stage(
+            over_tokens, stage, color, start=stage.start_tokens, length=stage.tokens
+        )
+        _draw_stage(
+            over_flops, stage, color, start=stage.start_flops, length=stage.flops
+        )
     for axis in axes.flat:
         plain_axes(axis)
         axis.set_ylim(bottom=0)
@@ -52,12 +58,16 @@ def draw_plan(plan: Plan, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def _draw_stage(axes: Any, stage: TrainStage, color: str, start: float, length: float) -> None:
+def _draw_stage(
+    axes: Any, stage: TrainStage, color: str, start: float, length: float
+) -> None:
     """A bar of parameters and a curve of learning rates, both from ``start`` on, ``length`` wide."""
     parameters, rate = axes
     size = stage.model.parameters()
     label = f"{stage.name}: {human(size)} parameters, {human(stage.tokens)} tokens"
-    parameters.bar(start, size, length, align="edge", color=color, alpha=0.75, label=label)
+    parameters.bar(
+        start, size, length, align="edge", color=color, alpha=0.75, label=label
+    )
     steps = _steps_to_draw(stage)
     share_done = np.array([stage.batches.tokens(step) for step in steps]) / stage.tokens
     rates = [stage.learning_rate(max(step, 1)) for step in steps]

@@ -28,7 +28,16 @@ MODEL_HEAD = (
     "sequences/step",
     "from token",
 )
-COST_HEAD = ("stage", "FLOPs", "share", "attention", "LR first", "peak", "last", "checkpoint")
+COST_HEAD = (
+    "stage",
+    "FLOPs",
+    "share",
+    "attention",
+    "LR first",
+    "peak",
+    "last",
+    "checkpoint",
+)
 
 
 def render_plan(plan: Plan, order: Order | None = None) -> str:
@@ -40,7 +49,13 @@ def render_plan(plan: Plan, order: Order | None = None) -> str:
     growths: list[str] = []
     for stage in plan.grow_stages:
         growths.extend(_growth_lines(stage))
-    blocks = [head, aligned(_model_table(plan)), aligned(_cost_table(plan)), growths, _remark_lines(plan)]
+    blocks = [
+        head,
+        aligned(_model_table(plan)),
+        aligned(_cost_table(plan)),
+        growths,
+        _remark_lines(plan),
+    ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
@@ -53,20 +68,28 @@ def _header(plan: Plan) -> list[str]:
         step = plan.train_stages[-1].train.global_batch_tokens
         budget += f"; the other {missing:,} are less than one step of {step:,}"
     return [
-        *wrapped(f"{recipe.name}   recipe {recipe_hash(recipe)[:12]}, seed {recipe.seed}"),
+        *wrapped(
+            f"{recipe.name}   recipe {recipe_hash(recipe)[:12]}, seed {recipe.seed}"
+        ),
         *wrapped(f"budget   {budget}"),
-        *wrapped(f"data     {stores}, {plan.sequences:,} sequences of {recipe.data.seq_len} tokens"),
+        *wrapped(
+            f"data     {stores}, {plan.sequences:,} sequences of {recipe.data.seq_len} tokens"
+        ),
     ]
 
 
 def _data_lines(plan: Plan, order: Order) -> Iterator[str]:
     """How often the plan goes over each token store, and what is in it."""
-    for manifest, seen in zip(order.manifests, order.seen(plan.sequences).values(), strict=True):
+    for manifest, seen in zip(
+        order.manifests, order.seen(plan.sequences).values(), strict=True
+    ):
         line = f"         {manifest.folder}: {human(seen['tokens'])} tokens, {seen['epochs']:.4g} epochs"
         if seen["epochs"] > 1:
             line += f", beyond one epoch: its data are seen up to {math.ceil(seen['epochs'])} times"
         yield from wrapped(line)
-        yield from wrapped(f"           {_contents(manifest, plan.recipe.model.vocab_size)}")
+        yield from wrapped(
+            f"           {_contents(manifest, plan.recipe.model.vocab_size)}"
+        )
 
 
 def _contents(manifest: Manifest, vocab_size: int) -> str:
@@ -118,7 +141,9 @@ def _cost_table(plan: Plan) -> list[tuple[str, ...]]:
         )
         rows.append(row)
     attention = sum(stage.attention_flops for stage in plan.train_stages)
-    rows.append(("total", f"{plan.flops:.3g}", "100.0%", f"{attention:.3g}", "", "", "", ""))
+    rows.append(
+        ("total", f"{plan.flops:.3g}", "100.0%", f"{attention:.3g}", "", "", "", "")
+    )
     return rows
 
 
@@ -155,7 +180,11 @@ def compact_map(layer_map: Sequence[int]) -> str:
     """A layer map in groups: ``0 1 | 0 1`` stacked, ``0 0 | 1 1`` interleaved, ``0-23 | 8-31`` when long."""
     ascending = list(layer_map) == sorted(layer_map)
     repeated = len(set(layer_map)) < len(layer_map)
-    groups = _equal_neighbours(layer_map) if ascending and repeated else _consecutive(layer_map)
+    groups = (
+        _equal_neighbours(layer_map)
+        if ascending and repeated
+        else _consecutive(layer_map)
+    )
     return " | ".join(_group_text(group) for group in groups)
 
 
@@ -203,7 +232,9 @@ def _remarks(plan: Plan) -> Iterator[str]:
         if stage.schedule:
             yield f"{stage.name}: {_continued_schedule(stage)}"
         if stage.freeze:
-            frozen = f"the embedding and layers 0 to {stage.frozen_layers - 1} are frozen"
+            frozen = (
+                f"the embedding and layers 0 to {stage.frozen_layers - 1} are frozen"
+            )
             yield f"{stage.name}: for {stage.frozen_steps:,} steps {frozen}, and no backward pass counted for them"
 
 
@@ -223,7 +254,11 @@ def plan_dict(plan: Plan, order: Order | None = None) -> dict[str, Any]:
         data["seen"] = order.seen(plan.sequences)
     stages = []
     for stage in plan.stages:
-        as_plain = _grow_stage_dict(stage) if isinstance(stage, GrowStage) else _train_stage_dict(stage)
+        as_plain = (
+            _grow_stage_dict(stage)
+            if isinstance(stage, GrowStage)
+            else _train_stage_dict(stage)
+        )
         stages.append(as_plain)
     return {
         "name": plan.recipe.name,

@@ -33,5 +33,7 @@ def read_columns(file: Path, names: Sequence[str]) -> np.ndarray:
 def _number(value: Any, name: str, where: str) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or (math.isfinite(value) and abs(value) > LARGEST):
-        raise DamagedError(f"{where}: {name} is {str(value)[:40]!r}, which is no such number; restore the file")
+        raise DamagedError(
+            f"{where}: {name} is {str(value)[:40]!r}, which is no such number; restore the file"
+        )
     return float(value)

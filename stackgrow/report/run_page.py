@@ -20,7 +20,17 @@ from stackgrow.run_folder.folder import RunFolder, StageFolder
 from stackgrow.run_folder.found import plan_of_run
 from stackgrow.text import clock, human
 
-STAGE_HEAD = ("stage", "parameters", "tokens", "steps", "FLOPs", "loss", "validation", "tok/s", "time")
+STAGE_HEAD = (
+    "stage",
+    "parameters",
+    "tokens",
+    "steps",
+    "FLOPs",
+    "loss",
+    "validation",
+    "tok/s",
+    "time",
+)
 MAP_WIDTH = 620.0  # pixels
 NUMBERED_FROM = 14  # pixels: narrower cells have no room for a layer's number
 
@@ -122,7 +132,9 @@ def _status(folder: RunFolder, plan: Plan, provenance: dict[str, Any]) -> str:
     """Whether the run is finished, since when, and its seed."""
     sessions = sessions_of(provenance)
     ended = table_of(sessions[-1], "ended") if sessions else {}
-    date = str(ended.get("at") or (sessions[-1].get("started") if sessions else "")).replace("T", " ")[:16]
+    date = str(
+        ended.get("at") or (sessions[-1].get("started") if sessions else "")
+    ).replace("T", " ")[:16]
     if "kept" in provenance:
         status = "records of a run, kept without it"
     elif all(folder.stage(stage.name).is_done() for stage in plan.stages):
@@ -130,7 +142,9 @@ def _status(folder: RunFolder, plan: Plan, provenance: dict[str, Any]) -> str:
     elif ended:
         status = f"not finished: {ended.get('how')}, {date}"
     else:
-        status = f"not finished: running, or killed; begun {date or 'at an unknown time'}"
+        status = (
+            f"not finished: running, or killed; begun {date or 'at an unknown time'}"
+        )
     return f"{status}; seed {plan.recipe.seed}; recipe {plan.recipe.name}"
 
 
@@ -161,12 +175,18 @@ def _size(plan: Plan) -> str:
     return text
 
 
-def _warnings(folder: RunFolder, plan: Plan, provenance: dict[str, Any]) -> Iterator[str]:
+def _warnings(
+    folder: RunFolder, plan: Plan, provenance: dict[str, Any]
+) -> Iterator[str]:
     """What a reader of the results should know."""
-    kept = provenance.get("kept")  # what is known and what is not of records that were kept without their run
+    kept = provenance.get(
+        "kept"
+    )  # what is known and what is not of records that were kept without their run
     if isinstance(kept, str):
         yield kept
-    unfinished = [stage.name for stage in plan.stages if not folder.stage(stage.name).is_done()]
+    unfinished = [
+        stage.name for stage in plan.stages if not folder.stage(stage.name).is_done()
+    ]
     if unfinished and not kept:
         yield f"not finished: {', '.join(unfinished)}"
     sessions = sessions_of(provenance)
@@ -189,7 +209,9 @@ def _block(stage: Stage) -> Block:
         return Block(stage.operator, stage.change, share=None)
     learns = "learns maps, " if stage.learns_maps else ""
     above = f"{learns}{stage.model.n_layers} layers"
-    return Block(above, f"{human(stage.tokens)} tokens", share=float(f"{stage.flops:.6g}"))
+    return Block(
+        above, f"{human(stage.tokens)} tokens", share=float(f"{stage.flops:.6g}")
+    )
 
 
 def _stage_row(folder: StageFolder, stage: TrainStage) -> tuple[str, ...]:
@@ -206,7 +228,9 @@ def _stage_row(folder: StageFolder, stage: TrainStage) -> tuple[str, ...]:
         f"{losses[-1]:.4f}" if len(losses) else "-",
         f"{validation[0]:.4f} to {validation[-1]:.4f}" if len(validation) else "-",
         human(np.median(rates)) if len(rates) else "-",
-        clock(done["seconds"]) if done and isinstance(done.get("seconds"), int | float) else "-",
+        clock(done["seconds"])
+        if done and isinstance(done.get("seconds"), int | float)
+        else "-",
     )
 
 
@@ -242,34 +266,55 @@ def _layer_map(stage: GrowStage) -> LayerMap:
 
 def _pictures(folder: RunFolder, plan: Plan) -> Iterator[Markup]:
     """What is recorded beside the training loss, over tokens; what was not recorded is left out."""
-    for name, label in (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tps", "tokens per second")):
+    for name, label in (
+        ("lr", "learning rate"),
+        ("grad_norm", "gradient norm"),
+        ("tps", "tokens per second"),
+    ):
         lines = []
         for stage in plan.train_stages:
-            tokens, values = read_columns(folder.stage(stage.name).metrics_file, ("tokens", name))
+            tokens, values = read_columns(
+                folder.stage(stage.name).metrics_file, ("tokens", name)
+            )
             if len(values):
                 lines.append((tokens, values))
         if lines:
             positive = all((values > 0).all() for _, values in lines)
-            yield Markup(series_svg(lines, label, logarithmic_values=name == "grad_norm" and positive))
+            yield Markup(
+                series_svg(
+                    lines, label, logarithmic_values=name == "grad_norm" and positive
+                )
+            )
 
 
 def _facts(provenance: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What identifies the run and where it ran, without names of machines and folders."""
     yield "recipe", f"SHA-256 {provenance.get('recipe_hash', 'unknown')}"
-    yield "data", f"SHA-256 {table_of(provenance, 'data').get('manifest_hash', 'unknown')}"
+    yield (
+        "data",
+        f"SHA-256 {table_of(provenance, 'data').get('manifest_hash', 'unknown')}",
+    )
     for number, session in enumerate(sessions_of(provenance), start=1):
         commit = table_of(session, "code").get("commit", "unknown")
-        packages = ", ".join(f"{name} {version}" for name, version in table_of(session, "packages").items())
+        packages = ", ".join(
+            f"{name} {version}"
+            for name, version in table_of(session, "packages").items()
+        )
         devices = _devices(table_of(session, "hardware"))
         ranks = f"ranks: {session.get('world_size')}"
-        yield f"session {number}", f"{session.get('started')}; {devices}; {ranks}; commit {commit}; {packages}"
+        yield (
+            f"session {number}",
+            f"{session.get('started')}; {devices}; {ranks}; commit {commit}; {packages}",
+        )
 
 
 def _devices(hardware: dict[str, Any]) -> str:
     """``8 x NVIDIA H100``, or the processors of a machine without GPUs."""
     gpus = hardware.get("gpus")
     if not isinstance(gpus, list) or not gpus:
-        return f"{hardware.get('cpus')} x {hardware.get('cpu', hardware.get('machine'))}"
+        return (
+            f"{hardware.get('cpus')} x {hardware.get('cpu', hardware.get('machine'))}"
+        )
     names = [str(name) for name in gpus]
     if len(names) == 1:
         return names[0]

@@ -23,10 +23,16 @@ def half_width(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
     ``first`` and ``second``: values of the seeds, [seeds, ...] with at least two seeds each; the rest broadcasts.
     """
-    square_errors = [values.var(axis=0, ddof=1) / len(values) for values in (first, second)]
+    square_errors = [
+        values.var(axis=0, ddof=1) / len(values) for values in (first, second)
+    ]
     total = square_errors[0] + square_errors[1]
-    weighted = square_errors[0] ** 2 / (len(first) - 1) + square_errors[1] ** 2 / (len(second) - 1)
+    weighted = square_errors[0] ** 2 / (len(first) - 1) + square_errors[1] ** 2 / (
+        len(second) - 1
+    )
     fewest = min(len(first), len(second)) - 1
     # Seeds that agree to the last bit leave nothing to weigh.
-    degrees = np.divide(total**2, weighted, out=np.full_like(total, fewest), where=weighted > 0)
+    degrees = np.divide(
+        total**2, weighted, out=np.full_like(total, fewest), where=weighted > 0
+    )
     return student_t(degrees) * np.sqrt(total)

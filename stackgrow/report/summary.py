@@ -7,12 +7,40 @@ from pathlib import Path
 
 from stackgrow.data.order import Order
 from stackgrow.plan.stages import Plan, TrainStage
-from stackgrow.run_folder.folder import LEDGER, METRICS, PROVENANCE, RECIPE, VALIDATION, RunFolder, StageFolder
+from stackgrow.run_folder.folder import (
+    LEDGER,
+    METRICS,
+    PROVENANCE,
+    RECIPE,
+    VALIDATION,
+    RunFolder,
+    StageFolder,
+)
 from stackgrow.run_folder.lines import read_records
 from stackgrow.text import clock, human, short
 
-HEAD = ("stage", "tokens", "steps", "FLOPs", "loss", "val start", "val end", "tok/s", "time")
-WIDTHS = (22, 9, 9, 11, 9, 11, 9, 8, 9)  # of the columns: the first to the left, numbers to the right
+HEAD = (
+    "stage",
+    "tokens",
+    "steps",
+    "FLOPs",
+    "loss",
+    "val start",
+    "val end",
+    "tok/s",
+    "time",
+)
+WIDTHS = (
+    22,
+    9,
+    9,
+    11,
+    9,
+    11,
+    9,
+    8,
+    9,
+)  # of the columns: the first to the left, numbers to the right
 
 
 def render_summary(plan: Plan, folder: Path, order: Order) -> str:
@@ -26,12 +54,26 @@ def render_summary(plan: Plan, folder: Path, order: Order) -> str:
         seconds += stage_seconds
         lines.append(_line(_stage_row(stage, run.stage(stage.name), stage_seconds)))
     steps = sum(stage.steps for stage in plan.train_stages)
-    total = ("total", human(plan.tokens), str(steps), f"{plan.flops:.2e}", "", "", "", "", clock(seconds))
+    total = (
+        "total",
+        human(plan.tokens),
+        str(steps),
+        f"{plan.flops:.2e}",
+        "",
+        "",
+        "",
+        "",
+        clock(seconds),
+    )
     lines += [_line(total), ""]
     if len(plan.train_stages) > 1:
-        lines.append(f"{100 * plan.base_share:.1f}% of the FLOPs (6 N D) went into the stages before the last.")
+        lines.append(
+            f"{100 * plan.base_share:.1f}% of the FLOPs (6 N D) went into the stages before the last."
+        )
     for path, seen in order.seen(plan.sequences).items():
-        lines.append(f"data         {path}: {human(seen['tokens'])} tokens, {seen['epochs']:.4g} epochs")
+        lines.append(
+            f"data         {path}: {human(seen['tokens'])} tokens, {seen['epochs']:.4g} epochs"
+        )
     last = plan.train_stages[-1]
     lines += [
         f"weights      {short(run.stage(last.name).output(last))}",
@@ -49,7 +91,9 @@ def _line(cells: tuple[str, ...]) -> str:
     return line
 
 
-def _stage_row(stage: TrainStage, folder: StageFolder, seconds: float) -> tuple[str, ...]:
+def _stage_row(
+    stage: TrainStage, folder: StageFolder, seconds: float
+) -> tuple[str, ...]:
     metrics = read_records(folder.metrics_file)
     validation = read_records(folder.validation_file)
     # The median: the first step may compile.

@@ -24,7 +24,9 @@ def refuse_changed(plan: Plan, run: RunFolder, hashes: dict[str, str]) -> None:
     """
     stages = {stage.name: stage for stage in plan.stages}
     for folder in run.stages():
-        _refuse_changed_stage(plan, folder, stages.get(folder.name), hashes.get(folder.name))
+        _refuse_changed_stage(
+            plan, folder, stages.get(folder.name), hashes.get(folder.name)
+        )
 
 
 def refuse_other_validation(plan: Plan, run: RunFolder, validation_hash: str) -> None:
@@ -58,11 +60,15 @@ def _which_text(validation: Validation) -> dict[str, object]:
     return {"sequences": validation.sequences, "take": validation.take}
 
 
-def _refuse_changed_stage(plan: Plan, folder: StageFolder, stage: Stage | None, stage_hash: str | None) -> None:
+def _refuse_changed_stage(
+    plan: Plan, folder: StageFolder, stage: Stage | None, stage_hash: str | None
+) -> None:
     """``stage``: of the plan, with the folder's name; None where the plan has none."""
     stored = read_json(folder.stage_file)
     done = folder.done()
-    if done is not None and (stored is None or stored.get("stage_hash") != done.get("stage_hash")):
+    if done is not None and (
+        stored is None or stored.get("stage_hash") != done.get("stage_hash")
+    ):
         raise DamagedError(
             f"{folder.done_file} and {folder.stage_file} disagree; restore them or move {folder.path} away"
         )

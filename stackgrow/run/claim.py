@@ -18,7 +18,11 @@ from stackgrow.process.logs import log_to
 from stackgrow.process.ranks import lock
 from stackgrow.recipe.load import Problem, RecipeError
 from stackgrow.recipe.write import to_toml
-from stackgrow.run.changed import changed_versions, refuse_changed, refuse_other_validation
+from stackgrow.run.changed import (
+    changed_versions,
+    refuse_changed,
+    refuse_other_validation,
+)
 from stackgrow.run_folder import provenance
 from stackgrow.run_folder.folder import RunFolder
 from stackgrow.run_folder.found import with_found
@@ -26,7 +30,9 @@ from stackgrow.run_folder.found import with_found
 logger = logging.getLogger(__name__)
 
 
-def claim(held: ExitStack, plan: Plan, order: Order, file: str, sets: Sequence[str]) -> tuple[Plan, str]:
+def claim(
+    held: ExitStack, plan: Plan, order: Order, file: str, sets: Sequence[str]
+) -> tuple[Plan, str]:
     """Takes the folder for a session that lasts until ``held`` is closed. Returns the plan with what its stages have
     found, and the identity of the session.
 
@@ -49,7 +55,9 @@ def claim(held: ExitStack, plan: Plan, order: Order, file: str, sets: Sequence[s
     _write_recipe(plan, run, sets)
     log_to(run.log_file(0))
     if changes:
-        logger.warning("Other versions than in the session before: %s", "; ".join(changes))
+        logger.warning(
+            "Other versions than in the session before: %s", "; ".join(changes)
+        )
     return plan, session
 
 
@@ -101,7 +109,9 @@ def run_lock(run: RunFolder) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise LockedError(f"{run.path} is in use by {holder}; wait for it or stop it first") from None
+            raise LockedError(
+                f"{run.path} is in use by {holder}; wait for it or stop it first"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()

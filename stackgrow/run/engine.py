@@ -114,7 +114,9 @@ def _watch(session: _Session) -> None:
     """Whoever is named by run.on_event is told of what happens, from now on."""
     keys = session.plan.recipe.run
     if keys.on_event:
-        alerts.start(keys.on_event, session.run.path, session.run.alerts_log, keys.stall_seconds)
+        alerts.start(
+            keys.on_event, session.run.path, session.run.alerts_log, keys.stall_seconds
+        )
 
 
 def _run_stages(session: _Session, refusal: RunError | None) -> None:
@@ -144,18 +146,27 @@ def _finish(session: _Session) -> None:
     seal.write_json(run.ledger_file, ledger(plan, run, session.order))
     say(render_summary(plan, run.path, session.order))
     say(finish_report(run.path))
-    alerts.tell("done", f"{plan.recipe.name}: done, {human(plan.tokens)} tokens; {run.path}")
+    alerts.tell(
+        "done", f"{plan.recipe.name}: done, {human(plan.tokens)} tokens; {run.path}"
+    )
 
 
 def _same_everywhere(session: _Session) -> Plan:
     """The plan with what its stages have found, which rank 0 has read; refuses a rank that would train another one."""
     all_versions = provenance.versions()
     versions = {name: all_versions[name] for name in ENGINE if name in all_versions}
-    found, hashes, versions_of_rank0 = from_rank0(lambda: (session.plan.found, session.hashes, versions))
+    found, hashes, versions_of_rank0 = from_rank0(
+        lambda: (session.plan.found, session.hashes, versions)
+    )
     plan = make_plan(session.plan.recipe, found=found)
-    if plan.stage_hashes(session.order.data_hash) != hashes or versions != versions_of_rank0:
+    if (
+        plan.stage_hashes(session.order.data_hash) != hashes
+        or versions != versions_of_rank0
+    ):
         what = "the recipe, the token stores or the versions of torch and torchtitan"
-        raise ChangedError(f"on {platform.node()} {what} are not those of rank 0; give every node the same")
+        raise ChangedError(
+            f"on {platform.node()} {what} are not those of rank 0; give every node the same"
+        )
     return plan
 
 
@@ -174,8 +185,14 @@ def _open_stage(plan: Plan, stage: Stage, folder: StageFolder, stage_hash: str) 
     folder.path.mkdir(exist_ok=True)
     seal.sync_folder(folder.run.path)
     if stage.trains:
-        folder.checkpoints.mkdir(exist_ok=True)  # its name is on disk with that of stage.json
-    stored = {"stage_hash": stage_hash, "seed": plan.recipe.seed, "stage": stage.identity()}
+        folder.checkpoints.mkdir(
+            exist_ok=True
+        )  # its name is on disk with that of stage.json
+    stored = {
+        "stage_hash": stage_hash,
+        "seed": plan.recipe.seed,
+        "stage": stage.identity(),
+    }
     seal.write_json(folder.stage_file, stored)
 
 
@@ -197,10 +214,17 @@ def _run_stage(session: _Session, stage: Stage) -> None:
     # What it has found is part of the plan before DONE says that it is finished; then all ranks learn of it.
     if session.rank == 0:
         session.plan = with_found(session.plan, session.run, session.order.data_hash)
-        stage = session.plan.stages[stage.index]  # with the number of steps that it has had in the end
+        stage = session.plan.stages[
+            stage.index
+        ]  # with the number of steps that it has had in the end
         seconds = time.monotonic() - started
-        seal.write_json(folder.done_file, _done_record(session.plan, stage, folder, output, hashes, seconds))
-    session.plan = make_plan(session.plan.recipe, found=from_rank0(lambda: session.plan.found))
+        seal.write_json(
+            folder.done_file,
+            _done_record(session.plan, stage, folder, output, hashes, seconds),
+        )
+    session.plan = make_plan(
+        session.plan.recipe, found=from_rank0(lambda: session.plan.found)
+    )
 
 
 @dataclass(frozen=True)
@@ -220,7 +244,9 @@ def _inputs(session: _Session, stage: Stage) -> _Inputs:
     def final_checkpoint(before: Stage | None) -> Path | None:
         return None if before is None else session.folder(before).final_checkpoint()
 
-    inputs = from_rank0(lambda: _Inputs(final_checkpoint(source_stage), final_checkpoint(network_stage)))
+    inputs = from_rank0(
+        lambda: _Inputs(final_checkpoint(source_stage), final_checkpoint(network_stage))
+    )
     wait_for(session.folder(stage).stage_file)
     for checkpoint in (inputs.source, inputs.network):
         if checkpoint is not None:
@@ -261,10 +287,14 @@ def _import(session: _Session, stage: ImportStage) -> Path:
 
     folder = session.folder(stage)
     output = folder.output(stage)
-    weights_hash = take_over(stage, output, rank=session.rank, world_size=session.world_size)
+    weights_hash = take_over(
+        stage, output, rank=session.rank, world_size=session.world_size
+    )
     if session.rank == 0:
         write_found(folder, session.hashes[stage.name], weights_hash)
-        provenance.add(session.run, stage.name, folder=stage.folder, weights_hash=weights_hash)
+        provenance.add(
+            session.run, stage.name, folder=stage.folder, weights_hash=weights_hash
+        )
         say(f"{stage.name}  {stage.change}")
     return output
 
@@ -293,13 +323,27 @@ def _grow(session: _Session, stage: GrowStage, inputs: _Inputs) -> Path:
     if session.rank == 0:
         say(line)
         alerts.tell("growth", line)
-        manifests = {"input": inputs.source, "network": inputs.network, "output": output}
-        hashes = {name: seal.manifest_hash(path) for name, path in manifests.items() if path is not None}
+        manifests = {
+            "input": inputs.source,
+            "network": inputs.network,
+            "output": output,
+        }
+        hashes = {
+            name: seal.manifest_hash(path)
+            for name, path in manifests.items()
+            if path is not None
+        }
         provenance.add(session.run, stage.name, **hashes)
     return output
 
 
-def stage_job(recipe: Recipe, stage: TrainStage, stage_hash: str, folder: StageFolder, source: Path | None) -> StageJob:
+def stage_job(
+    recipe: Recipe,
+    stage: TrainStage,
+    stage_hash: str,
+    folder: StageFolder,
+    source: Path | None,
+) -> StageJob:
     """The job of a train stage that starts from checkpoint ``source``, or learns maps of it."""
     from stackgrow.data.loader import WindowDataset
     from stackgrow.titan.job import StageJob
@@ -314,12 +358,19 @@ def stage_job(recipe: Recipe, stage: TrainStage, stage_hash: str, folder: StageF
 
 
 def _done_record(
-    plan: Plan, stage: Stage, folder: StageFolder, output: Path, hashes: dict[str, str], seconds: float
+    plan: Plan,
+    stage: Stage,
+    folder: StageFolder,
+    output: Path,
+    hashes: dict[str, str],
+    seconds: float,
 ) -> dict[str, Any]:
     """What DONE states of a stage that has handed on the checkpoint ``output``."""
     manifest = seal.read_seal(output)
     if manifest is None:
-        raise DamagedError(f"{output}: the stage ended without a sealed checkpoint; run the command again")
+        raise DamagedError(
+            f"{output}: the stage ended without a sealed checkpoint; run the command again"
+        )
     parent = plan.stages[stage.index - 1] if stage.index else None
     record: dict[str, Any] = {
         "stage_hash": hashes[stage.name],
@@ -341,4 +392,6 @@ def die_with_parent() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
-            os.kill(os.getpid(), signal.SIGKILL)  # it was killed before; in a container torchrun may be process 1
+            os.kill(
+                os.getpid(), signal.SIGKILL
+            )  # it was killed before; in a container torchrun may be process 1

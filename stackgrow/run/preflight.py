@@ -35,12 +35,18 @@ def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
             _check_store(recipe, manifest, path, where, problems)
             manifests.append(manifest)
     if problems:
-        raise RecipeError(file, list(dict.fromkeys(problems)))  # what is wrong with two stores alike is said once
+        raise RecipeError(
+            file, list(dict.fromkeys(problems))
+        )  # what is wrong with two stores alike is said once
     try:
         order = Order(manifests, weights, recipe.data.seq_len, recipe.seed)
     except StoreError as error:
-        raise RecipeError(file, [("data.mix" if recipe.data.mix else "data.path", str(error))]) from error
-    from stackgrow.titan import device  # torch is loaded only for a recipe that is otherwise good
+        raise RecipeError(
+            file, [("data.mix" if recipe.data.mix else "data.path", str(error))]
+        ) from error
+    from stackgrow.titan import (
+        device,
+    )  # torch is loaded only for a recipe that is otherwise good
 
     problems = list(device.problems(plan))
     if recipe.eval:
@@ -69,7 +75,9 @@ def unchecked(plan: Plan) -> list[str]:
         values = {getattr(stage.train, name) for stage in plan.train_stages}
         special = values - {plain} if name == "attention" else values & {plain}
         for value in sorted(special):
-            left.append(f'train.{name} = "{value}": whether this machine has the GPU and the package for it')
+            left.append(
+                f'train.{name} = "{value}": whether this machine has the GPU and the package for it'
+            )
     return left
 
 
@@ -82,7 +90,9 @@ def _open_store(path: str, where: str, problems: list[Problem]) -> Manifest | No
         return None
 
 
-def _check_store(recipe: Recipe, manifest: Manifest, path: str, where: str, problems: list[Problem]) -> None:
+def _check_store(
+    recipe: Recipe, manifest: Manifest, path: str, where: str, problems: list[Problem]
+) -> None:
     """Adds to ``problems`` what of one of the recipe's stores does not fit the recipe."""
     seq_len = recipe.data.seq_len
     validation_tokens = manifest.splits["validation"].tokens
@@ -105,7 +115,9 @@ def _check_store(recipe: Recipe, manifest: Manifest, path: str, where: str, prob
         )
         problems.append(("model.vocab_size", problem))
     if manifest.splits["train"].tokens <= seq_len:
-        problems.append(("data.seq_len", f"{seq_len} is longer than all of the store {path}"))
+        problems.append(
+            ("data.seq_len", f"{seq_len} is longer than all of the store {path}")
+        )
     if recipe.validation.sequences and validation_tokens <= seq_len:
         problem = (
             f"{recipe.validation.sequences} cannot be taken from the store {path}, which holds out "

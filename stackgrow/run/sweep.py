@@ -34,7 +34,9 @@ class Member:
 
     @property
     def sets(self) -> list[str]:
-        return [f"{key}={value}" for key, value in self.values.items()] + [f"run.folder={self.folder}"]
+        return [f"{key}={value}" for key, value in self.values.items()] + [
+            f"run.folder={self.folder}"
+        ]
 
     @property
     def log(self) -> Path:
@@ -66,7 +68,12 @@ def check_members(file: str, sets: Sequence[str], wanted: Sequence[Member]) -> N
     seen: dict[Path, Member] = {}
     for member in wanted:
         if member.folder in seen:
-            problems.append((str(member.folder), "two runs of the sweep would share this folder; name a value once"))
+            problems.append(
+                (
+                    str(member.folder),
+                    "two runs of the sweep would share this folder; name a value once",
+                )
+            )
         seen[member.folder] = member
         try:
             make_plan(load_recipe(file, [*sets, *member.sets]), file)
@@ -81,7 +88,13 @@ def command(file: str, sets: Sequence[str], member: Member, ranks: int) -> list[
     """One member under torchrun, or for one rank without it."""
     start = [sys.executable]
     if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        start += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+        ]
     words = [*start, "-m", "stackgrow.cli.main", "run", file]
     for assignment in [*sets, *member.sets]:
         words += ["--set", assignment]
@@ -89,7 +102,13 @@ def command(file: str, sets: Sequence[str], member: Member, ranks: int) -> list[
 
 
 def run_members(
-    file: str, sets: Sequence[str], wanted: Sequence[Member], *, side_by_side: int, ranks: int, threads: int
+    file: str,
+    sets: Sequence[str],
+    wanted: Sequence[Member],
+    *,
+    side_by_side: int,
+    ranks: int,
+    threads: int,
 ) -> Iterator[tuple[Member, str]]:
     """Runs the members that are not finished, ``side_by_side`` at a time, and tells each member's changes of state:
     "finished before", "started", "finished", or "failed with code N, see LOG".
@@ -107,7 +126,9 @@ def run_members(
             waiting.append(member)
     at_work: dict[Member, subprocess.Popen[bytes]] = {}
     asked = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     for number in before:
         signal.signal(number, lambda received, _frame: asked.append(received))
     told_to_stop = False
@@ -120,7 +141,13 @@ def run_members(
                 words = command(file, sets, member, ranks)
                 with member.log.open("ab") as log:
                     # A session of its own, so that a Ctrl-C reaches it once, from here.
-                    process = subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
+                    process = subprocess.Popen(
+                        words,
+                        stdout=log,
+                        stderr=log,
+                        env=environment,
+                        start_new_session=True,
+                    )
                 at_work[member] = process
                 yield member, "started"
             if asked and not told_to_stop:
@@ -145,4 +172,6 @@ def run_members(
         for process in at_work.values():
             process.send_signal(signal.SIGTERM)
     if asked:
-        raise StoppedError(f"stopped by {signal.Signals(asked[0]).name}; the same command goes on")
+        raise StoppedError(
+            f"stopped by {signal.Signals(asked[0]).name}; the same command goes on"
+        )

@@ -48,7 +48,12 @@ class Chosen:
         raise AssertionError("a plan ends with a train stage")
 
 
-def choose(path: Path, stage: str | None = None, step: int | None = None, sets: Sequence[str] = ()) -> Chosen | None:
+def choose(
+    path: Path,
+    stage: str | None = None,
+    step: int | None = None,
+    sets: Sequence[str] = (),
+) -> Chosen | None:
     """Of run ``path``: the last checkpoint of its last finished stage, or of ``stage``, or that of ``step``; or the
     checkpoint ``path`` of a run. None where ``path`` lies in no run.
 
@@ -62,11 +67,15 @@ def choose(path: Path, stage: str | None = None, step: int | None = None, sets: 
     plan = plan_of_run(run, sets)
     if run != path:
         if stage or step is not None:
-            raise DamagedError(f"{path} is a checkpoint already; leave out --stage and --step, or name the run {run}")
+            raise DamagedError(
+                f"{path} is a checkpoint already; leave out --stage and --step, or name the run {run}"
+            )
         return Chosen(run, plan, _stage(plan, path.absolute().parts), path)
     names = [stage] if stage else _last_finished(plan, run)
     chosen = _stage(plan, names)
-    return Chosen(run, plan, chosen, _checkpoint(RunFolder(run).stage(chosen.name), chosen, step))
+    return Chosen(
+        run, plan, chosen, _checkpoint(RunFolder(run).stage(chosen.name), chosen, step)
+    )
 
 
 def _last_finished(plan: Plan, run: Path) -> list[str]:
@@ -101,7 +110,9 @@ def _checkpoint(folder: StageFolder, stage: Stage, step: int | None) -> Path:
     if step is None and steps:
         step = steps[-1]
     if step is None or step not in steps:
-        raise DamagedError(f"{folder.checkpoints} has not the checkpoint asked for; it has those of steps {steps}")
+        raise DamagedError(
+            f"{folder.checkpoints} has not the checkpoint asked for; it has those of steps {steps}"
+        )
     return folder.checkpoint(step)
 
 
@@ -114,6 +125,8 @@ def tokenizer_of(recipe: Recipe, run: Path) -> Path | None:
     order = read_order(recipe.data, recipe.seed)
     manifest = order.manifests[0]
     if RunFolder(run).data_hash() != order.data_hash:
-        raise ChangedError(f"{manifest.folder} is not the token store that {run} was trained on; move it away or back")
+        raise ChangedError(
+            f"{manifest.folder} is not the token store that {run} was trained on; move it away or back"
+        )
     store_tokenizer(manifest)
     return manifest.folder / manifest.tokenizer

@@ -38,5 +38,7 @@ def read_evaluation(file: Path) -> dict[str, Any]:
     if stated is None:  # an earlier version wrote it
         record.pop("weights", None)
     elif stated != canonical_hash(record):
-        raise DamagedError(f"{file} is not what was written: it was edited, or is damaged; evaluate again")
+        raise DamagedError(
+            f"{file} is not what was written: it was edited, or is damaged; evaluate again"
+        )
     return record

@@ -133,11 +133,17 @@ class StageFolder:
             raise DamagedError(f"{self.path} is not finished: it has no {DONE}")
         path = self.path / str(done.get("checkpoint"))
         if not path.resolve().is_relative_to(self.path.resolve()):
-            raise DamagedError(f"{self.done_file} names a checkpoint outside of its stage, {path}; restore it")
+            raise DamagedError(
+                f"{self.done_file} names a checkpoint outside of its stage, {path}; restore it"
+            )
         if seal.read_seal(path) is None:
-            raise DamagedError(f"{path} is missing, though {self.done_file} names it; restore it or remove {DONE}")
+            raise DamagedError(
+                f"{path} is missing, though {self.done_file} names it; restore it or remove {DONE}"
+            )
         if seal.manifest_hash(path) != done.get("manifest_sha256"):
-            raise DamagedError(f"{path / seal.MANIFEST} is not the one that {self.done_file} names; restore it")
+            raise DamagedError(
+                f"{path / seal.MANIFEST} is not the one that {self.done_file} names; restore it"
+            )
         return path
 
 
@@ -209,7 +215,9 @@ class RunFolder:
         def place(folder: StageFolder) -> tuple[bool, int, str]:
             return folder.index is None, folder.index or 0, folder.name
 
-        return sorted((StageFolder(path) for path in self.path.glob("stage-*")), key=place)
+        return sorted(
+            (StageFolder(path) for path in self.path.glob("stage-*")), key=place
+        )
 
     def provenance(self) -> dict[str, Any]:
         """What provenance.json holds; {} where there is none.
@@ -219,9 +227,13 @@ class RunFolder:
         """
         record = seal.read_json(self.provenance_file) or {}
         sessions, data = record.get("sessions", []), record.get("data", {})
-        lists_sessions = isinstance(sessions, list) and all(isinstance(session, dict) for session in sessions)
+        lists_sessions = isinstance(sessions, list) and all(
+            isinstance(session, dict) for session in sessions
+        )
         if not lists_sessions or not isinstance(data, dict):
-            raise DamagedError(f"{self.provenance_file} is damaged: it lists no sessions; restore it")
+            raise DamagedError(
+                f"{self.provenance_file} is damaged: it lists no sessions; restore it"
+            )
         return record
 
     def data_hash(self) -> str:

@@ -16,12 +16,18 @@ from stackgrow.recipe.load import load_recipe
 from stackgrow.run_folder.folder import RunFolder, StageFolder
 
 
-def write_found(folder: StageFolder, stage_hash: str, found: int | str, **facts: Any) -> None:
+def write_found(
+    folder: StageFolder, stage_hash: str, found: int | str, **facts: Any
+) -> None:
     """``facts`` are for the reader."""
-    seal.write_json(folder.found_file, {"stage_hash": stage_hash, "found": found, **facts})
+    seal.write_json(
+        folder.found_file, {"stage_hash": stage_hash, "found": found, **facts}
+    )
 
 
-def with_found(plan: Plan, folder: RunFolder, data_hash: str, file: str | Path = "recipe") -> Plan:
+def with_found(
+    plan: Plan, folder: RunFolder, data_hash: str, file: str | Path = "recipe"
+) -> Plan:
     """``plan`` as the stages in run ``folder`` have settled it. What another recipe's stage found does not count.
 
     Raises:
@@ -39,11 +45,15 @@ def with_found(plan: Plan, folder: RunFolder, data_hash: str, file: str | Path =
                 continue
             value = record.get("found")
             if not isinstance(value, stage.finds):
-                raise DamagedError(f"{stage_folder.found_file}: {value!r} is nothing that the stage finds")
+                raise DamagedError(
+                    f"{stage_folder.found_file}: {value!r} is nothing that the stage finds"
+                )
             found[stage.name] = value
         if found == plan.found:
             return plan
-        plan = make_plan(plan.recipe, file, found)  # which changes the hashes of later stages
+        plan = make_plan(
+            plan.recipe, file, found
+        )  # which changes the hashes of later stages
 
 
 def plan_of_run(folder: Path, sets: Sequence[str] = ()) -> Plan:

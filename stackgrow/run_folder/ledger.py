@@ -21,7 +21,9 @@ def ledger(plan: Plan, run: RunFolder, order: Order) -> dict[str, Any]:
     trained = counts(plan, run)
     tokens = trained["total"]["tokens"]
     if tokens != plan.tokens:
-        raise DamagedError(f"{run.path}: its stages trained {tokens} tokens, the plan has {plan.tokens}")
+        raise DamagedError(
+            f"{run.path}: its stages trained {tokens} tokens, the plan has {plan.tokens}"
+        )
     return {**trained, "data": order.seen(plan.sequences)}
 
 

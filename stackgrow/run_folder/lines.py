@@ -39,7 +39,9 @@ def iter_records(path: Path) -> Iterator[dict[str, Any]]:
             line = stream.readline(LONGEST)
             number += 1
             if len(line) == LONGEST:
-                raise DamagedError(f"{path}:{number} is longer than {LONGEST} bytes and so no record; restore the file")
+                raise DamagedError(
+                    f"{path}:{number} is longer than {LONGEST} bytes and so no record; restore the file"
+                )
             if not line.endswith(b"\n"):
                 return  # the end, or a line that a crash has torn
             yield _record(line, f"{path}:{number}")
@@ -49,9 +51,13 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{where} is no record: {str(error)[:100]}; restore the file") from error
+        raise DamagedError(
+            f"{where} is no record: {str(error)[:100]}; restore the file"
+        ) from error
     if not isinstance(record, dict) or type(record.get("step")) is not int:
-        raise DamagedError(f"{where}: {str(record)[:40]!r} is no record of a step; restore the file")
+        raise DamagedError(
+            f"{where}: {str(record)[:40]!r} is no record of a step; restore the file"
+        )
     return record
 
 
@@ -91,7 +97,9 @@ class RecordWriter:
             while self._bytes < wanted:
                 block = stream.read(min(wanted - self._bytes, READ_AT_ONCE))
                 if not block:
-                    raise self._damaged(f"it has {self._bytes} bytes, {wanted} were sealed")
+                    raise self._damaged(
+                        f"it has {self._bytes} bytes, {wanted} were sealed"
+                    )
                 self._bytes += len(block)
                 self._digest.update(block)
         if self._digest.hexdigest() != sealed.get("sha256"):

@@ -28,7 +28,16 @@ from stackgrow.recipe.write import canonical_hash, recipe_hash, to_toml
 from stackgrow.run_folder.folder import RunFolder
 from stackgrow.run_folder.requirements import requirements
 
-PACKAGES = ("stackgrow", "torch", "torchtitan", "torchdata", "numpy", "sentencepiece", "triton", "flash-attn")
+PACKAGES = (
+    "stackgrow",
+    "torch",
+    "torchtitan",
+    "torchdata",
+    "numpy",
+    "sentencepiece",
+    "triton",
+    "flash-attn",
+)
 REPOSITORY = Path(__file__).parents[2]
 CODE = ("stackgrow", "tools")
 GIT_SECONDS = 10
@@ -43,7 +52,9 @@ SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH")
 
 
 @contextmanager
-def session(run: RunFolder, plan: Plan, file: str, sets: Sequence[str], order: Order) -> Iterator[str]:
+def session(
+    run: RunFolder, plan: Plan, file: str, sets: Sequence[str], order: Order
+) -> Iterator[str]:
     """Enters this session into the run's provenance, yields its identity, and adds at the end how it ended."""
     record = run.provenance()
     earlier_sessions = record.get("sessions", [])
@@ -77,7 +88,9 @@ def session(run: RunFolder, plan: Plan, file: str, sets: Sequence[str], order: O
     try:
         yield identity(entry)
     except BaseException as error:
-        with suppress(OSError):  # the disk may be full, which is then what ended the session
+        with suppress(
+            OSError
+        ):  # the disk may be full, which is then what ended the session
             _end(run, f"{type(error).__name__}: {error}")
         raise
     _end(run, "finished")
@@ -104,7 +117,9 @@ def _circumstances(plan: Plan, order: Order) -> dict[str, Any]:
 
 def identity(entry: Mapping[str, Any]) -> str:
     """The SHA-256 of what a session's entry held when it was made."""
-    return canonical_hash({name: value for name, value in entry.items() if name not in ADDED})
+    return canonical_hash(
+        {name: value for name, value in entry.items() if name not in ADDED}
+    )
 
 
 def link(previous: Mapping[str, Any] | None, chain: int | None) -> str | None:
@@ -164,8 +179,14 @@ def data_facts(plan: Plan, order: Order) -> dict[str, Any]:
     }
     if plan.recipe.data.mix:
         facts["mix"] = []
-        for manifest, share, manifest_hash in zip(order.manifests, order.shares, order.hashes, strict=True):
-            store = {"path": str(manifest.folder), "share": share / BLOCK, "manifest_hash": manifest_hash}
+        for manifest, share, manifest_hash in zip(
+            order.manifests, order.shares, order.hashes, strict=True
+        ):
+            store = {
+                "path": str(manifest.folder),
+                "share": share / BLOCK,
+                "manifest_hash": manifest_hash,
+            }
             facts["mix"].append(store)
     return facts
 
@@ -181,7 +202,11 @@ def mesh(plan: Plan, world_size: int) -> dict[str, dict[str, int]]:
     meshes = {}
     for stage in plan.train_stages:
         degrees = layout(stage.parallel, world_size)
-        meshes[stage.name] = {"replicate": degrees.replicate, "shard": degrees.shard, "tensor": degrees.tensor}
+        meshes[stage.name] = {
+            "replicate": degrees.replicate,
+            "shard": degrees.shard,
+            "tensor": degrees.tensor,
+        }
     return meshes
 
 
@@ -224,12 +249,16 @@ def torch_config() -> str:
 
 def code_version() -> dict[str, str]:
     """The git commit of this code, and a hash of what differs from it, new files included; empty outside a checkout."""
-    if not (REPOSITORY / "pyproject.toml").is_file():  # installed, perhaps inside another project's checkout
+    if not (
+        REPOSITORY / "pyproject.toml"
+    ).is_file():  # installed, perhaps inside another project's checkout
         return {}
     try:
         commit = _git("rev-parse", "HEAD").strip()
         changes = _git("diff", "--no-ext-diff", "--no-textconv", "HEAD", "--", *CODE)
-        new_files = _git("ls-files", "--others", "--exclude-standard", "-z", "--", *CODE).split("\0")
+        new_files = _git(
+            "ls-files", "--others", "--exclude-standard", "-z", "--", *CODE
+        ).split("\0")
     except (OSError, subprocess.TimeoutExpired):
         return {}
     if not commit:
@@ -245,8 +274,17 @@ def code_version() -> dict[str, str]:
 def _git(*arguments: str) -> str:
     """What git prints of this repository; "" where it fails. It may be another user's, as on a cluster: whoever runs
     its code trusts it already. Nothing that its configuration names is run."""
-    command = ["git", "-c", f"safe.directory={REPOSITORY}", "-c", "core.fsmonitor=false", *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=GIT_SECONDS)
+    command = [
+        "git",
+        "-c",
+        f"safe.directory={REPOSITORY}",
+        "-c",
+        "core.fsmonitor=false",
+        *arguments,
+    ]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=GIT_SECONDS
+    )
     return done.stdout if done.returncode == 0 else ""
 
 

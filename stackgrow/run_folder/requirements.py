@@ -17,7 +17,9 @@ def requirements() -> str:
     for package in metadata.distributions():
         name = re.sub(r"[-_.]+", "-", package.metadata["Name"] or "").lower()
         if name:
-            lines.setdefault(name, _requirement(name, package))  # the first on the path is the one in use
+            lines.setdefault(
+                name, _requirement(name, package)
+            )  # the first on the path is the one in use
     header = [
         f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         "# pip install --no-deps -r requirements.lock; then pip install --no-deps -e . in the checkout",

@@ -43,7 +43,9 @@ def runs_in(folder: Path) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if RunFolder(path).recipe_file.is_file())
+    return sorted(
+        path for path in folder.iterdir() if RunFolder(path).recipe_file.is_file()
+    )
 
 
 def state_of(folder: Path) -> RunState:
@@ -64,13 +66,39 @@ def state_of(folder: Path) -> RunState:
             state, why = RUNNING, ""
         else:
             state = STOPPED
-            why = sessions[-1].get("ended", {}).get("how", "killed") if sessions else "never started"
+            why = (
+                sessions[-1].get("ended", {}).get("how", "killed")
+                if sessions
+                else "never started"
+            )
         if last is None:
-            return RunState(folder, state, budget_tokens=plan.tokens, why=why, disk_bytes=disk_bytes)
+            return RunState(
+                folder, state, budget_tokens=plan.tokens, why=why, disk_bytes=disk_bytes
+            )
         step, tokens, loss = _last_record(run.stage(last.name))
-    except (RunError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return RunState(folder, DAMAGED, why=" ".join(str(error).split()), disk_bytes=disk_bytes)
-    return RunState(folder, state, last.name, step, last.steps, tokens, plan.tokens, loss, why, disk_bytes)
+    except (
+        RunError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        return RunState(
+            folder, DAMAGED, why=" ".join(str(error).split()), disk_bytes=disk_bytes
+        )
+    return RunState(
+        folder,
+        state,
+        last.name,
+        step,
+        last.steps,
+        tokens,
+        plan.tokens,
+        loss,
+        why,
+        disk_bytes,
+    )
 
 
 def _last_record(stage: StageFolder) -> tuple[int, int, float | None]:

@@ -50,15 +50,21 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would never end
-            raise DamagedError(f"{path} is no plain file; restore it or move its folder away")
+            raise DamagedError(
+                f"{path} is no plain file; restore it or move its folder away"
+            )
         with named(path):
             value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is damaged ({error}); restore it or move its folder away") from error
+        raise DamagedError(
+            f"{path} is damaged ({error}); restore it or move its folder away"
+        ) from error
     if not isinstance(value, dict):
-        raise DamagedError(f"{path} is damaged: not a JSON object; restore it or move its folder away")
+        raise DamagedError(
+            f"{path} is damaged: not a JSON object; restore it or move its folder away"
+        )
     return value
 
 
@@ -68,7 +74,10 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # SMB and object stores sync no folders
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # SMB and object stores sync no folders
             raise
     finally:
         os.close(descriptor)
@@ -111,7 +120,9 @@ def sha256(path: Path) -> str:
 
 def seal(folder: Path, files: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Seals ``folder``: ``files`` are the records of its contents, ``facts`` what else the manifest states."""
-    sync_folder(folder)  # a seal that outlives a power cut must find the files that it names
+    sync_folder(
+        folder
+    )  # a seal that outlives a power cut must find the files that it names
     write_json(folder / MANIFEST, {**facts, "files": dict(sorted(files.items()))})
     sync_folder(folder.parent)
 
@@ -123,11 +134,17 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
         return None
     files = manifest.get("files")
     tensors = manifest.get("tensors", {})
-    has_records = isinstance(files, dict) and all(isinstance(record, dict) for record in files.values())
+    has_records = isinstance(files, dict) and all(
+        isinstance(record, dict) for record in files.values()
+    )
     if not has_records:
-        raise DamagedError(f"{folder / MANIFEST} is damaged: it has no records of files; move {folder} away")
+        raise DamagedError(
+            f"{folder / MANIFEST} is damaged: it has no records of files; move {folder} away"
+        )
     if not isinstance(tensors, dict):
-        raise DamagedError(f"{folder / MANIFEST} is damaged: it has no fingerprints of tensors; move {folder} away")
+        raise DamagedError(
+            f"{folder / MANIFEST} is damaged: it has no fingerprints of tensors; move {folder} away"
+        )
     return manifest
 
 
@@ -137,7 +154,12 @@ def manifest_hash(folder: Path) -> str:
 
 
 def damage(
-    folder: Path, manifest: Mapping[str, Any], part: int = 0, parts: int = 1, *, hashes: int | None = None
+    folder: Path,
+    manifest: Mapping[str, Any],
+    part: int = 0,
+    parts: int = 1,
+    *,
+    hashes: int | None = None,
 ) -> list[str]:
     """What is wrong with a sealed folder; each of ``parts`` ranks checks the files of its ``part``: the size of all,
     and the SHA-256 of all or of as many as ``hashes``, drawn at random."""
@@ -211,7 +233,9 @@ def quarantine_unsealed(folder: Path) -> list[Path]:
     moved = []
     for path in sorted(folder.iterdir()):
         if path.is_symlink():
-            raise DamagedError(f"{path} is a symbolic link; checkpoints must be real folders: remove it")
+            raise DamagedError(
+                f"{path} is a symbolic link; checkpoints must be real folders: remove it"
+            )
         is_sealed_step = _STEP.fullmatch(path.name) and (path / MANIFEST).is_file()
         if not is_sealed_step:
             moved.append(move_to_quarantine(path))

@@ -17,10 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22  # elements hashed at a time: a GPU wants few large kernels, of a few times 32 MB,
+CHUNK = (
+    1 << 22
+)  # elements hashed at a time: a GPU wants few large kernels, of a few times 32 MB,
 CPU_CHUNK = 1 << 14  # and a CPU what fits its nearest caches
-_MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # golden-ratio multiplier of splitmix64, as a signed 64-bit number
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their size in bytes
+_MIX = 0x9E3779B97F4A7C15 - (
+    1 << 64
+)  # golden-ratio multiplier of splitmix64, as a signed 64-bit number
+_INTEGERS = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+}  # by their size in bytes
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -36,31 +45,45 @@ def hexadecimal(total: int) -> str:
     return f"{total & (2**64 - 1):016x}"
 
 
-def weighted_sum(piece: Tensor, shape: tuple[int, ...], offset: tuple[int, ...]) -> Tensor:
+def weighted_sum(
+    piece: Tensor, shape: tuple[int, ...], offset: tuple[int, ...]
+) -> Tensor:
     """The sum over the ``piece`` of a tensor of ``shape`` that begins at ``offset``, int64 on the piece's device.
 
     Only the first dimension and, in matrices, the second are ever sharded.
     """
-    rows_of_bits = piece.reshape(piece.shape[0], -1).contiguous().view(_INTEGERS[piece.element_size()])
+    rows_of_bits = (
+        piece.reshape(piece.shape[0], -1)
+        .contiguous()
+        .view(_INTEGERS[piece.element_size()])
+    )
     first_row = offset[0]
     first_column = offset[1] if len(offset) > 1 else 0
     row_length = math.prod(shape[1:])  # of the whole tensor
     if rows_of_bits.is_cuda:
         return _sum_on_gpu(rows_of_bits, first_row, first_column, row_length)
-    total = _sum_on_cpu(rows_of_bits.numpy(), first_row * row_length + first_column, row_length)
+    total = _sum_on_cpu(
+        rows_of_bits.numpy(), first_row * row_length + first_column, row_length
+    )
     return torch.tensor(total)
 
 
-def _sum_on_gpu(rows_of_bits: Tensor, first_row: int, first_column: int, row_length: int) -> Tensor:
+def _sum_on_gpu(
+    rows_of_bits: Tensor, first_row: int, first_column: int, row_length: int
+) -> Tensor:
     rows, width = rows_of_bits.shape
     device = rows_of_bits.device
-    columns = torch.arange(first_column, first_column + width, device=device, dtype=torch.int64)
+    columns = torch.arange(
+        first_column, first_column + width, device=device, dtype=torch.int64
+    )
     total = torch.zeros((), dtype=torch.int64, device=device)
     rows_at_once = max(1, CHUNK // max(width, 1))
     for start in range(0, rows, rows_at_once):
         bits = rows_of_bits[start : start + rows_at_once].to(torch.int64)
         first = first_row + start
-        row = torch.arange(first, first + bits.shape[0], device=device, dtype=torch.int64)
+        row = torch.arange(
+            first, first + bits.shape[0], device=device, dtype=torch.int64
+        )
         places = (row * row_length)[:, None] + columns[None, :]
         mixed = places * _MIX
         odd = (mixed ^ (mixed >> 29)) * _MIX | 1
@@ -74,7 +97,9 @@ def _sum_on_cpu(rows_of_bits: np.ndarray, first: int, row_length: int) -> int:
     if rows_of_bits.shape[1] == row_length:
         rows_of_bits = rows_of_bits.reshape(1, -1)  # whole rows: their places run on
     # (start + k) * _MIX = start * _MIX + k * _MIX: the second term is the same for every chunk.
-    mixed_steps = np.arange(min(CPU_CHUNK, rows_of_bits.shape[1]), dtype=np.int64) * _MIX
+    mixed_steps = (
+        np.arange(min(CPU_CHUNK, rows_of_bits.shape[1]), dtype=np.int64) * _MIX
+    )
     odd_buffer = np.empty_like(mixed_steps)
     spare_buffer = np.empty_like(mixed_steps)
     total = 0

@@ -21,9 +21,13 @@ class FlashAttention(nn.Module):
         from flash_attn import flash_attn_func  # the extra "flash"
 
         self.kernel = flash_attn_func
-        self.deterministic = torch.are_deterministic_algorithms_enabled()  # its backward pass adds in any order
+        self.deterministic = (
+            torch.are_deterministic_algorithms_enabled()
+        )  # its backward pass adds in any order
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False
+    ) -> Tensor:
         output = self.kernel(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -44,16 +48,22 @@ def use_flash_attention(model: nn.Module) -> None:
 def document_mask(tokens: Tensor, bos_id: int) -> BlockMask:
     """What "flex" attends to where documents, each of which begins with BOS, are kept apart; ``tokens`` [B, T]."""
     B, T = tokens.shape
-    document = (tokens == bos_id).cumsum(1)  # [B, T], the number of the document that each token is in
+    document = (tokens == bos_id).cumsum(
+        1
+    )  # [B, T], the number of the document that each token is in
 
     def attends(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return (q >= kv) & (document[b, q] == document[b, kv])
 
-    create = create_attention_mask if tokens.is_cuda else create_block_mask  # compiled, it holds no [B, T, T]
+    create = (
+        create_attention_mask if tokens.is_cuda else create_block_mask
+    )  # compiled, it holds no [B, T, T]
     return create(attends, B, None, T, T, tokens.device)
 
 
 @lru_cache(maxsize=4)
 def causal_mask(length: int, device: torch.device) -> BlockMask:
     """What "flex" attends to where documents are not kept apart."""
-    return create_block_mask(lambda b, h, q, kv: q >= kv, None, None, length, length, device=device)
+    return create_block_mask(
+        lambda b, h, q, kv: q >= kv, None, None, length, length, device=device
+    )

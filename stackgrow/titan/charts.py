@@ -60,7 +60,9 @@ def validation_points(record: Mapping[str, Any]) -> list[Point]:
     return _points(record, VALIDATION_TAGS, VALIDATION_LOSS_BY_FLOPS)
 
 
-def _points(record: Mapping[str, Any], tags: Mapping[str, str], loss_by_flops: str) -> list[Point]:
+def _points(
+    record: Mapping[str, Any], tags: Mapping[str, str], loss_by_flops: str
+) -> list[Point]:
     points = [Point(loss_by_flops, round(record["flops"] / 1e9), record["loss"])]
     for key, tag in tags.items():
         if record.get(key) is not None:
@@ -89,9 +91,13 @@ class TensorBoard:
         self._write(record, validation_points(record))
 
     def _write(self, record: Mapping[str, Any], points: list[Point]) -> None:
-        values: dict[int, list[Summary.Value]] = {}  # at each x: one event holds them all, and costs as much as one
+        values: dict[
+            int, list[Summary.Value]
+        ] = {}  # at each x: one event holds them all, and costs as much as one
         for point in points:
-            values.setdefault(point.x, []).append(Summary.Value(tag=point.tag, simple_value=point.value))
+            values.setdefault(point.x, []).append(
+                Summary.Value(tag=point.tag, simple_value=point.value)
+            )
         for x, of_x in values.items():
             self.writer.add_summary(Summary(value=of_x), x, record.get("time"))
 
@@ -115,7 +121,9 @@ class WeightsAndBiases:
             "WANDB_RUN_ID": canonical_hash([folder, job.stage_hash])[:16],
             "WANDB_RESUME": "allow",
         }
-        ours = {name: value for name, value in defaults.items() if name not in os.environ}
+        ours = {
+            name: value for name, value in defaults.items() if name not in os.environ
+        }
         os.environ.update(ours)
         try:
             self.logger = WandBLogger(folder, config)
@@ -130,7 +138,9 @@ class WeightsAndBiases:
         self._write(record, VALIDATION_TAGS)
 
     def _write(self, record: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        values = {tag: record[key] for key, tag in tags.items() if record.get(key) is not None}
+        values = {
+            tag: record[key] for key, tag in tags.items() if record.get(key) is not None
+        }
         values["gflops"] = record["flops"] / 1e9  # to be chosen as x
         self.logger.log(values, record["tokens"])
 
@@ -138,7 +148,9 @@ class WeightsAndBiases:
         self.logger.close()
 
 
-def open_charts(job: StageJob, config: StageJobConfig) -> list[TensorBoard | WeightsAndBiases]:
+def open_charts(
+    job: StageJob, config: StageJobConfig
+) -> list[TensorBoard | WeightsAndBiases]:
     """What the recipe's [log] asks for, at the step that training goes on from; on rank 0."""
     charts: list[TensorBoard | WeightsAndBiases] = []
     if job.recipe.log.tensorboard:
@@ -147,5 +159,8 @@ def open_charts(job: StageJob, config: StageJobConfig) -> list[TensorBoard | Wei
         try:
             charts.append(WeightsAndBiases(job, config))
         except Exception as error:  # whatever wandb raises: training does not need it
-            logger.warning("Nothing is sent to wandb (%s): run `wandb login`, or set WANDB_MODE=offline", error)
+            logger.warning(
+                "Nothing is sent to wandb (%s): run `wandb login`, or set WANDB_MODE=offline",
+                error,
+            )
     return charts

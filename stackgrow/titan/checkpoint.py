@@ -19,10 +19,22 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torchtitan.components.checkpoint import MODEL, OPTIMIZER, AsyncMode, CheckpointManager
+from torchtitan.components.checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    AsyncMode,
+    CheckpointManager,
+)
 
 from stackgrow import seal
-from stackgrow.checkpoint.dcp import METADATA, SafePlanner, SafeReader, is_model_key, read_metadata, tensor_shapes
+from stackgrow.checkpoint.dcp import (
+    METADATA,
+    SafePlanner,
+    SafeReader,
+    is_model_key,
+    read_metadata,
+    tensor_shapes,
+)
 from stackgrow.checkpoint.grow import fingerprints_of
 from stackgrow.errors import ChangedError, DamagedError, DiskError, DivergedError
 from stackgrow.growth.moments import OPTIMIZER_STATE
@@ -42,11 +54,17 @@ class StageCheckpoints(CheckpointManager):
     ``records`` gives, on rank 0, what a seal states of the records that were written up to its step.
     """
 
-    def __init__(self, job: StageJob, records: Callable[[], dict[str, Any]], **components: Any):
+    def __init__(
+        self, job: StageJob, records: Callable[[], dict[str, Any]], **components: Any
+    ):
         self.job = job
         self.records = records
-        self.sealed_records: dict[str, Any] | None = None  # of the stage's own checkpoint, once one was loaded
-        self._unsealed: dict[str, Any] | None = None  # what the seal of the checkpoint that is being written will say
+        self.sealed_records: dict[str, Any] | None = (
+            None  # of the stage's own checkpoint, once one was loaded
+        )
+        self._unsealed: dict[str, Any] | None = (
+            None  # what the seal of the checkpoint that is being written will say
+        )
         super().__init__(
             checkpoint_config=checkpoint_config(job),
             base_folder=str(job.folder),
@@ -66,9 +84,13 @@ class StageCheckpoints(CheckpointManager):
             return False
         manifest = seal.read_seal(source)
         if manifest is None:
-            raise DamagedError(f"{source}: the stage's input is not sealed; run the growth stage again")
+            raise DamagedError(
+                f"{source}: the stage's input is not sealed; run the growth stage again"
+            )
         if own and manifest["stage_hash"] != self.job.stage_hash:
-            raise ChangedError(f"{source} was made by another recipe; move it away or undo the change")
+            raise ChangedError(
+                f"{source} was made by another recipe; move it away or undo the change"
+            )
 
         check_same_tensors(source, self._sealed_tensors(manifest))
         if own:
@@ -98,7 +120,9 @@ class StageCheckpoints(CheckpointManager):
     def _load_with_grown_moments(self, source: Path) -> None:
         """Of the optimizer the moments alone: rates, betas and so on are this stage's."""
         optimizer = self.states[OPTIMIZER].state_dict()
-        moments = {name: state for name, state in optimizer.items() if name.startswith(MOMENTS)}
+        moments = {
+            name: state for name, state in optimizer.items() if name.startswith(MOMENTS)
+        }
         states = self._states_to_load(model_only=True)
         states[OPTIMIZER] = moments
         self._dcp_load(states, source)
@@ -107,12 +131,26 @@ class StageCheckpoints(CheckpointManager):
     def _dcp_load(self, states: dict[str, Any], source: Path) -> None:
         self.dcp_load(states, str(source), from_hf=False, from_quantized=False)
 
-    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
+    def dcp_load(
+        self,
+        state_dict: dict[str, Any],
+        checkpoint_id: str,
+        from_hf: bool,
+        from_quantized: bool,
+    ) -> None:
         """As in torchtitan, through a reader and a planner that unpickle nothing but DCP's own metadata."""
         try:
-            dcp.load(state_dict, storage_reader=SafeReader(checkpoint_id), planner=SafePlanner())
-        except CheckpointException as error:  # no Exception, and all ranks' tracebacks in one
-            raise DamagedError(f"{checkpoint_id} is not loaded: {_first_failure(error)}") from error
+            dcp.load(
+                state_dict,
+                storage_reader=SafeReader(checkpoint_id),
+                planner=SafePlanner(),
+            )
+        except (
+            CheckpointException
+        ) as error:  # no Exception, and all ranks' tracebacks in one
+            raise DamagedError(
+                f"{checkpoint_id} is not loaded: {_first_failure(error)}"
+            ) from error
         self.states[MODEL].load_state_dict(state_dict)
 
     def _check_loaded(self, source: Path, manifest: dict[str, Any]) -> None:
@@ -137,7 +175,9 @@ class StageCheckpoints(CheckpointManager):
                 return checkpoint
             if dist.get_rank() == 0:
                 moved = seal.move_to_quarantine(checkpoint)
-                logger.warning("Damaged checkpoint moved to %s: %s", moved, "; ".join(faults))
+                logger.warning(
+                    "Damaged checkpoint moved to %s: %s", moved, "; ".join(faults)
+                )
 
     def _newest_sealed(self) -> Path | None:
         files = self.job.files
@@ -152,7 +192,9 @@ class StageCheckpoints(CheckpointManager):
         manifest = seal.read_seal(checkpoint)
         assert manifest is not None
         hashes = 1 if self.job.recipe.checkpoint.verify == "sampled" else None
-        own = seal.damage(checkpoint, manifest, dist.get_rank(), dist.get_world_size(), hashes=hashes)
+        own = seal.damage(
+            checkpoint, manifest, dist.get_rank(), dist.get_world_size(), hashes=hashes
+        )
         of_all_ranks = set()
         for faults in _gathered(own):
             of_all_ranks.update(faults)
@@ -201,7 +243,9 @@ class StageCheckpoints(CheckpointManager):
         finite = torch.stack(finite_tensors).all().to(torch.int32)
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite.item():
-            raise DivergedError(f"{self.job.stage.name}: weights are not finite at step {step}")
+            raise DivergedError(
+                f"{self.job.stage.name}: weights are not finite at step {step}"
+            )
 
     def _require_space(self, step: int) -> None:
         """All ranks stop before a checkpoint is begun that does not fit on the disk."""
@@ -248,7 +292,9 @@ class StageCheckpoints(CheckpointManager):
                 files.update(share)
             seal.seal(checkpoint, files, facts)
             last_step = self.job.stage.steps
-            seal.purge(checkpoint.parent, self.job.recipe.checkpoint.keep, always=(last_step,))
+            seal.purge(
+                checkpoint.parent, self.job.recipe.checkpoint.keep, always=(last_step,)
+            )
         dist.barrier()
 
     # What is in memory
@@ -260,7 +306,11 @@ class StageCheckpoints(CheckpointManager):
     def _moments(self) -> dict[str, torch.Tensor]:
         """AdamW's state by its names in a checkpoint; made, as after a step without gradients, where there is none."""
         state = self.states[OPTIMIZER].state_dict()
-        return {f"{OPTIMIZER}.{name}": value for name, value in state.items() if name.startswith(MOMENTS)}
+        return {
+            f"{OPTIMIZER}.{name}": value
+            for name, value in state.items()
+            if name.startswith(MOMENTS)
+        }
 
     def _begin_moments(self) -> None:
         """Gives every parameter the state that AdamW would make in its first step: a checkpoint then holds those of
@@ -298,7 +348,9 @@ def check_same_tensors(source: Path, tensors: dict[str, torch.Tensor]) -> None:
     Raises:
         DamagedError: naming the first differences.
     """
-    wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    wanted = {
+        name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()
+    }
     with_moments = not all(is_model_key(name) for name in wanted)
     stored = {}
     for name, shape_and_dtype in tensor_shapes(read_metadata(source)).items():

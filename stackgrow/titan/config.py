@@ -13,7 +13,11 @@ from stackgrow.titan.job import StageJob, StageJobConfig
 from stackgrow.titan.names import HEAD, titan_name
 from stackgrow.titan.spec import register
 
-PRECISION = {"bf16": "bfloat16", "fp32": "float32", "float8": "bfloat16"}  # float8: of the products alone
+PRECISION = {
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "float8": "bfloat16",
+}  # float8: of the products alone
 FLOAT8_CONVERTER = "quantize.linear.float8"
 
 
@@ -31,7 +35,9 @@ def job_config(job: StageJob) -> StageJobConfig:
     train = stage.train
     return StageJobConfig(
         stage_job=job,
-        job=titan.Job(dump_folder=str(job.folder), description=f"{recipe.name} {stage.name}"),
+        job=titan.Job(
+            dump_folder=str(job.folder), description=f"{recipe.name} {stage.name}"
+        ),
         metrics=titan.Metrics(
             log_freq=stage.every(recipe.log.interval),
             enable_tensorboard=False,  # see charts.py
@@ -43,7 +49,11 @@ def job_config(job: StageJob) -> StageJobConfig:
             converters=[FLOAT8_CONVERTER] if train.precision == "float8" else [],
         ),
         quantize=titan.Quantize(
-            titan.QuantizedLinear(titan.Float8Linear(recipe_name="rowwise", filter_fqns=[titan_name(HEAD)]))
+            titan.QuantizedLinear(
+                titan.Float8Linear(
+                    recipe_name="rowwise", filter_fqns=[titan_name(HEAD)]
+                )
+            )
         ),
         optimizer=titan.Optimizer(
             lr=train.learning_rate,

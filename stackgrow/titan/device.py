@@ -40,7 +40,9 @@ class CpuDevice:
         return platform.processor() or platform.machine()
 
     def get_device_properties(self, device: Any = None) -> SimpleNamespace:
-        return SimpleNamespace(total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return SimpleNamespace(
+            total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        )
 
     def memory_stats(self, device: Any = None) -> dict[str, int]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -66,7 +68,9 @@ def install() -> None:
     torchs_device_module = torch._utils._get_device_module
     cpu = CpuDevice()
     torch._utils._get_available_device_type = lambda: "cpu"
-    torch._utils._get_device_module = lambda name: cpu if name == "cpu" else torchs_device_module(name)
+    torch._utils._get_device_module = lambda name: (
+        cpu if name == "cpu" else torchs_device_module(name)
+    )
     try:
         import torchtitan.tools.utils  # noqa: F401  (reads both functions once, here)
     finally:
@@ -77,7 +81,10 @@ def install() -> None:
 def problems(plan: Plan) -> Iterator[Problem]:
     """What the recipe asks for and this machine's devices cannot do; needs no process group."""
     if plan.recipe.log.wandb and not importlib.util.find_spec("wandb"):
-        yield "log.wandb", "true needs the package wandb: pip install 'stackgrow[wandb]', or set false"
+        yield (
+            "log.wandb",
+            "true needs the package wandb: pip install 'stackgrow[wandb]', or set false",
+        )
     trains = [stage.train for stage in plan.train_stages]
     if any(train.precision == "float8" for train in trains):
         yield from _float8_problems()
@@ -103,18 +110,36 @@ def _cpu_problems(trains: list[Train], recipe: Recipe) -> Iterator[Problem]:
     for kernel in sorted(kernels - {"sdpa"}):
         yield "train.attention", f'"{kernel}" needs a GPU; there is none: use "sdpa"'
     if any(train.cpu_offload for train in trains):
-        yield "train.cpu_offload", "true needs a GPU; there is none, and the weights are in host memory already"
+        yield (
+            "train.cpu_offload",
+            "true needs a GPU; there is none, and the weights are in host memory already",
+        )
     if recipe.checkpoint.async_mode == "async_with_pinned_mem":
-        yield "checkpoint.async_mode", '"async_with_pinned_mem" needs a GPU; use "async" or "disabled"'
+        yield (
+            "checkpoint.async_mode",
+            '"async_with_pinned_mem" needs a GPU; use "async" or "disabled"',
+        )
     if any(train.compile for train in trains) and not shutil.which("g++"):
-        yield "train.compile", "true needs the compiler g++ on a machine without a GPU; install it or set false"
+        yield (
+            "train.compile",
+            "true needs the compiler g++ on a machine without a GPU; install it or set false",
+        )
 
 
 def _float8_problems() -> Iterator[Problem]:
     if importlib.util.find_spec("torchao") is None:
-        yield "train.precision", '"float8" needs the package torchao: pip install stackgrow[float8]'
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
-        yield "train.precision", '"float8" needs a GPU of compute capability 8.9 or newer (H100, L40); use "bf16"'
+        yield (
+            "train.precision",
+            '"float8" needs the package torchao: pip install stackgrow[float8]',
+        )
+    if (
+        not torch.cuda.is_available()
+        or torch.cuda.get_device_capability() < FLOAT8_CAPABILITY
+    ):
+        yield (
+            "train.precision",
+            '"float8" needs a GPU of compute capability 8.9 or newer (H100, L40); use "bf16"',
+        )
 
 
 def default_environment() -> None:

@@ -41,9 +41,20 @@ from stackgrow.titan.job import StageJob, StageJobConfig
 from stackgrow.titan.shards import shard_of
 
 # The trackers' categories of what lives from step to step, and of sums.
-STATE = ("Sharded Param", "Sharded Grad", "OptState", "Parameter", "Gradient", "Optstate", "Total")
+STATE = (
+    "Sharded Param",
+    "Sharded Grad",
+    "OptState",
+    "Parameter",
+    "Gradient",
+    "Optstate",
+    "Total",
+)
 # What selective recomputation keeps on a CPU, where attention has a name that torchtitan does not know.
-CPU_SAVED = {*parallelize._op_sac_save_list, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
+CPU_SAVED = {
+    *parallelize._op_sac_save_list,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,9 @@ def trace(recipe: Recipe, stage: TrainStage, *, real: bool = False) -> Traced:
     started = time.monotonic()
     dims = _parallel_dims(stage)
     no_data = WindowDataset.__new__(WindowDataset)
-    job = StageJob(recipe=recipe, stage=eager(stage), stage_hash="", folder=Path(), data=no_data)
+    job = StageJob(
+        recipe=recipe, stage=eager(stage), stage_hash="", folder=Path(), data=no_data
+    )
     config = job_config(job)
     network = _build(recipe, stage, dims, config, real)
     with nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True):
@@ -104,8 +117,12 @@ def trace(recipe: Recipe, stage: TrainStage, *, real: bool = False) -> Traced:
             network=network,
             optimizers=optimizers,
             batch=torch.zeros(2, job.micro_batch, stage.seq_len, dtype=torch.int64),
-            train_context=dist_utils.get_train_context(dims.tp_enabled and stage.parallel.loss_parallel),
-            amp=dist_utils.maybe_enable_amp(dims, config.training.mixed_precision_param, "cpu"),
+            train_context=dist_utils.get_train_context(
+                dims.tp_enabled and stage.parallel.loss_parallel
+            ),
+            amp=dist_utils.maybe_enable_amp(
+                dims, config.training.mixed_precision_param, "cpu"
+            ),
             head_computes_loss=bool(stage.train.loss_chunk),
         )
         kept, working = step.traced()
@@ -141,9 +158,17 @@ def _parallel_dims(stage: TrainStage) -> ParallelDims:
     return dims
 
 
-def _build(recipe: Recipe, stage: TrainStage, dims: ParallelDims, config: StageJobConfig, real: bool) -> nn.Module:
+def _build(
+    recipe: Recipe,
+    stage: TrainStage,
+    dims: ParallelDims,
+    config: StageJobConfig,
+    real: bool,
+) -> nn.Module:
     """The stage's model, parallelized, on the meta device."""
-    args = model.model_args(stage.model, recipe.seed, mask=stage.mask, loss_chunk=stage.train.loss_chunk)
+    args = model.model_args(
+        stage.model, recipe.seed, mask=stage.mask, loss_chunk=stage.train.loss_chunk
+    )
     args.update_from_config(config)
     with mock.patch.object(parallelize, "_op_sac_save_list", CPU_SAVED):
         with torch.device("meta"):
@@ -222,7 +247,9 @@ def _no_propagation(tracker: MemTracker) -> Iterator[None]:
         finally:
             tracker._fake_mode_on_entry = mode
 
-    with mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", untracked):
+    with mock.patch.object(
+        ShardingPropagator, "_propagate_tensor_meta_non_cached", untracked
+    ):
         yield
 
 
@@ -234,7 +261,9 @@ class _FlashAttention(nn.Module):
 class _SavedByFusedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, torch.empty_like(x[..., :1], dtype=torch.float32))
+        ctx.save_for_backward(
+            x, weight, torch.empty_like(x[..., :1], dtype=torch.float32)
+        )
         return torch.empty_like(x)
 
     @staticmethod

@@ -21,7 +21,9 @@ from stackgrow.recipe.keys import Train
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 128  # losses that a spike is measured against, as in OLMo-core's SkipStepOptimizer
+WINDOW = (
+    128  # losses that a spike is measured against, as in OLMo-core's SkipStepOptimizer
+)
 LEAST = 32  # of them, before a spike can be told from noise
 # Of what can be changed in a run that has begun: on_spike = "skip" cannot, it would have left out others before.
 REMEDIES = {
@@ -63,8 +65,12 @@ class StepGuard:
     def check(self, step: int, loss: Tensor, grad_norm: Tensor) -> Verdict:
         """Collective. ``loss`` is this rank's share of the mean loss, ``grad_norm`` the whole gradient's norm."""
         bad_gradient = grad_norm.isfinite().logical_not()
-        asked_to_stop = torch.tensor(float(signals.asked() is not None), device=loss.device)
-        numbers = torch.stack([loss.double(), bad_gradient.double(), asked_to_stop.double()])
+        asked_to_stop = torch.tensor(
+            float(signals.asked() is not None), device=loss.device
+        )
+        numbers = torch.stack(
+            [loss.double(), bad_gradient.double(), asked_to_stop.double()]
+        )
         dist.all_reduce(numbers)
         loss_sum, bad_gradients, stop_requests = numbers.tolist()
 
@@ -73,7 +79,9 @@ class StepGuard:
         if bad_gradients or not math.isfinite(verdict.loss):
             self._judge(verdict, step, "nonfinite", self.train.on_nonfinite)
         elif sigmas > self.train.spike_sigmas:
-            self._judge(verdict, step, "spike", self.train.on_spike, sigmas=round(sigmas, 2))
+            self._judge(
+                verdict, step, "spike", self.train.on_spike, sigmas=round(sigmas, 2)
+            )
         self.recent = self.recent.roll(-1)
         self.recent[-1] = verdict.loss if verdict.update else math.nan
         return verdict
@@ -85,7 +93,14 @@ class StepGuard:
             return 0.0
         return (loss - past.mean().item()) / max(past.std().item(), 1e-12)
 
-    def _judge(self, verdict: Verdict, step: int, event: str, action: str, sigmas: float | None = None) -> None:
+    def _judge(
+        self,
+        verdict: Verdict,
+        step: int,
+        event: str,
+        action: str,
+        sigmas: float | None = None,
+    ) -> None:
         """Enters into ``verdict`` what follows from an event: the recipe's ``action``, or the end after many skips."""
         message = f"{self.stage}: {EVENTS[event]} at step {step} (loss {verdict.loss:g}"
         if sigmas is not None:

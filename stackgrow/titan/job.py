@@ -35,15 +35,25 @@ class StageJob:
 
     # What the stage starts from. Without any of these: from random weights.
     parent: Path | None = None  # the grown checkpoint
-    source: Path | None = None  # of a LearnStage, whose own weights start at random: what its maps are learned on
-    resume: Path | None = None  # a checkpoint of this stage in another run folder, to go on from where this has none
+    source: Path | None = (
+        None  # of a LearnStage, whose own weights start at random: what its maps are learned on
+    )
+    resume: Path | None = (
+        None  # a checkpoint of this stage in another run folder, to go on from where this has none
+    )
 
     finds_end: bool = False  # the loss has yet to decide at which step the stage ends
     session: str = ""  # the identity of this session in the run's provenance, on rank 0
 
-    on_resume: Callable[[int], None] | None = None  # rank 0: the step that training goes on from
-    on_end_found: Callable[[int, float], None] | None = None  # rank 0: the last step, and by what the loss fell
-    after_step: Callable[[StageTrainer], None] | None = None  # every rank, after each step and before the first
+    on_resume: Callable[[int], None] | None = (
+        None  # rank 0: the step that training goes on from
+    )
+    on_end_found: Callable[[int, float], None] | None = (
+        None  # rank 0: the last step, and by what the loss fell
+    )
+    after_step: Callable[[StageTrainer], None] | None = (
+        None  # every rank, after each step and before the first
+    )
 
     @property
     def files(self) -> StageFolder:
@@ -73,5 +83,7 @@ class StageJobConfig(titan.JobConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """For a log, such as wandb's: without the stage's data and callbacks."""
-        sections = {name: value for name, value in vars(self).items() if name != "stage_job"}
+        sections = {
+            name: value for name, value in vars(self).items() if name != "stage_job"
+        }
         return {name: asdict(section) for name, section in sections.items()}

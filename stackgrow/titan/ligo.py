@@ -42,7 +42,9 @@ class LigoArgs(BaseModelArgs):
     checkpoint: str = ""
     seed: int = 0
     precision: str = "float32"
-    llama: LlamaArgs = field(default_factory=LlamaArgs)  # the target, as torchtitan has it
+    llama: LlamaArgs = field(
+        default_factory=LlamaArgs
+    )  # the target, as torchtitan has it
 
     def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
         self.llama.update_from_config(job_config, **kwargs)
@@ -63,7 +65,12 @@ def ligo_args(stage: LearnStage, source: Path) -> LigoArgs:
         maps=stage.maps,
         checkpoint=str(source),
         seed=stage.seed,
-        llama=model_args(stage.model, stage.seed, attention=train.attention, loss_chunk=train.loss_chunk),
+        llama=model_args(
+            stage.model,
+            stage.seed,
+            attention=train.attention,
+            loss_chunk=train.loss_chunk,
+        ),
     )
 
 
@@ -83,7 +90,9 @@ class LigoLlama(ModelProtocol):
         self.names = matrix_names(needed)
         for stored, (part, name) in self.names.items():
             matrices = self.widths if part == "widths" else self.depths
-            matrices[stored.removeprefix(f"{part}.")] = nn.Parameter(torch.empty(needed[part][name]))
+            matrices[stored.removeprefix(f"{part}.")] = nn.Parameter(
+                torch.empty(needed[part][name])
+            )
         with torch.device("meta"):
             skeleton = Llama(args.llama)
         # Neither is a part of the module: the target's weights are made, not kept, and the source's are not trained.
@@ -92,21 +101,28 @@ class LigoLlama(ModelProtocol):
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        start = initial_network(self.source, self.target, self.args.seed, self.args.maps)
+        start = initial_network(
+            self.source, self.target, self.args.seed, self.args.maps
+        )
         parameters = dict(self.named_parameters())
         for stored, (part, name) in self.names.items():
             shard = shard_of(parameters[stored])
             shard.local.copy_(getattr(start, part)[name][shard.slices])
         device = next(iter(parameters.values())).device
         whole = read_sealed(Path(self.args.checkpoint), self.source.tensors())
-        self.frozen = {name: weight.to(device, torch.float32) for name, weight in whole.items()}
+        self.frozen = {
+            name: weight.to(device, torch.float32) for name, weight in whole.items()
+        }
         with torch.device(device):
             self.freqs_cis = self.skeleton._precompute_freqs_cis()
 
     def forward(self, tokens: Tensor, **inputs: Tensor) -> Tensor:
         with torch.autocast(tokens.device.type, enabled=False):
             precision = TORCH_DTYPE_MAP[self.args.precision]
-            state = {titan_name(name): weight.to(precision) for name, weight in self.target_weights().items()}
+            state = {
+                titan_name(name): weight.to(precision)
+                for name, weight in self.target_weights().items()
+            }
             state["freqs_cis"] = self.freqs_cis
             return functional_call(self.skeleton, state, (tokens,), inputs, strict=True)
 
@@ -118,10 +134,17 @@ class LigoLlama(ModelProtocol):
         for stored, (part, name) in self.names.items():
             network[part][name] = matrices[stored]
         widths = with_output(network["widths"], self.source, self.target)
-        wide = {name: widen(name, weight, widths) for name, weight in self.frozen.items()}
+        wide = {
+            name: widen(name, weight, widths) for name, weight in self.frozen.items()
+        }
         mixed: dict[str, Tensor] = {}
-        for weight_type, D in network["depths"].items():  # D [L, l], L layers of the target, l of the source
-            source_names = [f"{layer_name(j)}.{weight_type}.weight" for j in range(self.source.n_layers)]
+        for weight_type, D in network[
+            "depths"
+        ].items():  # D [L, l], L layers of the target, l of the source
+            source_names = [
+                f"{layer_name(j)}.{weight_type}.weight"
+                for j in range(self.source.n_layers)
+            ]
             stacked = torch.stack([wide[name] for name in source_names])  # [l, ...]
             layers = (D @ stacked.flatten(1)).view(-1, *stacked.shape[1:])  # [L, ...]
             for i, weight in enumerate(layers.unbind()):
@@ -134,11 +157,17 @@ class LigoLlama(ModelProtocol):
         return weights
 
 
-def parallelize_ligo(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+def parallelize_ligo(
+    model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig
+) -> nn.Module:
     """FSDP2, or HSDP, over the maps as one unit: they are small. checks.py refuses what else torchtitan offers."""
     if parallel_dims.fsdp_enabled:
-        names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
-        policy = MixedPrecisionPolicy(reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce])
+        names = (
+            ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
+        )
+        policy = MixedPrecisionPolicy(
+            reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce]
+        )
         fully_shard(model, mesh=parallel_dims.get_mesh(names), mp_policy=policy)
         disable_fsdp_gradient_division(model)
         sum_on_gloo(model)

@@ -33,7 +33,9 @@ from torch import Tensor, nn
 from torchtitan.components.loss import build_cross_entropy_loss, cross_entropy_loss
 from torchtitan.config import JobConfig
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # logits [1, T, V], labels [1, T] -> their summed loss
+Loss = Callable[
+    [Tensor, Tensor], Tensor
+]  # logits [1, T, V], labels [1, T] -> their summed loss
 
 
 class ChunkedHead(nn.Linear):
@@ -58,12 +60,22 @@ class ChunkedHead(nn.Linear):
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor, chunk: int, loss: Loss, train: bool
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        weight: Tensor,
+        chunk: int,
+        loss: Loss,
+        train: bool,
     ) -> Tensor:
         """``hidden`` [N, D] and ``labels`` [N] -> the sum over N; products in the precision that autocast or FSDP asks
         for, the weight's gradient summed over chunks in float32."""
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = (
+            torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else hidden.dtype
+        )
         cast_weight = weight.to(dtype)
         total = torch.zeros((), device=hidden.device)
         ctx.hidden = torch.empty_like(hidden) if train else None

@@ -28,14 +28,23 @@ class StageMetrics(MetricsProcessor):
     tag there, and x would be the stage's step.
     """
 
-    def __init__(self, job_config: StageJobConfig, parallel_dims: ParallelDims, model_args: Any = None):
+    def __init__(
+        self,
+        job_config: StageJobConfig,
+        parallel_dims: ParallelDims,
+        model_args: Any = None,
+    ):
         super().__init__(job_config, parallel_dims)
         assert job_config.stage_job is not None
         self.job: StageJob = job_config.stage_job
         self.is_rank0 = dist.get_rank() == 0
         self.pace = Pace()
-        self.progress = Progress(self.job.stage.name, self.job.stage.steps, enabled=self.is_rank0)
-        self.losses: dict[int, float] = {}  # by their steps: those that decide when the stage ends
+        self.progress = Progress(
+            self.job.stage.name, self.job.stage.steps, enabled=self.is_rank0
+        )
+        self.losses: dict[
+            int, float
+        ] = {}  # by their steps: those that decide when the stage ends
         self._last_logged = 0  # step
         # On rank 0, once training begins:
         self._metrics: RecordWriter | None = None
@@ -53,7 +62,9 @@ class StageMetrics(MetricsProcessor):
             self.job.on_resume(step)
         files = self.job.files
         self._metrics = RecordWriter(files.metrics_file, _stated(sealed, METRICS))
-        self._validation = RecordWriter(files.validation_file, _stated(sealed, VALIDATION))
+        self._validation = RecordWriter(
+            files.validation_file, _stated(sealed, VALIDATION)
+        )
         self._charts = open_charts(self.job, self.job_config)
 
     def sealed(self) -> dict[str, Any]:
@@ -66,7 +77,11 @@ class StageMetrics(MetricsProcessor):
         return sealed
 
     def should_log(self, step: int) -> bool:
-        return super().should_log(step) or step == self.job.stage.steps or self._looks_at(step)
+        return (
+            super().should_log(step)
+            or step == self.job.stage.steps
+            or self._looks_at(step)
+        )
 
     def _looks_at(self, step: int) -> bool:
         until = self.job.stage.until
@@ -94,7 +109,9 @@ class StageMetrics(MetricsProcessor):
         if self.job.stage.mask:
             record["mask"] = self.job.stage.mask_value(step)
 
-        super().log(step, global_avg_loss, global_max_loss, grad_norm)  # and begins to measure anew
+        super().log(
+            step, global_avg_loss, global_max_loss, grad_norm
+        )  # and begins to measure anew
         self._last_logged = step
         if self._looks_at(step) and math.isfinite(global_avg_loss):
             self.losses[step] = global_avg_loss
@@ -109,7 +126,11 @@ class StageMetrics(MetricsProcessor):
         seconds = time.perf_counter() - self.time_last_log
         data_ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
         tokens_per_second = self.ntokens_since_last_log * data_ranks / seconds
-        waits = self.pace.compare(sum(self.data_loading_times), step - self._last_logged, torch.device(device_type))
+        waits = self.pace.compare(
+            sum(self.data_loading_times),
+            step - self._last_logged,
+            torch.device(device_type),
+        )
         speed = {
             "tps": tokens_per_second,
             "memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
@@ -122,9 +143,15 @@ class StageMetrics(MetricsProcessor):
             speed["mfu"] = self.num_flops_per_token * tokens_per_second / peak
         return speed
 
-    def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
+    def log_validation(
+        self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None
+    ) -> None:
         super().log_validation(loss, step, extra_metrics)
-        record = {**self.job.stage.place(step), "time": round(time.time(), 3), "loss": loss}
+        record = {
+            **self.job.stage.place(step),
+            "time": round(time.time(), 3),
+            "loss": loss,
+        }
         if self._validation:
             self._validation.write(record)
         for chart in self._charts:

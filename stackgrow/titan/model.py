@@ -12,7 +12,11 @@ from torch.nn.attention.flex_attention import BlockMask
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
+from torchtitan.models.llama3 import (
+    Transformer,
+    TransformerModelArgs,
+    parallelize_llama,
+)
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from torchtitan.models.llama3.model.model import Attention, FeedForward
 
@@ -46,12 +50,18 @@ class LlamaArgs(TransformerModelArgs):
     seed: int = 0
     attention: str = "sdpa"  # the recipe's train.attention
     loss_chunk: int = 0  # the recipe's train.loss_chunk
-    bos_id: int | None = None  # the token that begins documents; given where they are kept apart
+    bos_id: int | None = (
+        None  # the token that begins documents; given where they are kept apart
+    )
     masked: MaskedGrowth | None = None
 
 
 def model_args(
-    model: Model, seed: int, mask: GrowthMask | None = None, attention: str = "sdpa", loss_chunk: int = 0
+    model: Model,
+    seed: int,
+    mask: GrowthMask | None = None,
+    attention: str = "sdpa",
+    loss_chunk: int = 0,
 ) -> LlamaArgs:
     """torchtitan's arguments for exactly this geometry; ``mask`` is that of the growth that made the model.
 
@@ -72,7 +82,9 @@ def model_args(
         init=model.init,
         seed=seed,
         masked=MaskedGrowth(mask.source, model, mask.layer_map) if mask else None,
-        attn_type="flex" if attention == "flex" else "sdpa",  # flash-attn's module stands in the place of sdpa's
+        attn_type="flex"
+        if attention == "flex"
+        else "sdpa",  # flash-attn's module stands in the place of sdpa's
         attention=attention,
         loss_chunk=loss_chunk,
     )
@@ -125,8 +137,12 @@ class Llama(Transformer):
             outputs = kept_outputs(growth.source, growth.target, growth.layer_map)
         for name, kept in outputs.items():
             module = self.get_submodule(titan_name(name))
-            module.register_buffer("growth_mask", torch.empty(kept.shape), persistent=False)
-            module.__class__ = MASKED[type(module)]  # a forward hook would be passed over by torch.compile
+            module.register_buffer(
+                "growth_mask", torch.empty(kept.shape), persistent=False
+            )
+            module.__class__ = MASKED[
+                type(module)
+            ]  # a forward hook would be passed over by torch.compile
             self.masked.append(MaskedModule(module, kept))
 
     def forward(
@@ -165,11 +181,18 @@ class Llama(Transformer):
         for parameter_name, parameter in self.named_parameters():
             name = stored_name(parameter_name)
             shard = shard_of(parameter)
-            whole = draw(name, shard.shape, self.model_args, generator(self.model_args.seed, name))
+            whole = draw(
+                name,
+                shard.shape,
+                self.model_args,
+                generator(self.model_args.seed, name),
+            )
             shard.local.copy_(whole[shard.slices])
 
 
-def parallelize(model: Any, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+def parallelize(
+    model: Any, parallel_dims: ParallelDims, job_config: JobConfig
+) -> nn.Module:
     """torchtitan's parallelization, on gloo too; with torch.compile, the loss inside the head is compiled as well."""
     if isinstance(model.output, ChunkedHead):
         model.output.loss = build_cross_entropy_loss(job_config)

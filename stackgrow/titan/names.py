@@ -7,8 +7,13 @@ torch.compile and recomputation put into a name. From 0.3 on they differ: RENAME
 
 from __future__ import annotations
 
-RENAMED: dict[str, str] = {}  # a part of a stored name -> what torchtitan's model has in its place
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # put into names by torch.compile and recomputation
+RENAMED: dict[
+    str, str
+] = {}  # a part of a stored name -> what torchtitan's model has in its place
+WRAPPERS = (
+    "_orig_mod.",
+    "_checkpoint_wrapped_module.",
+)  # put into names by torch.compile and recomputation
 EMBEDDING = "tok_embeddings"
 HEAD = "output"
 

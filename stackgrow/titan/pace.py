@@ -45,7 +45,9 @@ class Pace:
         this one's were spent on waiting for data."""
         # A row for each rank, of which this one fills its own: torch renames what gathers from release to release.
         rows = torch.zeros(dist.get_world_size(), 2, dtype=torch.float32, device=device)
-        rows[dist.get_rank()] = torch.tensor([self.own_seconds, data_seconds], device=device)
+        rows[dist.get_rank()] = torch.tensor(
+            [self.own_seconds, data_seconds], device=device
+        )
         dist.all_reduce(rows)
         self.own_seconds = 0.0
         own_of_all, data_of_all = rows.cpu().unbind(dim=1)

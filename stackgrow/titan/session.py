@@ -21,15 +21,21 @@ from stackgrow.recipe.keys import Recipe
 from stackgrow.titan import device
 from stackgrow.titan.config import comm_config
 
-GPU_TRACE_BUFFER = 20000  # torchtitan's default size of NCCL's flight recorder; gloo has none
+GPU_TRACE_BUFFER = (
+    20000  # torchtitan's default size of NCCL's flight recorder; gloo has none
+)
 # Keys of the store.
 FIRST = "stackgrow/teller"  # "<rank> <exit code>" of the first rank that ended for a known reason
-READY = "stackgrow/ready"  # [], or [exit code, message] of what keeps rank 0 from beginning
+READY = (
+    "stackgrow/ready"  # [], or [exit code, message] of what keeps rank 0 from beginning
+)
 WAITING = "stackgrow/waiting/{}"  # there once the rank waits in vain for others
 OTHERS_SECONDS = 2.0  # within which the other ranks notice what one has noticed
 
 place = "the start"  # what this rank is at, for messages
-_store: dist.Store | None = None  # in which ranks tell each other why they end; torchrun's agent keeps it
+_store: dist.Store | None = (
+    None  # in which ranks tell each other why they end; torchrun's agent keeps it
+)
 
 
 def start(recipe: Recipe, logs: Path) -> None:
@@ -43,7 +49,9 @@ def start(recipe: Recipe, logs: Path) -> None:
         trace_buffer = GPU_TRACE_BUFFER
         needs_cpu_backend = _any_stage_offloads(recipe)  # NCCL has no CPU tensors
     dist_utils.init_distributed(
-        comm_config(recipe, trace_buffer), enable_cpu_backend=needs_cpu_backend, base_folder=str(logs)
+        comm_config(recipe, trace_buffer),
+        enable_cpu_backend=needs_cpu_backend,
+        base_folder=str(logs),
     )
     _store = dist.distributed_c10d._get_default_store()
 
@@ -117,7 +125,9 @@ def together() -> Iterator[None]:
             known.teller = _first_to_end(dist.get_rank(), known.exit_code).rank
         raise known from error.__cause__
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):  # torch raises it wherever the main thread is
+        if "DataLoader worker" in str(
+            error
+        ):  # torch raises it wherever the main thread is
             why = str(error).splitlines()[0]
             lost = LostRankError(
                 f"{place}: a process that reads data was ended from outside, as it is when memory runs out ({why}). "

@@ -32,9 +32,16 @@ def shard_of(tensor: Tensor) -> Shard:
     """The piece of ``tensor`` on this rank; a plain tensor is whole everywhere and owned by rank 0."""
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        return Shard(tensor, shape, offset=(0,) * tensor.dim(), owned=torch.distributed.get_rank() == 0)
+        return Shard(
+            tensor,
+            shape,
+            offset=(0,) * tensor.dim(),
+            owned=torch.distributed.get_rank() == 0,
+        )
     mesh = tensor.device_mesh
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, mesh, tensor.placements
+    )
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
     is_copy = False
@@ -51,7 +58,12 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     for i, name in enumerate(names):
         shard = shard_of(tensors[name].detach())
         if shard.owned and shard.local.numel():
-            local = shard.local.reshape(shard.local.shape or (1,))  # a step counter has no dimension
+            local = shard.local.reshape(
+                shard.local.shape or (1,)
+            )  # a step counter has no dimension
             sums[i] = weighted_sum(local, shard.shape or (1,), shard.offset or (0,))
     torch.distributed.all_reduce(sums)
-    return {name: hexadecimal(total) for name, total in zip(names, sums.tolist(), strict=True)}
+    return {
+        name: hexadecimal(total)
+        for name, total in zip(names, sums.tolist(), strict=True)
+    }

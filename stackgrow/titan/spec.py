@@ -7,7 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torchtitan.components.lr_scheduler import LRSchedulersContainer, build_lr_schedulers
+from torchtitan.components.lr_scheduler import (
+    LRSchedulersContainer,
+    build_lr_schedulers,
+)
 from torchtitan.components.optimizer import OptimizersContainer, build_optimizers
 from torchtitan.protocols import BaseModelArgs, train_spec
 from torchtitan.protocols.train_spec import TrainSpec
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
 
 SPEC_NAME = "stackgrow-llama2"
 LEARN_SPEC_NAME = "stackgrow-ligo"
-FLAVORS: dict[str, BaseModelArgs] = {}  # torchtitan's word for a model's arguments: by the names of stages
+FLAVORS: dict[
+    str, BaseModelArgs
+] = {}  # torchtitan's word for a model's arguments: by the names of stages
 
 
 def register(job: StageJob) -> str:
@@ -31,7 +36,9 @@ def register(job: StageJob) -> str:
     if not FLAVORS:
         spec = stage_spec()
         train_spec.register_train_spec(SPEC_NAME, spec)
-        learned = replace(spec, model_cls=ligo.LigoLlama, parallelize_fn=ligo.parallelize_ligo)
+        learned = replace(
+            spec, model_cls=ligo.LigoLlama, parallelize_fn=ligo.parallelize_ligo
+        )
         train_spec.register_train_spec(LEARN_SPEC_NAME, learned)
 
     stage = job.stage
@@ -87,7 +94,9 @@ def build_schedulers(
     return LRSchedulersContainer(optimizers, continued_factor)
 
 
-def build_loader(*, dp_world_size: int, dp_rank: int, job_config: StageJobConfig, **_: Any) -> TokenLoader:
+def build_loader(
+    *, dp_world_size: int, dp_rank: int, job_config: StageJobConfig, **_: Any
+) -> TokenLoader:
     job = job_config.stage_job
     assert job is not None
     return TokenLoader(

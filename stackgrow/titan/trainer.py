@@ -43,9 +43,13 @@ class StageTrainer(Trainer):
     @record
     def __init__(self, job: StageJob):
         self.stage_job = job
-        torch.use_deterministic_algorithms(job.stage.train.deterministic)  # torchtitan only switches it on
+        torch.use_deterministic_algorithms(
+            job.stage.train.deterministic
+        )  # torchtitan only switches it on
         super().__init__(job_config(job))
-        self.guard = StepGuard(job.stage.name, job.stage.train, copies=job.stage.parallel.tensor)
+        self.guard = StepGuard(
+            job.stage.name, job.stage.train, copies=job.stage.parallel.tensor
+        )
         self.checkpointer = StageCheckpoints(
             job,
             self.metrics_processor.sealed,
@@ -115,7 +119,9 @@ class StageTrainer(Trainer):
         self, input_dict: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]:
         """What the model is called with: a head that computes the loss needs the labels; masks are the model's own."""
-        extra_inputs = {"labels": labels} if self.stage_job.stage.train.loss_chunk else {}
+        extra_inputs = (
+            {"labels": labels} if self.stage_job.stage.train.loss_chunk else {}
+        )
         return input_dict["input"], labels, extra_inputs, {}
 
     def train_step(self, batches: Iterator[Batch]) -> Verdict:
@@ -135,7 +141,9 @@ class StageTrainer(Trainer):
         if verdict.event or self.metrics_processor.should_log(self.step):
             max_loss = self._max_over_ranks(loss)
             facts = {"lr": lr, **verdict.event}
-            self.metrics_processor.log(self.step, verdict.loss, max_loss, grad_norm.item(), facts)
+            self.metrics_processor.log(
+                self.step, verdict.loss, max_loss, grad_norm.item(), facts
+            )
         if verdict.message:
             alerts.tell("spike", verdict.message)
         if verdict.error:
@@ -144,7 +152,9 @@ class StageTrainer(Trainer):
 
     def _backward(self, batches: Iterator[Batch]) -> Tensor:
         """Accumulates the gradient of the mean loss per token of a step; returns this rank's share of that loss."""
-        tokens = torch.tensor(float(self.stage_job.stage.batches.at(self.step)), device=self.device)
+        tokens = torch.tensor(
+            float(self.stage_job.stage.batches.at(self.step)), device=self.device
+        )
         pace = self.metrics_processor.pace
         losses = []
         for _ in range(self.gradient_accumulation_steps):
@@ -161,8 +171,12 @@ class StageTrainer(Trainer):
 
     def _clip_gradient(self) -> Tensor:
         """Clips the gradient; returns its norm before that."""
-        parameters = [parameter for model in self.model_parts for parameter in model.parameters()]
-        norm = dist_utils.clip_grad_norm_(parameters, self.job_config.training.max_norm, foreach=True)
+        parameters = [
+            parameter for model in self.model_parts for parameter in model.parameters()
+        ]
+        norm = dist_utils.clip_grad_norm_(
+            parameters, self.job_config.training.max_norm, foreach=True
+        )
         return norm.to(self.device)  # on the CPU, where FSDP offloads
 
     def _max_over_ranks(self, loss: Tensor) -> float:
@@ -175,7 +189,10 @@ class StageTrainer(Trainer):
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def _validates_at(self, step: int) -> bool:
-        return step % self.stage_job.stage.every(self.stage_job.recipe.validation.interval) == 0
+        return (
+            step % self.stage_job.stage.every(self.stage_job.recipe.validation.interval)
+            == 0
+        )
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -192,9 +209,15 @@ class StageTrainer(Trainer):
             mesh = dims.get_mesh("batch")
             ranks = mesh.size()
             rank = mesh.get_local_rank()
-        batches = validation_batches(rows, job.stage.seq_len, job.micro_batch, rank, ranks)
-        total = dist_utils.dist_sum(self._summed_loss(batches), dims.get_optional_mesh("loss"))
-        self.metrics_processor.log_validation(loss=total / (len(rows) * job.stage.seq_len), step=self.step)
+        batches = validation_batches(
+            rows, job.stage.seq_len, job.micro_batch, rank, ranks
+        )
+        total = dist_utils.dist_sum(
+            self._summed_loss(batches), dims.get_optional_mesh("loss")
+        )
+        self.metrics_processor.log_validation(
+            loss=total / (len(rows) * job.stage.seq_len), step=self.step
+        )
 
     def _summed_loss(self, batches: Iterator[Batch]) -> Tensor:
         total = torch.zeros((), device=self.device, dtype=torch.float64)
@@ -207,7 +230,9 @@ class StageTrainer(Trainer):
                 with self.train_context(), amp:
                     loss = self.loss_fn(model(inputs, **extra_inputs), labels)
                 total += _whole(loss)
-                self.metrics_processor.ntokens_since_last_log += int((labels != IGNORE_INDEX).sum())
+                self.metrics_processor.ntokens_since_last_log += int(
+                    (labels != IGNORE_INDEX).sum()
+                )
         return total
 
     @contextmanager
@@ -248,7 +273,9 @@ class StageTrainer(Trainer):
         if not (may_end or at_the_latest):
             return False
         fall = until.fall(self.metrics_processor.losses, job.stage.batches, self.step)
-        ends = torch.tensor(int(at_the_latest or fall < until.slope), device=self.device)
+        ends = torch.tensor(
+            int(at_the_latest or fall < until.slope), device=self.device
+        )
         dist.broadcast(ends, 0)
         if not ends.item():
             return False
@@ -263,7 +290,9 @@ class StageTrainer(Trainer):
 
     def _set_timeout(self, seconds: int) -> None:
         """Of all process groups. torchtitan's own function calls what torch 2.15 warns of, once for each group."""
-        dist.barrier(device_ids=[device_module.current_device()])  # no rank is still in what the old timeout is for
+        dist.barrier(
+            device_ids=[device_module.current_device()]
+        )  # no rank is still in what the old timeout is for
         device_module.synchronize()
         meshes = self.parallel_dims.get_all_one_dimensional_meshes().values()
         for group in [*(mesh.get_group() for mesh in meshes), None]:
@@ -279,14 +308,18 @@ class StageTrainer(Trainer):
         if stage.until:
             first_kept = self.step - stage.until.window + 1
             losses = self.metrics_processor.losses
-            state["losses"] = json.dumps({step: loss for step, loss in losses.items() if step >= first_kept})
+            state["losses"] = json.dumps(
+                {step: loss for step, loss in losses.items() if step >= first_kept}
+            )
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step = state_dict["step"]
         self.guard.recent = state_dict["recent_losses"]
         losses = json.loads(state_dict.get("losses", "{}"))
-        self.metrics_processor.losses = {int(step): loss for step, loss in losses.items()}
+        self.metrics_processor.losses = {
+            int(step): loss for step, loss in losses.items()
+        }
 
 
 def set_timeout(timeout: timedelta, group: dist.ProcessGroup | None) -> None:

@@ -18,13 +18,23 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_dev
 
 from stackgrow.checkpoint import convert
 from stackgrow.checkpoint.convert import begin, commit, grow_checkpoint, write_part
-from stackgrow.checkpoint.dcp import METADATA, CheckpointError, SafePlanner, SafeReader, read_metadata
+from stackgrow.checkpoint.dcp import (
+    METADATA,
+    CheckpointError,
+    SafePlanner,
+    SafeReader,
+    read_metadata,
+)
 from stackgrow.growth.depth import depth_rules, interleave_map, stack_map
 from stackgrow.growth.rules import Compute, Rule, Rules
 from stackgrow.recipe.keys import Model
 
 SMALL = Model(dim=8, n_layers=3, n_heads=2, n_kv_heads=1, ffn_dim=10, vocab_size=7)
-LAYER = [name.removeprefix("layers.0.") for name in SMALL.tensors() if name.startswith("layers.0.")]
+LAYER = [
+    name.removeprefix("layers.0.")
+    for name in SMALL.tensors()
+    if name.startswith("layers.0.")
+]
 MAPS = {
     "stack": stack_map(3, 6),
     "interleave": interleave_map(3, 6),
@@ -38,16 +48,24 @@ def weights(model: Model = SMALL, dtype: torch.dtype = torch.float32) -> Tensors
     """Values that tell the tensor (hundreds) and the element in it (1/256); all exact in float32."""
     shapes = model.tensors()
     return {
-        name: (100.0 * i + torch.arange(torch.Size(shape).numel()).reshape(shape) / 256).to(dtype)
+        name: (
+            100.0 * i + torch.arange(torch.Size(shape).numel()).reshape(shape) / 256
+        ).to(dtype)
         for i, (name, shape) in enumerate(shapes.items())
     }
 
 
 def training_state(model: Tensors) -> dict[str, Any]:
     """What torchtitan saves: the model's tensors flat, the rest nested."""
-    optimizer: dict[str, Any] = {f"state.{name}.exp_avg": -tensor for name, tensor in model.items()}
+    optimizer: dict[str, Any] = {
+        f"state.{name}.exp_avg": -tensor for name, tensor in model.items()
+    }
     optimizer |= {f"param_groups.{name}.lr": 0.1 for name in model}
-    rest = {"optimizer": optimizer, "lr_scheduler": {"last_epoch": 3}, "dataloader": {"consumed": 12}}
+    rest = {
+        "optimizer": optimizer,
+        "lr_scheduler": {"last_epoch": 3},
+        "dataloader": {"consumed": 12},
+    }
     return {**model, **rest, "train_state": {"step": torch.tensor(3)}}
 
 
@@ -62,14 +80,24 @@ def depth(layer_map: list[int], source: Model = SMALL) -> Rules:
 
 def stacked(layer_map: list[int], source: Tensors) -> Tensors:
     """The definition, written apart from the library's."""
-    kept = {name: tensor for name, tensor in source.items() if not name.startswith("layers.")}
-    layers = {f"layers.{i}.{t}": source[f"layers.{j}.{t}"] for i, j in enumerate(layer_map) for t in LAYER}
+    kept = {
+        name: tensor
+        for name, tensor in source.items()
+        if not name.startswith("layers.")
+    }
+    layers = {
+        f"layers.{i}.{t}": source[f"layers.{j}.{t}"]
+        for i, j in enumerate(layer_map)
+        for t in LAYER
+    }
     return kept | layers
 
 
 def load(folder: Path, like: Tensors) -> Tensors:
     fresh = {name: torch.full_like(tensor, torch.nan) for name, tensor in like.items()}
-    dcp.load(fresh, storage_reader=SafeReader(folder), planner=SafePlanner(), no_dist=True)
+    dcp.load(
+        fresh, storage_reader=SafeReader(folder), planner=SafePlanner(), no_dist=True
+    )
     plain = {name: torch.full_like(tensor, torch.nan) for name, tensor in like.items()}
     dcp.load(plain, checkpoint_id=folder, no_dist=True)
     assert_same(plain, fresh)
@@ -84,7 +112,10 @@ def assert_same(have: Tensors, want: Tensors) -> None:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.iterdir()
+    }
 
 
 @pytest.fixture
@@ -94,14 +125,23 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layer_map", MAPS.values(), ids=MAPS.keys())
-def test_depth_growth_equals_its_definition(tmp_path: Path, layer_map: list[int], dtype: torch.dtype) -> None:
+def test_depth_growth_equals_its_definition(
+    tmp_path: Path, layer_map: list[int], dtype: torch.dtype
+) -> None:
     small = weights(dtype=dtype)
-    record = grow_checkpoint(save(tmp_path / "source", small), tmp_path / "grown", depth(layer_map))
+    record = grow_checkpoint(
+        save(tmp_path / "source", small), tmp_path / "grown", depth(layer_map)
+    )
     want = stacked(layer_map, small)
     assert_same(load(tmp_path / "grown", want), want)
-    assert set(read_metadata(tmp_path / "grown").state_dict_metadata) == set(want), "the model, and only it"
+    assert set(read_metadata(tmp_path / "grown").state_dict_metadata) == set(want), (
+        "the model, and only it"
+    )
     for i, j in enumerate(layer_map):
-        assert record["map"][f"layers.{i}.ffn_norm.weight"] == f"layers.{j}.ffn_norm.weight"
+        assert (
+            record["map"][f"layers.{i}.ffn_norm.weight"]
+            == f"layers.{j}.ffn_norm.weight"
+        )
 
 
 def test_stacking_moves_no_weight_bytes(source: Path, tmp_path: Path) -> None:
@@ -109,7 +149,9 @@ def test_stacking_moves_no_weight_bytes(source: Path, tmp_path: Path) -> None:
     record = grow_checkpoint(source, tmp_path / "grown", depth(MAPS["stack"]))
     grown = tmp_path / "grown"
     assert {file.name for file in grown.iterdir()} == {METADATA, "__0_0.distcp"}
-    assert (grown / "__0_0.distcp").stat().st_ino == (source / "__0_0.distcp").stat().st_ino
+    assert (grown / "__0_0.distcp").stat().st_ino == (
+        source / "__0_0.distcp"
+    ).stat().st_ino
     assert record["linked_files"] == ["__0_0.distcp"]
     assert record["copied_files"] == []
     assert record["bytes_written"] == (grown / METADATA).stat().st_size
@@ -129,12 +171,16 @@ def test_a_grown_checkpoint_grows_again(source: Path, tmp_path: Path) -> None:
     grow_checkpoint(source, tmp_path / "four", first)
     second = with_compute(depth([0, 1, 2, 3, 1, 0], replace(SMALL, n_layers=4)))
     grow_checkpoint(tmp_path / "four", tmp_path / "six", second)
-    want = computed(stacked([0, 1, 2, 3, 1, 0], computed(stacked([0, 1, 2, 0], weights()))))
+    want = computed(
+        stacked([0, 1, 2, 3, 1, 0], computed(stacked([0, 1, 2, 0], weights())))
+    )
     assert_same(load(tmp_path / "six", want), want)
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
-def test_a_real_copy_where_the_file_system_cannot_link(source: Path, tmp_path: Path) -> None:
+def test_a_real_copy_where_the_file_system_cannot_link(
+    source: Path, tmp_path: Path
+) -> None:
     other = Path("/dev/shm") / f"{tmp_path.parent.name}-{tmp_path.name}"
     if Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("/dev/shm is no second file system here")
@@ -168,12 +214,18 @@ def join(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def with_compute(rules: Rules) -> Rules:
     made: dict[str, Rule] = {
-        "tok_embeddings.weight": Compute(("tok_embeddings.weight",), lambda t: t * 2, "double"),
+        "tok_embeddings.weight": Compute(
+            ("tok_embeddings.weight",), lambda t: t * 2, "double"
+        ),
         "norm.weight": Compute(("norm.weight",), lambda t: t.flip(0), "reverse"),
         W2.format(1): Compute((W2.format(0), W2.format(1)), join, "join"),
         "output.weight": Compute((), lambda: torch.ones(7, 16)[:, ::2], "ones"),
     }
-    return replace(rules, targets={**rules.targets, **made}, dropped=rules.dropped | {"output.weight"})
+    return replace(
+        rules,
+        targets={**rules.targets, **made},
+        dropped=rules.dropped | {"output.weight"},
+    )
 
 
 def computed(want: Tensors) -> Tensors:
@@ -187,7 +239,9 @@ def computed(want: Tensors) -> Tensors:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 7])
-def test_computed_tensors_equal_the_direct_computation(source: Path, tmp_path: Path, world_size: int) -> None:
+def test_computed_tensors_equal_the_direct_computation(
+    source: Path, tmp_path: Path, world_size: int
+) -> None:
     rules, grown = with_compute(depth(MAPS["stack"])), tmp_path / "grown"
     begin(source, grown, rules)
     for rank in reversed(range(world_size)):
@@ -197,29 +251,44 @@ def test_computed_tensors_equal_the_direct_computation(source: Path, tmp_path: P
     assert_same(load(grown, want), want)
     parts = {file.name for file in grown.iterdir()} - {METADATA, "__0_0.distcp"}
     assert len(parts) == min(world_size, 4), "the ranks share the four tensors"
-    assert record["bytes_written"] == sum((grown / name).stat().st_size for name in {METADATA, *parts})
+    assert record["bytes_written"] == sum(
+        (grown / name).stat().st_size for name in {METADATA, *parts}
+    )
     assert record["map"][W2.format(1)] == f"join({W2.format(0)}, {W2.format(1)})"
 
 
-def test_files_that_are_only_computed_from_are_not_linked(source: Path, tmp_path: Path) -> None:
+def test_files_that_are_only_computed_from_are_not_linked(
+    source: Path, tmp_path: Path
+) -> None:
     shapes = SMALL.tensors()
-    negate: dict[str, Rule] = {name: Compute((name,), torch.neg, "negate") for name in shapes}
+    negate: dict[str, Rule] = {
+        name: Compute((name,), torch.neg, "negate") for name in shapes
+    }
     record = grow_checkpoint(source, tmp_path / "grown", Rules(negate, shapes, shapes))
     assert record["linked_files"] == record["copied_files"] == []
-    assert_same(load(tmp_path / "grown", weights()), {name: -tensor for name, tensor in weights().items()})
+    assert_same(
+        load(tmp_path / "grown", weights()),
+        {name: -tensor for name, tensor in weights().items()},
+    )
 
 
 def test_a_view_is_written_without_the_rest_of_its_storage(tmp_path: Path) -> None:
     save(tmp_path / "source", {"t": torch.arange(1e5)})
     half = Compute(("t",), lambda t: t[:50_000], "half")
     record = grow_checkpoint(
-        tmp_path / "source", tmp_path / "grown", Rules({"h": half}, {"t": (100_000,)}, {"h": (50_000,)})
+        tmp_path / "source",
+        tmp_path / "grown",
+        Rules({"h": half}, {"t": (100_000,)}, {"h": (50_000,)}),
     )
     assert 200_000 < record["bytes_written"] < 210_000
-    assert_same(load(tmp_path / "grown", {"h": torch.zeros(50_000)}), {"h": torch.arange(5e4)})
+    assert_same(
+        load(tmp_path / "grown", {"h": torch.zeros(50_000)}), {"h": torch.arange(5e4)}
+    )
 
 
-@pytest.mark.parametrize("fn", [lambda t: t[:4], lambda t: t.double()], ids=["shape", "dtype"])
+@pytest.mark.parametrize(
+    "fn", [lambda t: t[:4], lambda t: t.double()], ids=["shape", "dtype"]
+)
 def test_a_result_of_the_wrong_shape_or_dtype_is_refused(
     source: Path, tmp_path: Path, fn: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
@@ -234,36 +303,62 @@ def test_a_result_of_the_wrong_shape_or_dtype_is_refused(
 def change(model: Tensors, **changed: torch.Tensor | None) -> Tensors:
     """``model`` with tensors replaced, added, or (None) removed; ``__`` stands for the dot in names."""
     names = {key.replace("__", "."): tensor for key, tensor in changed.items()}
-    return {name: tensor for name, tensor in {**model, **names}.items() if tensor is not None}
+    return {
+        name: tensor
+        for name, tensor in {**model, **names}.items()
+        if tensor is not None
+    }
 
 
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        (change(weights(), norm__weight=None), r"norm.weight is missing, the source model has \(8,\)"),
-        (change(weights(), bias=torch.ones(2)), r"bias is \(2,\), the source model has no such tensor"),
+        (
+            change(weights(), norm__weight=None),
+            r"norm.weight is missing, the source model has \(8,\)",
+        ),
+        (
+            change(weights(), bias=torch.ones(2)),
+            r"bias is \(2,\), the source model has no such tensor",
+        ),
         (
             change(weights(), norm__weight=torch.ones(9)),
             r"norm.weight is \(9,\), the source model has \(8,\)",
         ),
-        (change(weights(), norm__weight=torch.ones(8).half()), "dtypes, torch.float16, torch.float32"),
-        (weights(replace(SMALL, n_layers=4)), r"layers.3.attention.wk.weight is \(4, 8\), .* and 1 more"),
-        (weights(replace(SMALL, n_layers=2)), "layers.2.attention.wk.weight is missing"),
+        (
+            change(weights(), norm__weight=torch.ones(8).half()),
+            "dtypes, torch.float16, torch.float32",
+        ),
+        (
+            weights(replace(SMALL, n_layers=4)),
+            r"layers.3.attention.wk.weight is \(4, 8\), .* and 1 more",
+        ),
+        (
+            weights(replace(SMALL, n_layers=2)),
+            "layers.2.attention.wk.weight is missing",
+        ),
     ],
     ids=["missing", "extra", "shape", "dtype", "more layers", "fewer layers"],
 )
-def test_another_model_is_refused_before_anything_is_written(tmp_path: Path, model: Tensors, told: str) -> None:
+def test_another_model_is_refused_before_anything_is_written(
+    tmp_path: Path, model: Tensors, told: str
+) -> None:
     save(tmp_path / "source", model)
     with pytest.raises(CheckpointError, match=told):
         grow_checkpoint(tmp_path / "source", tmp_path / "grown", depth(MAPS["stack"]))
     assert {folder.name for folder in tmp_path.iterdir()} == {"source"}
 
 
-def test_a_source_with_a_chunk_missing_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
+def test_a_source_with_a_chunk_missing_is_refused_before_anything_is_written(
+    source: Path, tmp_path: Path
+) -> None:
     metadata = read_metadata(source)
     del metadata.storage_data[MetadataIndex("layers.1.attention.wq.weight", (0, 0))]
     (source / METADATA).write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match=r"layers\.1\.attention\.wq\.weight: its 1 stored chunks do not fill"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"layers\.1\.attention\.wq\.weight: its 1 stored chunks do not fill",
+    ):
         grow_checkpoint(source, tmp_path / "grown", depth(MAPS["stack"]))
     assert {folder.name for folder in tmp_path.iterdir()} == {"source"}
 
@@ -292,13 +387,21 @@ def test_a_missing_part_stops_the_commit(source: Path, tmp_path: Path) -> None:
 
 def killed_growth(_: int, folder: Path) -> None:
     rules = depth(MAPS["stack"])
-    kill = Compute(("norm.weight",), lambda t: os.kill(os.getpid(), signal.SIGKILL), "kill")
-    later = Compute(("output.weight",), lambda t: t, "same")  # larger, so written before
+    kill = Compute(
+        ("norm.weight",), lambda t: os.kill(os.getpid(), signal.SIGKILL), "kill"
+    )
+    later = Compute(
+        ("output.weight",), lambda t: t, "same"
+    )  # larger, so written before
     targets = {**rules.targets, "norm.weight": kill, "output.weight": later}
-    grow_checkpoint(folder / "source", folder / "grown", replace(rules, targets=targets))
+    grow_checkpoint(
+        folder / "source", folder / "grown", replace(rules, targets=targets)
+    )
 
 
-def test_a_killed_growth_leaves_no_target_and_runs_again(source: Path, tmp_path: Path) -> None:
+def test_a_killed_growth_leaves_no_target_and_runs_again(
+    source: Path, tmp_path: Path
+) -> None:
     before = hashes(source)
     with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
         mp.spawn(killed_growth, (tmp_path,))
@@ -306,7 +409,10 @@ def test_a_killed_growth_leaves_no_target_and_runs_again(source: Path, tmp_path:
     assert (tmp_path / "grown.tmp").exists(), "it was stopped in the middle"
     grow_checkpoint(source, tmp_path / "grown", depth(MAPS["stack"]))
     assert {folder.name for folder in tmp_path.iterdir()} == {"source", "grown"}
-    assert {file.name for file in (tmp_path / "grown").iterdir()} == {METADATA, "__0_0.distcp"}
+    assert {file.name for file in (tmp_path / "grown").iterdir()} == {
+        METADATA,
+        "__0_0.distcp",
+    }
     want = stacked(MAPS["stack"], weights())
     assert_same(load(tmp_path / "grown", want), want)
     assert hashes(source) == before
@@ -314,7 +420,10 @@ def test_a_killed_growth_leaves_no_target_and_runs_again(source: Path, tmp_path:
 
 def sharded(tensors: Tensors) -> dict[str, DTensor]:
     mesh = init_device_mesh("cpu", (2,))
-    return {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in tensors.items()}
+    return {
+        name: distribute_tensor(tensor, mesh, [Shard(0)])
+        for name, tensor in tensors.items()
+    }
 
 
 def save_and_grow(rank: int, folder: Path) -> None:
@@ -331,15 +440,23 @@ def save_and_grow(rank: int, folder: Path) -> None:
 
 def load_sharded(rank: int, folder: Path) -> None:
     want = stacked(MAPS["stack"], weights())
-    for name, model in [("from-two", want), ("from-one", want), ("computed", computed(want))]:
-        fresh = sharded({key: torch.zeros_like(tensor) for key, tensor in model.items()})
+    for name, model in [
+        ("from-two", want),
+        ("from-one", want),
+        ("computed", computed(want)),
+    ]:
+        fresh = sharded(
+            {key: torch.zeros_like(tensor) for key, tensor in model.items()}
+        )
         dcp.load(fresh, storage_reader=SafeReader(folder / name), planner=SafePlanner())
         assert_same({key: tensor.full_tensor() for key, tensor in fresh.items()}, model)
     (folder / f"loaded-{rank}").touch()
 
 
 def run_ranks(rank: int, folder: Path, job: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder / job}.store", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / job}.store", rank=rank, world_size=2
+    )
     {"save_and_grow": save_and_grow, "load_sharded": load_sharded}[job](rank, folder)
     dist.barrier()
     dist.destroy_process_group()
@@ -366,18 +483,26 @@ ARENA_MIB = 64
 def grow_and_measure(_: int, folder: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = peak_mib()
-    negate: dict[str, Rule] = {name: Compute((name,), torch.neg, "negate") for name in BIG}
+    negate: dict[str, Rule] = {
+        name: Compute((name,), torch.neg, "negate") for name in BIG
+    }
     grow_checkpoint(folder / "source", folder / "grown", Rules(negate, BIG, BIG))
     (folder / "peak").write_text(str(peak_mib() - before))
 
 
 def peak_mib() -> float:
-    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
+    line = next(
+        s
+        for s in Path("/proc/self/status").read_text().splitlines()
+        if s.startswith("VmHWM")
+    )
     return int(line.split()[1]) / 1024
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
-def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_by_the_largest_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # glibc returns the memory of tensors from 32 MiB on at once; of smaller ones only where it is told so.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
     model = {name: torch.ones(shape) for name, shape in BIG.items()}
@@ -390,6 +515,10 @@ def test_the_metadata_is_dcp_s_own(source: Path, tmp_path: Path) -> None:
     grow_checkpoint(source, tmp_path / "grown", depth(MAPS["stack"]))
     metadata = pickle.loads((tmp_path / "grown" / METADATA).read_bytes())
     old = pickle.loads((source / METADATA).read_bytes())
-    assert metadata.planner_data == {name: (name,) for name in metadata.state_dict_metadata}
+    assert metadata.planner_data == {
+        name: (name,) for name in metadata.state_dict_metadata
+    }
     assert metadata.version == old.version
-    assert {index.fqn for index in metadata.storage_data} == set(metadata.state_dict_metadata)
+    assert {index.fqn for index in metadata.storage_data} == set(
+        metadata.state_dict_metadata
+    )

@@ -34,7 +34,10 @@ from stackgrow.checkpoint.dcp import (
 def state() -> dict[str, Any]:
     """As torchtitan saves it: the model's tensors flat, all other states nested."""
     weight, half = torch.arange(12.0).reshape(4, 3), torch.ones(2, dtype=torch.bfloat16)
-    optimizer = {"state.a.weight.exp_avg": weight / 2, "param_groups.a.weight.betas": (0.9, 0.95)}
+    optimizer = {
+        "state.a.weight.exp_avg": weight / 2,
+        "param_groups.a.weight.betas": (0.9, 0.95),
+    }
     return {
         "a.weight": weight,
         "b.weight": half,
@@ -66,7 +69,9 @@ def rewrite(folder: Path, metadata: Any) -> None:
 
 
 def safe_load(folder: Path, into: dict[str, Any]) -> None:
-    dcp.load(into, storage_reader=SafeReader(folder), planner=SafePlanner(), no_dist=True)
+    dcp.load(
+        into, storage_reader=SafeReader(folder), planner=SafePlanner(), no_dist=True
+    )
 
 
 class Payload:
@@ -84,7 +89,9 @@ def test_a_training_checkpoint_is_read_whole(folder: Path) -> None:
     safe_load(folder, loaded)
     want = state()
     assert torch.equal(loaded["a.weight"], want["a.weight"])
-    assert torch.equal(loaded["optimizer"].pop("state.a.weight.exp_avg"), want["a.weight"] / 2)
+    assert torch.equal(
+        loaded["optimizer"].pop("state.a.weight.exp_avg"), want["a.weight"] / 2
+    )
     assert loaded["optimizer"] == {"param_groups.a.weight.betas": (0.9, 0.95)}
     assert loaded["train_state"] == want["train_state"]
     assert loaded["dataloader"] == want["dataloader"]
@@ -92,7 +99,12 @@ def test_a_training_checkpoint_is_read_whole(folder: Path) -> None:
 
 def test_nested_states_stay_nested_without_flattening(tmp_path: Path) -> None:
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
-    dcp.save({"note": [1, "two"]}, checkpoint_id=tmp_path / "c", planner=planner, no_dist=True)
+    dcp.save(
+        {"note": [1, "two"]},
+        checkpoint_id=tmp_path / "c",
+        planner=planner,
+        no_dist=True,
+    )
     loaded: dict[str, Any] = {"note": None}
     reader, plan = SafeReader(tmp_path / "c"), SafePlanner(flatten_state_dict=False)
     dcp.load(loaded, storage_reader=reader, planner=plan, no_dist=True)
@@ -106,7 +118,9 @@ def test_model_keys_and_shapes(folder: Path) -> None:
         "b.weight": ((2,), torch.bfloat16),
     }
     assert shapes["train_state.step"] == ((), torch.int64)
-    assert {fqn for fqn in read_metadata(folder).state_dict_metadata if is_model_key(fqn)} == {
+    assert {
+        fqn for fqn in read_metadata(folder).state_dict_metadata if is_model_key(fqn)
+    } == {
         "a.weight",
         "b.weight",
     }
@@ -135,13 +149,22 @@ def test_a_payload_in_a_byte_item_does_not_run(tmp_path: Path) -> None:
     torch.load(buffer, weights_only=False)
     assert marker.exists(), "the payload is live"
     marker.unlink()
-    dcp.save({"train_state": {"step": Payload(marker)}}, checkpoint_id=tmp_path / "c", no_dist=True)
-    with pytest.raises(CheckpointException, match=r"train_state\.step is not loaded, it holds more than plain data"):
+    dcp.save(
+        {"train_state": {"step": Payload(marker)}},
+        checkpoint_id=tmp_path / "c",
+        no_dist=True,
+    )
+    with pytest.raises(
+        CheckpointException,
+        match=r"train_state\.step is not loaded, it holds more than plain data",
+    ):
         safe_load(tmp_path / "c", {"train_state": {"step": None}})
     assert not marker.exists()
 
 
-def test_a_payload_in_metadata_per_rank_does_not_run(folder: Path, tmp_path: Path) -> None:
+def test_a_payload_in_metadata_per_rank_does_not_run(
+    folder: Path, tmp_path: Path
+) -> None:
     (folder / METADATA).unlink()
     (folder / "__0.metadata").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     with pytest.raises(CheckpointException):
@@ -158,7 +181,10 @@ def test_metadata_cannot_change_the_classes_it_names(folder: Path) -> None:
     assert not hasattr(StorageMeta, "evil")
 
 
-@pytest.mark.parametrize("name", ["../other.distcp", "/etc/passwd", "sub/../__0_0.distcp", "s\\x", "..", "", "a\0b"])
+@pytest.mark.parametrize(
+    "name",
+    ["../other.distcp", "/etc/passwd", "sub/../__0_0.distcp", "s\\x", "..", "", "a\0b"],
+)
 def test_data_outside_of_the_folder_is_refused(folder: Path, name: str) -> None:
     (folder / "sub").mkdir()
     (folder.parent / "other.distcp").write_bytes((folder / "__0_0.distcp").read_bytes())
@@ -179,7 +205,13 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path) -> None:
 
 def test_damage_is_told_before_anything_is_loaded(folder: Path) -> None:
     whole = (folder / METADATA).read_bytes()
-    for damaged in (whole[:-1], whole[: len(whole) // 2], b"", b"junk", pickle.dumps({"not": "metadata"})):
+    for damaged in (
+        whole[:-1],
+        whole[: len(whole) // 2],
+        b"",
+        b"junk",
+        pickle.dumps({"not": "metadata"}),
+    ):
         (folder / METADATA).write_bytes(damaged)
         with pytest.raises(CheckpointError, match="is not loaded"):
             read_metadata(folder)
@@ -200,11 +232,16 @@ def test_a_tensor_is_read_only_where_its_chunks_fill_it(folder: Path) -> None:
     metadata = read_metadata(folder)
     assert torch.equal(read_tensor(folder, metadata, "a.weight"), state()["a.weight"])
     index = MetadataIndex("a.weight", (0, 0))
-    metadata.storage_data[index], place = metadata.storage_data[MetadataIndex("b.weight", (0,))], index
+    metadata.storage_data[index], place = (
+        metadata.storage_data[MetadataIndex("b.weight", (0,))],
+        index,
+    )
     with pytest.raises(CheckpointError, match="holds another tensor"):
         read_tensor(folder, metadata, "a.weight")
     del metadata.storage_data[place]
-    with pytest.raises(CheckpointError, match=r"a.weight: its 1 stored chunks do not fill \(4, 3\)"):
+    with pytest.raises(
+        CheckpointError, match=r"a.weight: its 1 stored chunks do not fill \(4, 3\)"
+    ):
         read_tensor(folder, metadata, "a.weight")
 
 
@@ -212,8 +249,14 @@ def test_a_tensor_is_read_only_where_its_chunks_fill_it(folder: Path) -> None:
     ("boxes", "fill"),
     [
         ([((0, 0), (1, 3)), ((1, 0), (3, 3))], True),
-        ([((0, 2), (4, 1)), ((0, 0), (2, 2)), ((2, 0), (2, 2))], True),  # tensor parallel, and FSDP in one half
-        ([((0, 0), (2, 3)), ((1, 0), (2, 3))], False),  # 12 elements, one row of them twice and one never
+        (
+            [((0, 2), (4, 1)), ((0, 0), (2, 2)), ((2, 0), (2, 2))],
+            True,
+        ),  # tensor parallel, and FSDP in one half
+        (
+            [((0, 0), (2, 3)), ((1, 0), (2, 3))],
+            False,
+        ),  # 12 elements, one row of them twice and one never
         ([((0, 0), (4, 2)), ((2, 1), (4, 1))], False),
         ([((0, 0), (2, 3)), ((3, 0), (2, 3))], False),  # beyond the end
         ([((0, 0), (4, 2))], False),
@@ -225,10 +268,15 @@ def test_chunks_fill_a_tensor_once(
     metadata = read_metadata(folder)
     entry = metadata.state_dict_metadata["a.weight"]
     assert isinstance(entry, TensorStorageMetadata)
-    chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in boxes]
+    chunks = [
+        ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        for offsets, sizes in boxes
+    ]
     metadata.state_dict_metadata["a.weight"] = dataclasses.replace(entry, chunks=chunks)
     info = metadata.storage_data[MetadataIndex("a.weight", (0, 0))]
-    metadata.storage_data |= {MetadataIndex("a.weight", chunk.offsets): info for chunk in chunks}
+    metadata.storage_data |= {
+        MetadataIndex("a.weight", chunk.offsets): info for chunk in chunks
+    }
     with nullcontext() if fill else pytest.raises(CheckpointError, match="do not fill"):
         assert len(places(metadata, "a.weight")) == len(chunks)
 
@@ -243,4 +291,6 @@ def test_metadata_of_a_later_python_is_read(folder: Path) -> None:
     assert pickled[2:3] == pickle.FRAME
     unframed = b"\x80\x04" + pickled[11:]  # a frame would carry the old length
     (folder / METADATA).write_bytes(unframed.replace(old, new))
-    assert read_metadata(folder).storage_meta.checkpoint_id == str(metadata.storage_meta.checkpoint_id)
+    assert read_metadata(folder).storage_meta.checkpoint_id == str(
+        metadata.storage_meta.checkpoint_id
+    )

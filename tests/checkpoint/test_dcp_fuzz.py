@@ -16,10 +16,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from stackgrow.checkpoint.convert import grow_checkpoint
-from stackgrow.checkpoint.dcp import METADATA, CheckpointError, is_model_key, places, read_metadata, read_tensor
+from stackgrow.checkpoint.dcp import (
+    METADATA,
+    CheckpointError,
+    is_model_key,
+    places,
+    read_metadata,
+    read_tensor,
+)
 from stackgrow.growth.rules import Alias, Rules
 
 CASES = int(os.environ.get("STACKGROW_FUZZ", "400"))
@@ -49,7 +61,10 @@ def folder(tmp_path: Path) -> Path:
     state = {
         "a.weight": torch.arange(12.0).reshape(4, 3),
         "b.weight": torch.ones(2),
-        "optimizer": {"state.a.weight.exp_avg": torch.zeros(4, 3), "param_groups.a.weight.lr": 0.1},
+        "optimizer": {
+            "state.a.weight.exp_avg": torch.zeros(4, 3),
+            "param_groups.a.weight.lr": 0.1,
+        },
         "train_state": {"step": torch.tensor(3)},
     }
     dcp.save(state, checkpoint_id=tmp_path / "step-3", no_dist=True)
@@ -61,7 +76,10 @@ def limits() -> Iterator[None]:
     def hang(*_: object) -> None:
         raise TimeoutError(f"more than {SECONDS} s")
 
-    before, memory = signal.signal(signal.SIGALRM, hang), resource.getrlimit(resource.RLIMIT_AS)
+    before, memory = (
+        signal.signal(signal.SIGALRM, hang),
+        resource.getrlimit(resource.RLIMIT_AS),
+    )
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, memory[1]))
     yield
     signal.alarm(0)
@@ -86,7 +104,9 @@ def bytes_changed(rng: random.Random, content: bytes, marker: Path) -> bytes:
         elif change == 4:
             data[at:] = data[at : at + n]
         else:
-            data[at:at] = pickle.dumps(Payload(marker))[2:-1] + rng.choice([b"", b"0", b"."])
+            data[at:at] = pickle.dumps(Payload(marker))[2:-1] + rng.choice(
+                [b"", b"0", b"."]
+            )
     return bytes(data)
 
 
@@ -103,10 +123,16 @@ def values_changed(rng: random.Random, content: bytes, marker: Path) -> bytes:
 
     def walk(spot: Any, depth: int = 0) -> None:
         if dataclasses.is_dataclass(spot):
-            children = [(f.name, getattr(spot, f.name, None)) for f in dataclasses.fields(spot)]
+            children = [
+                (f.name, getattr(spot, f.name, None)) for f in dataclasses.fields(spot)
+            ]
         elif isinstance(spot, dict):
             children = list(spot.items())
-            spots.extend((lambda d=spot, k=k: d.__setitem__(value, d.pop(k, None))) for k in spot if _hashable(value))
+            spots.extend(
+                (lambda d=spot, k=k: d.__setitem__(value, d.pop(k, None)))
+                for k in spot
+                if _hashable(value)
+            )
         elif isinstance(spot, list):
             children = list(enumerate(spot))
         else:
@@ -140,8 +166,14 @@ def use(folder: Path, target: Path) -> None:
         places(metadata, name)
         read_tensor(folder, metadata, name)
     shapes: dict[str, tuple[int, ...]] = {"a.weight": (4, 3), "b.weight": (2,)}
-    targets = {"a.weight": Alias("a.weight"), "c.weight": Alias("a.weight"), "b.weight": Alias("b.weight")}
-    grow_checkpoint(folder, target, Rules(targets, shapes, {**shapes, "c.weight": (4, 3)}))
+    targets = {
+        "a.weight": Alias("a.weight"),
+        "c.weight": Alias("a.weight"),
+        "b.weight": Alias("b.weight"),
+    }
+    grow_checkpoint(
+        folder, target, Rules(targets, shapes, {**shapes, "c.weight": (4, 3)})
+    )
 
 
 def test_mutated_metadata(folder: Path, tmp_path: Path, limits: None) -> None:
@@ -162,7 +194,9 @@ def test_mutated_metadata(folder: Path, tmp_path: Path, limits: None) -> None:
         signal.alarm(0)
         assert not marker.exists(), f"case {case}: the payload ran"
     assert {p: p.read_bytes() for p in folder.iterdir() if p.name != METADATA} == before
-    assert {p.name for p in tmp_path.iterdir()} <= {"step-3", "grown"}, "nothing is written elsewhere"
+    assert {p.name for p in tmp_path.iterdir()} <= {"step-3", "grown"}, (
+        "nothing is written elsewhere"
+    )
     assert CASES / 2 < refused < CASES, "most mutations hurt, and some do not"
 
 
@@ -170,7 +204,9 @@ def test_the_mutations_reach_the_payload(folder: Path, tmp_path: Path) -> None:
     """The plain unpickler runs it."""
     marker = tmp_path / "ran"
     for case in range(1, 400, 2):
-        data = values_changed(random.Random(SEED + case), (folder / METADATA).read_bytes(), marker)
+        data = values_changed(
+            random.Random(SEED + case), (folder / METADATA).read_bytes(), marker
+        )
         try:
             assert isinstance(pickle.loads(data), Metadata)
         except Exception:

@@ -11,8 +11,12 @@ from stackgrow.checkpoint.direct import DirectFile
 
 
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("sizes", [[], [1], [4096], [8192, 8192], [5, 70000, 0, 3], [20000] * 7])
-def test_any_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], cached: bool) -> None:
+@pytest.mark.parametrize(
+    "sizes", [[], [1], [4096], [8192, 8192], [5, 70000, 0, 3], [20000] * 7]
+)
+def test_any_portions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], cached: bool
+) -> None:
     monkeypatch.setattr(direct, "BLOCK", 16384)
     if cached:
         monkeypatch.setattr(direct, "DIRECT", 0)
@@ -26,7 +30,9 @@ def test_any_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: li
     assert (tmp_path / "file").read_bytes() == b"".join(portions)
 
 
-def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_direct_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changed = fcntl.fcntl
 
     def refusing(handle: int, command: int, flags: int = 0) -> int:
@@ -42,7 +48,9 @@ def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("blocks", [0.5, 3])
-def test_a_full_disk_is_told_though_another_thread_meets_it(monkeypatch: pytest.MonkeyPatch, blocks: float) -> None:
+def test_a_full_disk_is_told_though_another_thread_meets_it(
+    monkeypatch: pytest.MonkeyPatch, blocks: float
+) -> None:
     monkeypatch.setattr(direct, "BLOCK", 16384)
 
     def fill() -> None:

@@ -26,7 +26,13 @@ from stackgrow.checkpoint.convert import grow_checkpoint
 from stackgrow.checkpoint.dcp import CheckpointError, read_metadata, tensor_shapes
 from stackgrow.checkpoint.direct import BLOCK
 from stackgrow.checkpoint.hf import export_hf, import_hf
-from stackgrow.checkpoint.hf_format import config_of, from_hf, hf_name, model_from_config, to_hf
+from stackgrow.checkpoint.hf_format import (
+    config_of,
+    from_hf,
+    hf_name,
+    model_from_config,
+    to_hf,
+)
 from stackgrow.growth.depth import depth_rules, stack_map
 from stackgrow.growth.learned import initial_network
 from stackgrow.growth.operators import OPERATORS, growth_rules
@@ -34,7 +40,16 @@ from stackgrow.recipe.keys import Model
 
 transformers = pytest.importorskip("transformers")
 
-MODEL = Model(family="llama2", dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=88, vocab_size=300, norm_eps=2e-5)
+MODEL = Model(
+    family="llama2",
+    dim=48,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_dim=88,
+    vocab_size=300,
+    norm_eps=2e-5,
+)
 
 
 def saved(folder: Path, model: Model = MODEL, **more: Any) -> dict[str, Tensor]:
@@ -46,21 +61,30 @@ def saved(folder: Path, model: Model = MODEL, **more: Any) -> dict[str, Tensor]:
 
 def loaded(folder: Path, model: Model) -> dict[str, Tensor]:
     """What DCP itself reads, which converts without a word."""
-    assert {dtype for _, dtype in tensor_shapes(read_metadata(folder)).values()} == {torch.float32}
-    state = {name: torch.full(shape, torch.nan) for name, shape in model.tensors().items()}
+    assert {dtype for _, dtype in tensor_shapes(read_metadata(folder)).values()} == {
+        torch.float32
+    }
+    state = {
+        name: torch.full(shape, torch.nan) for name, shape in model.tensors().items()
+    }
     dcp.load(state, checkpoint_id=folder, no_dist=True)
     return state
 
 
 def tokens(model: Model) -> Tensor:
-    return torch.randint(0, model.vocab_size, (2, 32), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, model.vocab_size, (2, 32), generator=torch.Generator().manual_seed(1)
+    )
 
 
 @torch.no_grad()
 def assert_same_logits(folder: Path, model: Model, state: dict[str, Tensor]) -> None:
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     # float32 rounding through the layers: 1e-5 of the largest logit.
-    assert deviation(theirs(tokens(model)).logits, llama(model, state)(tokens(model))) < 1e-5
+    assert (
+        deviation(theirs(tokens(model)).logits, llama(model, state)(tokens(model)))
+        < 1e-5
+    )
 
 
 def pretrained(folder: Path, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
@@ -116,43 +140,87 @@ def test_reordering_keeps_heads_and_is_undone() -> None:
     for name, tensor in weights(MODEL).items():
         moved = to_hf(tensor, name, MODEL)
         assert torch.equal(from_hf(moved, name, MODEL), tensor)
-        assert torch.equal(moved, tensor) == (not name.endswith(("wq.weight", "wk.weight")))
-    head = to_hf(torch.arange(24.0)[:, None].expand(24, 48), "layers.0.attention.wk.weight", MODEL)[:, 0]
-    assert head.tolist() == [*range(0, 12, 2), *range(1, 12, 2), *range(12, 24, 2), *range(13, 24, 2)]
+        assert torch.equal(moved, tensor) == (
+            not name.endswith(("wq.weight", "wk.weight"))
+        )
+    head = to_hf(
+        torch.arange(24.0)[:, None].expand(24, 48),
+        "layers.0.attention.wk.weight",
+        MODEL,
+    )[:, 0]
+    assert head.tolist() == [
+        *range(0, 12, 2),
+        *range(1, 12, 2),
+        *range(12, 24, 2),
+        *range(13, 24, 2),
+    ]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
-def test_exported_model_has_the_same_logits(tmp_path: Path, kv_heads: int, theta: float) -> None:
+def test_exported_model_has_the_same_logits(
+    tmp_path: Path, kv_heads: int, theta: float
+) -> None:
     model = dataclasses.replace(MODEL, n_kv_heads=kv_heads, rope_theta=theta)
     state = saved(tmp_path / "step-1", model)
-    export_hf(tmp_path / "step-1", tmp_path / "hf", model, shard_bytes=60_000, card="# Mine")
+    export_hf(
+        tmp_path / "step-1", tmp_path / "hf", model, shard_bytes=60_000, card="# Mine"
+    )
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
-    assert max(f.stat().st_size for f in (tmp_path / "hf").glob("*.safetensors")) < 62_000
+    assert (
+        max(f.stat().st_size for f in (tmp_path / "hf").glob("*.safetensors")) < 62_000
+    )
     assert_same_logits(tmp_path / "hf", model, state)
     assert (tmp_path / "hf" / "README.md").read_text() == "# Mine"
     config = transformers.LlamaConfig.from_pretrained(tmp_path / "hf")
     assert (config.rms_norm_eps, config.rope_parameters["rope_theta"]) == (2e-5, theta)
-    assert (config.dtype, config.bos_token_id, config.eos_token_id) == (torch.float32, None, None)
+    assert (config.dtype, config.bos_token_id, config.eos_token_id) == (
+        torch.float32,
+        None,
+        None,
+    )
 
 
 def test_training_checkpoint_exports_without_its_optimizer(tmp_path: Path) -> None:
-    moments = {f"state.{name}.exp_avg": torch.ones(shape) for name, shape in MODEL.tensors().items()}
+    moments = {
+        f"state.{name}.exp_avg": torch.ones(shape)
+        for name, shape in MODEL.tensors().items()
+    }
     train_state = {"step": torch.tensor(3)}
-    state = saved(tmp_path / "step-3", optimizer=moments, lr_scheduler={"last_epoch": 3}, train_state=train_state)
+    state = saved(
+        tmp_path / "step-3",
+        optimizer=moments,
+        lr_scheduler={"last_epoch": 3},
+        train_state=train_state,
+    )
     export_hf(tmp_path / "step-3", tmp_path / "hf", MODEL)
     [file] = (tmp_path / "hf").glob("*.safetensors")
-    assert_same(load_file(file), {hf_name(name): to_hf(t, name, MODEL) for name, t in state.items()})
+    assert_same(
+        load_file(file),
+        {hf_name(name): to_hf(t, name, MODEL) for name, t in state.items()},
+    )
 
 
 def test_grown_checkpoint_exports_each_layer(tmp_path: Path) -> None:
     """Its metadata points several layers at the same bytes."""
     state = saved(tmp_path / "step-1")
     grown = dataclasses.replace(MODEL, n_layers=6)
-    grow_checkpoint(tmp_path / "step-1", tmp_path / "grown", depth_rules(stack_map(2, 6), MODEL, grown))
+    grow_checkpoint(
+        tmp_path / "step-1",
+        tmp_path / "grown",
+        depth_rules(stack_map(2, 6), MODEL, grown),
+    )
     export_hf(tmp_path / "grown", tmp_path / "hf", grown)
-    layers = {f"layers.{i}.{n}": state[f"layers.{i % 2}.{n}"] for i in range(6) for n in MODEL.layer_tensors()}
-    assert_same_logits(tmp_path / "hf", grown, {**{n: t for n, t in state.items() if n in grown.tensors()}, **layers})
+    layers = {
+        f"layers.{i}.{n}": state[f"layers.{i % 2}.{n}"]
+        for i in range(6)
+        for n in MODEL.layer_tensors()
+    }
+    assert_same_logits(
+        tmp_path / "hf",
+        grown,
+        {**{n: t for n, t in state.items() if n in grown.tensors()}, **layers},
+    )
 
 
 DIRECTIONS = [
@@ -164,9 +232,13 @@ DIRECTIONS = [
 
 
 @pytest.mark.parametrize(("operator", "deeper"), DIRECTIONS)
-def test_every_operators_result_exports_and_comes_back_the_same(tmp_path: Path, operator: str, deeper: bool) -> None:
+def test_every_operators_result_exports_and_comes_back_the_same(
+    tmp_path: Path, operator: str, deeper: bool
+) -> None:
     """Depthwise and widthwise, wherever an operator is defined."""
-    widths = {} if deeper else {"dim": 96, "n_heads": 8, "n_kv_heads": 4, "ffn_dim": 176}
+    widths = (
+        {} if deeper else {"dim": 96, "n_heads": 8, "n_kv_heads": 4, "ffn_dim": 176}
+    )
     grown = dataclasses.replace(MODEL, n_layers=4 if deeper else 2, **widths)
     layer_map = stack_map(2, 4) if deeper and operator != "learn" else None
     network = initial_network(MODEL, grown, seed=1) if operator == "learn" else None
@@ -183,10 +255,17 @@ def test_every_operators_result_exports_and_comes_back_the_same(tmp_path: Path, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_export_then_import_gives_the_same_tensors(tmp_path: Path, dtype: Any) -> None:
     state = saved(tmp_path / "step-1")
-    export_hf(tmp_path / "step-1", tmp_path / "hf", MODEL, dtype=dtype, shard_bytes=60_000)
+    export_hf(
+        tmp_path / "step-1", tmp_path / "hf", MODEL, dtype=dtype, shard_bytes=60_000
+    )
     assert import_hf(tmp_path / "hf", tmp_path / "back") == MODEL
-    assert_same(loaded(tmp_path / "back", MODEL), {n: t.to(getattr(torch, dtype)).float() for n, t in state.items()})
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert_same(
+        loaded(tmp_path / "back", MODEL),
+        {n: t.to(getattr(torch, dtype)).float() for n, t in state.items()},
+    )
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype="auto"
+    )
     assert theirs.dtype == getattr(torch, dtype)
 
 
@@ -198,11 +277,17 @@ def test_import_is_sealed_and_exports_again(tmp_path: Path, source: Path) -> Non
     assert second is not None
     assert not seal.damage(tmp_path / "a", first)
     assert first["tensors"].keys() == model.tensors().keys()
-    assert (tmp_path / "a" / "__0_0.distcp").stat().st_size < 4 * model.parameters() + 2000 * len(model.tensors())
+    assert (
+        tmp_path / "a" / "__0_0.distcp"
+    ).stat().st_size < 4 * model.parameters() + 2000 * len(model.tensors())
     assert first["stage_hash"] == second["stage_hash"]
     assert model_from_config(first["config"]) == model
-    assert first["source"]["files"] == seal.file_records(source, ["config.json", "model.safetensors"])
-    export_hf(tmp_path / "a", tmp_path / "hf", model)  # finds every fingerprint of the seal again
+    assert first["source"]["files"] == seal.file_records(
+        source, ["config.json", "model.safetensors"]
+    )
+    export_hf(
+        tmp_path / "a", tmp_path / "hf", model
+    )  # finds every fingerprint of the seal again
     changed = load_file(source / "model.safetensors")
     changed["lm_head.weight"][3, 5] += 1
     save_file(changed, source / "model.safetensors", metadata={"format": "pt"})
@@ -213,7 +298,9 @@ def test_import_is_sealed_and_exports_again(tmp_path: Path, source: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_model_of_transformers_has_the_same_logits_here(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_model_of_transformers_has_the_same_logits_here(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     pretrained(tmp_path / "source", dtype)
     model = import_hf(tmp_path / "source", tmp_path / "imported")
     assert (model.norm_eps, model.rope_theta, model.kv_heads) == (1e-6, 500000.0, 2)
@@ -227,20 +314,38 @@ def test_shards_without_an_index_and_stored_frequencies(tmp_path: Path) -> None:
     whole.unlink()
     half = len(state) // 2
     save_file(dict(list(state.items())[:half]), tmp_path / "source" / "a.safetensors")
-    rest = {**dict(list(state.items())[half:]), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    rest = {
+        **dict(list(state.items())[half:]),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6),
+    }
     save_file(rest, tmp_path / "source" / "b.safetensors")
     model = import_hf(tmp_path / "source", tmp_path / "imported")
     with torch.no_grad():
         expected = theirs(tokens(model)).logits
-        assert deviation(llama(model, loaded(tmp_path / "imported", model))(tokens(model)), expected) < 1e-5
+        assert (
+            deviation(
+                llama(model, loaded(tmp_path / "imported", model))(tokens(model)),
+                expected,
+            )
+            < 1e-5
+        )
 
 
 def test_config_of_transformers_4(source: Path) -> None:
     """Which has rope_theta at the top, and leaves out what the first Llama had not."""
 
     def older(config: dict[str, Any]) -> None:
-        del config["rope_parameters"], config["head_dim"], config["attention_bias"], config["mlp_bias"]
-        config |= {"rope_theta": 20000.0, "rope_scaling": None, "num_key_value_heads": None}
+        del (
+            config["rope_parameters"],
+            config["head_dim"],
+            config["attention_bias"],
+            config["mlp_bias"],
+        )
+        config |= {
+            "rope_theta": 20000.0,
+            "rope_scaling": None,
+            "num_key_value_heads": None,
+        }
 
     edited(source / "config.json", older)
     model = model_from_config(json.loads((source / "config.json").read_text()))
@@ -248,24 +353,48 @@ def test_config_of_transformers_4(source: Path) -> None:
 
 
 CONFIGS = {
-    "linear scaling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE is not scaled here"),
-    "llama 3": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "RoPE is not scaled here"),
+    "linear scaling": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        "RoPE is not scaled here",
+    ),
+    "llama 3": (
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}},
+        "RoPE is not scaled here",
+    ),
     "part of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     "biases": ({"attention_bias": True}, "attention_bias is True"),
     "mlp biases": ({"mlp_bias": True}, "mlp_bias is True"),
     "tied": ({"tie_word_embeddings": True}, "give lm_head a copy of the embedding"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    "head width": ({"head_dim": 16}, "head_dim is 16; it must be hidden_size / num_attention_heads = 12"),
-    "quantized": ({"quantization_config": {"bits": 4}}, "take the weights as they were before quantization"),
-    "family": ({"model_type": "mixtral"}, 'model_type is \'mixtral\'; only "llama", "mistral", "Yi" can be read'),
-    "window": ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is 4096: attention has no window"),
-    "default window": ({"model_type": "mistral"}, "sliding_window is 4096: attention has no window"),
+    "head width": (
+        {"head_dim": 16},
+        "head_dim is 16; it must be hidden_size / num_attention_heads = 12",
+    ),
+    "quantized": (
+        {"quantization_config": {"bits": 4}},
+        "take the weights as they were before quantization",
+    ),
+    "family": (
+        {"model_type": "mixtral"},
+        'model_type is \'mixtral\'; only "llama", "mistral", "Yi" can be read',
+    ),
+    "window": (
+        {"model_type": "mistral", "sliding_window": 4096},
+        "sliding_window is 4096: attention has no window",
+    ),
+    "default window": (
+        {"model_type": "mistral"},
+        "sliding_window is 4096: attention has no window",
+    ),
     "no head": ({"architectures": ["LlamaModel"]}, "save it from that class"),
     "size": ({"hidden_size": "big"}, "hidden_size is 'big'; it must be a whole number"),
     "no size": ({"vocab_size": None}, "vocab_size is None; it must be a whole number"),
     "uneven": ({"num_attention_heads": 5}, "does not give each of 5 heads"),
     "kv heads": ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide"),
-    "theta": ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x'; it must be a number"),
+    "theta": (
+        {"rope_parameters": {"rope_theta": "x"}},
+        "rope_theta is 'x'; it must be a number",
+    ),
 }
 
 
@@ -277,10 +406,23 @@ def test_config_that_means_another_model_is_refused(source: Path, case: str) -> 
 
 
 def test_all_problems_are_told_at_once(source: Path) -> None:
-    changes = [change for change, _ in (CONFIGS["tied"], CONFIGS["activation"], CONFIGS["linear scaling"])]
-    edited(source / "config.json", lambda config: [config.update(change) for change in changes])
+    changes = [
+        change
+        for change, _ in (
+            CONFIGS["tied"],
+            CONFIGS["activation"],
+            CONFIGS["linear scaling"],
+        )
+    ]
+    edited(
+        source / "config.json",
+        lambda config: [config.update(change) for change in changes],
+    )
     message = refused(source)
-    assert all(part in message for part in ("tie_word_embeddings", "hidden_act", "RoPE is not scaled here"))
+    assert all(
+        part in message
+        for part in ("tie_word_embeddings", "hidden_act", "RoPE is not scaled here")
+    )
 
 
 def rewritten(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], Any]:
@@ -297,7 +439,9 @@ def indexed(name: Any) -> Callable[[Path], Any]:
 
     def change(source: Path) -> None:
         (source / "model.safetensors").rename(source / "weights.safetensors")
-        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (source / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": weight_map})
+        )
 
     return change
 
@@ -314,17 +458,36 @@ def truncated(source: Path) -> None:
 
 
 WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "missing": (rewritten(lambda s: s.pop("model.norm.weight")), "model.norm.weight is missing"),
-    "bias": (rewritten(lambda s: s.update({"a.bias": torch.ones(3)})), r"a.bias \(3,\) is not in the model"),
+    "missing": (
+        rewritten(lambda s: s.pop("model.norm.weight")),
+        "model.norm.weight is missing",
+    ),
+    "bias": (
+        rewritten(lambda s: s.update({"a.bias": torch.ones(3)})),
+        r"a.bias \(3,\) is not in the model",
+    ),
     "shape": (
         rewritten(lambda s: s.update({"lm_head.weight": torch.ones(2, 48)})),
         r"\(2, 48\), in the model \(300, 48\)",
     ),
-    "integers": (rewritten(lambda s: s.update({"lm_head.weight": torch.ones(300, 48, dtype=torch.int8)})), "is of I8"),
+    "integers": (
+        rewritten(
+            lambda s: s.update(
+                {"lm_head.weight": torch.ones(300, 48, dtype=torch.int8)}
+            )
+        ),
+        "is of I8",
+    ),
     "twice": (doubled, "is both in a.safetensors and in b.safetensors"),
     "truncated": (truncated, "model.safetensors cannot be read"),
-    "no header": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "model.safetensors cannot be read"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "it has no .*safetensors"),
+    "no header": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64),
+        "model.safetensors cannot be read",
+    ),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        "it has no .*safetensors",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), "it has no config.json"),
     "file missing": (indexed("model-2.safetensors"), "model-2.safetensors is missing"),
     "up": (indexed("../other.safetensors"), "not plain"),
@@ -338,7 +501,10 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_weights_that_do_not_fit_are_refused(source: Path, case: str) -> None:
     change, message = WEIGHTS[case]
-    for place in (source.parent / "other.safetensors", source / "sub" / "other.safetensors"):
+    for place in (
+        source.parent / "other.safetensors",
+        source / "sub" / "other.safetensors",
+    ):
         place.parent.mkdir(exist_ok=True)
         place.write_bytes((source / "model.safetensors").read_bytes())
     change(source)
@@ -363,7 +529,9 @@ def test_pickled_weights_are_not_opened(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_nothing_is_overwritten_and_leftovers_are_replaced(source: Path, tmp_path: Path) -> None:
+def test_nothing_is_overwritten_and_leftovers_are_replaced(
+    source: Path, tmp_path: Path
+) -> None:
     (tmp_path / "imported.tmp").mkdir()
     (tmp_path / "imported.tmp" / "torn.distcp").touch()
     model = import_hf(source, tmp_path / "imported")
@@ -380,8 +548,12 @@ def test_checkpoint_of_another_geometry_is_not_exported(tmp_path: Path) -> None:
     wider = dataclasses.replace(MODEL, n_layers=1, ffn_dim=96)
     with pytest.raises(CheckpointError) as caught:
         export_hf(tmp_path / "step-1", tmp_path / "hf", wider)
-    assert "layers.0.feed_forward.w1.weight is (88, 48), in the model (96, 48)" in str(caught.value)
-    assert "layers.1.attention.wq.weight (48, 48) is not in the model" in str(caught.value)
+    assert "layers.0.feed_forward.w1.weight is (88, 48), in the model (96, 48)" in str(
+        caught.value
+    )
+    assert "layers.1.attention.wq.weight (48, 48) is not in the model" in str(
+        caught.value
+    )
     assert not (tmp_path / "hf").exists()
 
 
@@ -397,11 +569,20 @@ def test_damage_in_a_sealed_checkpoint_is_found(tmp_path: Path, source: Path) ->
     assert not (tmp_path / "hf.tmp").exists()
 
 
-BESIDE = ["consolidated.safetensors", "adapter_model.safetensors", "optimizer.safetensors", "._model.safetensors"]
+BESIDE = [
+    "consolidated.safetensors",
+    "adapter_model.safetensors",
+    "optimizer.safetensors",
+    "._model.safetensors",
+]
 
 
-@pytest.mark.parametrize("names", [["model.safetensors"], ["model-00001-of-00002.safetensors"]], ids=str)
-def test_what_stands_beside_the_model_is_no_part_of_it(source: Path, names: list[str]) -> None:
+@pytest.mark.parametrize(
+    "names", [["model.safetensors"], ["model-00001-of-00002.safetensors"]], ids=str
+)
+def test_what_stands_beside_the_model_is_no_part_of_it(
+    source: Path, names: list[str]
+) -> None:
     """A LoRA, the original's own file, an optimizer, a Mac's attributes, a copy in fp16."""
     state = load_file(source / "model.safetensors")
     (source / "model.safetensors").unlink()
@@ -414,7 +595,9 @@ def test_what_stands_beside_the_model_is_no_part_of_it(source: Path, names: list
     for name in [*BESIDE, "model.fp16.safetensors"]:
         save_file({name: torch.ones(3) for name in state}, source / name)
     model = import_hf(source, source.parent / "imported")
-    wanted = {name: from_hf(state[hf_name(name)], name, model) for name in model.tensors()}
+    wanted = {
+        name: from_hf(state[hf_name(name)], name, model) for name in model.tensors()
+    }
     assert_same(loaded(source.parent / "imported", model), wanted)
 
 
@@ -432,10 +615,14 @@ def test_a_single_file_goes_before_a_stale_index(source: Path) -> None:
 def test_swish_is_silu_and_float64_is_read(source: Path) -> None:
     edited(source / "config.json", lambda config: config.update(hidden_act="swish"))
     state = load_file(source / "model.safetensors")
-    save_file({name: tensor.double() for name, tensor in state.items()}, source / "model.safetensors")
+    save_file(
+        {name: tensor.double() for name, tensor in state.items()},
+        source / "model.safetensors",
+    )
     model = import_hf(source, source.parent / "imported")
     assert_same(
-        loaded(source.parent / "imported", model), {n: from_hf(state[hf_name(n)], n, model) for n in model.tensors()}
+        loaded(source.parent / "imported", model),
+        {n: from_hf(state[hf_name(n)], n, model) for n in model.tensors()},
     )
 
 
@@ -458,13 +645,21 @@ def test_mistral_without_a_window_is_a_llama(tmp_path: Path) -> None:
 
 def test_yi_by_its_old_name_is_a_llama(source: Path) -> None:
     before = model_from_config(json.loads((source / "config.json").read_text()))
-    edited(source / "config.json", lambda config: config.update(model_type="Yi", architectures=["YiForCausalLM"]))
+    edited(
+        source / "config.json",
+        lambda config: config.update(model_type="Yi", architectures=["YiForCausalLM"]),
+    )
     assert import_hf(source, source.parent / "imported") == before
 
 
 def test_defaults_are_the_familys(source: Path) -> None:
     """Mistral's config has 8 key/value heads where it does not say."""
-    config = {"model_type": "mistral", "sliding_window": None, "num_attention_heads": 16, "hidden_size": 64}
+    config = {
+        "model_type": "mistral",
+        "sliding_window": None,
+        "num_attention_heads": 16,
+        "hidden_size": 64,
+    }
     config |= {"num_hidden_layers": 1, "intermediate_size": 48, "vocab_size": 300}
     assert model_from_config(config).kv_heads == 8
 
@@ -495,20 +690,36 @@ print(exported - start, peak() - start)
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
-    large = Model(family="llama2", dim=512, n_layers=3, n_heads=8, ffn_dim=2048, vocab_size=8192)
+    large = Model(
+        family="llama2", dim=512, n_layers=3, n_heads=8, ffn_dim=2048, vocab_size=8192
+    )
     for name, model in (("small", MODEL), ("large", large)):
         saved(tmp_path / name, model)
-    script = PEAK.replace("SMALL", str(dataclasses.asdict(MODEL))).replace("LARGE", str(dataclasses.asdict(large)))
+    script = PEAK.replace("SMALL", str(dataclasses.asdict(MODEL))).replace(
+        "LARGE", str(dataclasses.asdict(large))
+    )
     # Every freed tensor goes back to the system at once, so that the peak is what was in use.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=200
+        [sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     largest = 4 * large.vocab_size * large.dim
     with safe_open(next((tmp_path / "large-hf").glob("*.safetensors")), "pt") as file:
-        assert 4 * large.parameters() > 5 * largest, "the bound below would hold with all in memory"
-        assert len(file.keys()) == len(large.tensors()), "all of the weights are in one shard"
+        assert 4 * large.parameters() > 5 * largest, (
+            "the bound below would hold with all in memory"
+        )
+        assert len(file.keys()) == len(large.tensors()), (
+            "all of the weights are in one shard"
+        )
     exported, both = map(int, done.stdout.split())
     # A tensor, what it is made from, and small things; and what a checkpoint is written from.
     assert exported < 2 * largest + 8e6, done.stdout

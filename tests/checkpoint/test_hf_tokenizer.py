@@ -23,12 +23,19 @@ import torch.distributed.checkpoint as dcp
 from stackgrow.checkpoint.dcp import CheckpointError
 from stackgrow.checkpoint.hf import export_hf
 from stackgrow.checkpoint.hf_tokenizer import HARD_TEXTS, UNDERLINE, StoredTokenizer
-from stackgrow.data.tokenizer import HfTokenizer, SentencePiece, Tokenizer, train_tokenizer
+from stackgrow.data.tokenizer import (
+    HfTokenizer,
+    SentencePiece,
+    Tokenizer,
+    train_tokenizer,
+)
 from stackgrow.recipe.keys import Model
 
 transformers = pytest.importorskip("transformers")
 
-MODEL = Model(family="llama2", dim=16, n_layers=1, n_heads=2, ffn_dim=24, vocab_size=300)
+MODEL = Model(
+    family="llama2", dim=16, n_layers=1, n_heads=2, ffn_dim=24, vocab_size=300
+)
 TRANSFORMERS_4 = os.environ.get("STACKGROW_TRANSFORMERS_4", "")
 CORPUS = [Path(json.__file__).read_text(), *HARD_TEXTS.values()]
 
@@ -39,7 +46,9 @@ def trained(texts: list[str]) -> Tokenizer:
 
 def dummy_prefix(texts: list[str]) -> Tokenizer:
     """As Llama 2's own, which puts a space before every text."""
-    return sentence_piece(texts, "bpe", remove_extra_whitespaces=False, normalization_rule_name="identity")
+    return sentence_piece(
+        texts, "bpe", remove_extra_whitespaces=False, normalization_rule_name="identity"
+    )
 
 
 def normalised(texts: list[str]) -> Tokenizer:
@@ -48,7 +57,12 @@ def normalised(texts: list[str]) -> Tokenizer:
 
 
 def unigram(texts: list[str]) -> Tokenizer:
-    return sentence_piece(texts, "unigram", remove_extra_whitespaces=False, normalization_rule_name="identity")
+    return sentence_piece(
+        texts,
+        "unigram",
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+    )
 
 
 def sentence_piece(texts: list[str], kind: str, **options: Any) -> Tokenizer:
@@ -67,7 +81,10 @@ def byte_level(texts: list[str]) -> Tokenizer:
     model.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     special = {"special_tokens": ["<unk>", "<s>", "</s>"], "initial_alphabet": alphabet}
-    model.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=600, show_progress=False, **special))
+    model.train_from_iterator(
+        texts,
+        tokenizers.trainers.BpeTrainer(vocab_size=600, show_progress=False, **special),
+    )
     return HfTokenizer(model.to_str().encode())
 
 
@@ -80,7 +97,10 @@ def mistral(texts: list[str]) -> Tokenizer:
     return SentencePiece(file.read_bytes())
 
 
-KINDS = {make.__name__: make for make in (trained, dummy_prefix, normalised, unigram, byte_level, mistral)}
+KINDS = {
+    make.__name__: make
+    for make in (trained, dummy_prefix, normalised, unigram, byte_level, mistral)
+}
 
 
 def exported(folder: Path, stored: StoredTokenizer, **options: Any) -> Any:
@@ -88,7 +108,14 @@ def exported(folder: Path, stored: StoredTokenizer, **options: Any) -> Any:
     model = dataclasses.replace(MODEL, vocab_size=stored.vocab_size)
     state = {name: torch.zeros(shape) for name, shape in model.tensors().items()}
     dcp.save(state, checkpoint_id=folder / "step-1", no_dist=True)
-    return export_hf(folder / "step-1", folder / "hf", model, tokenizer=stored, card="# Mine\n", **options).tokenizer
+    return export_hf(
+        folder / "step-1",
+        folder / "hf",
+        model,
+        tokenizer=stored,
+        card="# Mine\n",
+        **options,
+    ).tokenizer
 
 
 IDS = """
@@ -103,8 +130,20 @@ print(json.dumps({"ids": ids, "decoded": [tokenizer.decode(i, skip_special_token
 
 def in_transformers_4(folder: Path, texts: list[str]) -> dict[str, Any]:
     (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
-    command = [TRANSFORMERS_4, "-c", IDS, str(folder / "hf"), str(folder / "texts.json")]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": os.environ["PATH"]}, check=True)
+    command = [
+        TRANSFORMERS_4,
+        "-c",
+        IDS,
+        str(folder / "hf"),
+        str(folder / "texts.json"),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"]},
+        check=True,
+    )
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -112,7 +151,9 @@ def in_transformers_4(folder: Path, texts: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_gives_the_ids_of_training(tmp_path: Path, kind: str) -> None:
     tokenizer = KINDS[kind](CORPUS)
-    written = exported(tmp_path, StoredTokenizer(tokenizer, samples=(CORPUS[0],)), seq_len=64)
+    written = exported(
+        tmp_path, StoredTokenizer(tokenizer, samples=(CORPUS[0],)), seq_len=64
+    )
     assert set(written.differing) <= {UNDERLINE}
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     texts = [*CORPUS, ""]
@@ -136,11 +177,16 @@ def test_there_are_24_kinds_of_hard_texts_and_each_is_compared(tmp_path: Path) -
     assert written.differing == (UNDERLINE,)
     card = (tmp_path / "hf" / "README.md").read_text()
     assert card.startswith("# Mine\n")
-    assert "tokenizer.json gives the ids of the tokenizer of training on 26 of 27 sample texts." in card
+    assert (
+        "tokenizer.json gives the ids of the tokenizer of training on 26 of 27 sample texts."
+        in card
+    )
     assert "It differs on: the character U+2581." in card
 
 
-def test_a_tokenizer_that_comes_out_otherwise_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_comes_out_otherwise_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The comparison is with what was written, not with what was meant."""
     from stackgrow.checkpoint import hf_tokenizer
 
@@ -150,8 +196,12 @@ def test_a_tokenizer_that_comes_out_otherwise_is_told(tmp_path: Path, monkeypatc
     assert "prose" in (tmp_path / "hf" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("document_ends", "end"), [("bos", "<s>"), ("both", "</s>"), ("eos", "</s>")])
-def test_generation_stops_where_documents_end(tmp_path: Path, document_ends: str, end: str) -> None:
+@pytest.mark.parametrize(
+    ("document_ends", "end"), [("bos", "<s>"), ("both", "</s>"), ("eos", "</s>")]
+)
+def test_generation_stops_where_documents_end(
+    tmp_path: Path, document_ends: str, end: str
+) -> None:
     """In a store without EOS at the BOS of the next document."""
     tokenizer = trained(CORPUS)
     if document_ends == "eos":
@@ -165,7 +215,9 @@ def test_generation_stops_where_documents_end(tmp_path: Path, document_ends: str
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert model.generation_config.eos_token_id == config.eos_token_id
     assert model.generation_config.pad_token_id == 0
-    with torch.no_grad():  # whatever stands before, the next token is the one that ends a document
+    with (
+        torch.no_grad()
+    ):  # whatever stands before, the next token is the one that ends a document
         model.model.embed_tokens.weight.fill_(1.0)
         model.model.norm.weight.fill_(1.0)
         model.lm_head.weight[theirs.eos_token_id].fill_(1.0)
@@ -177,7 +229,9 @@ def test_generation_stops_where_documents_end(tmp_path: Path, document_ends: str
 def test_pad_tokens(tmp_path: Path) -> None:
     """A batch for fine-tuning; of a tokenizer without any such token the card says so."""
     exported(tmp_path, StoredTokenizer(byte_level(CORPUS)))
-    assert "There is no token for padding" in (tmp_path / "hf" / "README.md").read_text()
+    assert (
+        "There is no token for padding" in (tmp_path / "hf" / "README.md").read_text()
+    )
     exported(tmp_path / "own", StoredTokenizer(trained(CORPUS)))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "own" / "hf")
     batch = theirs(["a", "import json"], padding=True)
@@ -191,6 +245,18 @@ def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
         model = dataclasses.replace(MODEL, vocab_size=vocab_size)
         state = {name: torch.zeros(shape) for name, shape in model.tensors().items()}
         dcp.save(state, checkpoint_id=tmp_path / str(vocab_size), no_dist=True)
-    with pytest.raises(CheckpointError, match="the tokenizer has 500 tokens, the model 499"):
-        export_hf(tmp_path / "499", tmp_path / "hf", dataclasses.replace(MODEL, vocab_size=499), tokenizer=stored)
-    export_hf(tmp_path / "512", tmp_path / "hf", dataclasses.replace(MODEL, vocab_size=512), tokenizer=stored)
+    with pytest.raises(
+        CheckpointError, match="the tokenizer has 500 tokens, the model 499"
+    ):
+        export_hf(
+            tmp_path / "499",
+            tmp_path / "hf",
+            dataclasses.replace(MODEL, vocab_size=499),
+            tokenizer=stored,
+        )
+    export_hf(
+        tmp_path / "512",
+        tmp_path / "hf",
+        dataclasses.replace(MODEL, vocab_size=512),
+        tokenizer=stored,
+    )

@@ -23,7 +23,11 @@ def test_free_memory_of_the_same_size_is_lent_again() -> None:
     memory = Reused()
     place = memory.empty((3, 4), torch.float32).data_ptr()
     again = memory.empty((2, 3), torch.float64)
-    assert (again.data_ptr(), again.shape, again.dtype) == (place, (2, 3), torch.float64)
+    assert (again.data_ptr(), again.shape, again.dtype) == (
+        place,
+        (2, 3),
+        torch.float64,
+    )
 
 
 def test_free_memory_of_another_size_is_let_go() -> None:

@@ -67,18 +67,24 @@ def get(place: int) -> bytes:
 
 def doubled(times: int, start: bytes = pickle.EMPTY_TUPLE) -> bytes:
     """((x, x), (x, x)) and so on, in four bytes for each level: 2 ** times in all."""
-    return start + b"".join(pickle.MEMOIZE + get(level) + pickle.TUPLE2 for level in range(times))
+    return start + b"".join(
+        pickle.MEMOIZE + get(level) + pickle.TUPLE2 for level in range(times)
+    )
 
 
 @pytest.mark.parametrize("file", PYTHONS, ids=lambda file: file.stem)
-def test_the_metadata_that_each_python_writes_is_read(file: Path, tmp_path: Path) -> None:
+def test_the_metadata_that_each_python_writes_is_read(
+    file: Path, tmp_path: Path
+) -> None:
     (tmp_path / METADATA).write_bytes(file.read_bytes())
     for name in ("__0_0.distcp", "__1_0.distcp"):
         (tmp_path / name).write_bytes(bytes(1500))
     metadata = read_metadata(tmp_path)
     assert tensor_shapes(metadata) == {"a.weight": ((4, 3), torch.float32)}
     assert len(places(metadata, "a.weight")) == 2
-    assert metadata.state_dict_metadata["a.weight"].properties == TensorProperties(torch.float32)
+    assert metadata.state_dict_metadata["a.weight"].properties == TensorProperties(
+        torch.float32
+    )
     assert metadata.storage_meta.checkpoint_id == "/runs/a/checkpoint/step-3"
 
 
@@ -86,7 +92,9 @@ def test_there_are_files_of_all_pythons_that_differ() -> None:
     versions = [file.stem.removeprefix("metadata-") for file in PYTHONS]
     assert versions == ["3.10.13", "3.11.2", "3.11.7", "3.12.1", "3.13.0"]
     by_name = [file for file in PYTHONS if b"getattr" in file.read_bytes()]
-    assert [file.stem for file in by_name] == ["metadata-3.11.2"], "which pickles enums as 3.11.0 to 3.11.3 do"
+    assert [file.stem for file in by_name] == ["metadata-3.11.2"], (
+        "which pickles enums as 3.11.0 to 3.11.3 do"
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,8 +105,18 @@ def test_there_are_files_of_all_pythons_that_differ() -> None:
         ("torch\nfloat32", "itemsize"),
     ],
 )
-def test_nothing_is_taken_but_the_members_of_that_enum(folder: Path, owner: str, name: str) -> None:
-    call = b"cbuiltins\ngetattr\n" + b"c" + owner.encode() + b"\n" + text(name) + pickle.TUPLE2 + pickle.REDUCE
+def test_nothing_is_taken_but_the_members_of_that_enum(
+    folder: Path, owner: str, name: str
+) -> None:
+    call = (
+        b"cbuiltins\ngetattr\n"
+        + b"c"
+        + owner.encode()
+        + b"\n"
+        + text(name)
+        + pickle.TUPLE2
+        + pickle.REDUCE
+    )
     (folder / METADATA).write_bytes(program(call))
     refused(folder, "takes an attribute of something that is no memory format")
 
@@ -112,7 +130,12 @@ def test_nested_tuples_as_a_key(folder: Path) -> None:
 
 def test_nested_lists_that_a_message_would_show(folder: Path) -> None:
     lists = b"".join(
-        pickle.EMPTY_LIST + pickle.MEMOIZE + pickle.MARK + get(level) * 2 + pickle.APPENDS for level in range(60)
+        pickle.EMPTY_LIST
+        + pickle.MEMOIZE
+        + pickle.MARK
+        + get(level) * 2
+        + pickle.APPENDS
+        for level in range(60)
     )
     (folder / METADATA).write_bytes(program(pickle.EMPTY_LIST + pickle.MEMOIZE, lists))
     refused(folder, "refers to one list from several places")
@@ -147,8 +170,12 @@ def test_a_file_without_end(folder: Path) -> None:
 def test_many_chunks_are_looked_at_in_linear_time(tmp_path: Path) -> None:
     """By columns: each would be compared with each."""
     n = 30_000
-    chunks = [ChunkStorageMetadata(torch.Size([0, i]), torch.Size([4, 1])) for i in range(n)]
-    entry = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size([4, n]), chunks)
+    chunks = [
+        ChunkStorageMetadata(torch.Size([0, i]), torch.Size([4, 1])) for i in range(n)
+    ]
+    entry = TensorStorageMetadata(
+        TensorProperties(torch.float32), torch.Size([4, n]), chunks
+    )
     info = _StorageInfo("__0_0.distcp", 0, 1000)
     storage = {MetadataIndex("a.weight", chunk.offsets): info for chunk in chunks}
     metadata = Metadata({"a.weight": entry}, storage_data=storage)
@@ -160,17 +187,26 @@ def test_many_chunks_are_looked_at_in_linear_time(tmp_path: Path) -> None:
 # The tensors and byte items themselves.
 
 
-def archive(folder: Path, fqn: str) -> tuple[dict[str, bytes], MetadataIndex, _StorageInfo]:
+def archive(
+    folder: Path, fqn: str
+) -> tuple[dict[str, bytes], MetadataIndex, _StorageInfo]:
     """The parts of what torch.save wrote of an entry."""
     metadata = read_metadata(folder)
     index = next(index for index in metadata.storage_data if index.fqn == fqn)
     info = metadata.storage_data[index]
-    data = (folder / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
+    data = (folder / info.relative_path).read_bytes()[
+        info.offset : info.offset + info.length
+    ]
     with zipfile.ZipFile(io.BytesIO(data)) as parts:
         return {name: parts.read(name) for name in parts.namelist()}, index, info
 
 
-def replace(folder: Path, fqn: str, changes: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> int:
+def replace(
+    folder: Path,
+    fqn: str,
+    changes: dict[str, bytes],
+    compression: int = zipfile.ZIP_STORED,
+) -> int:
     """Puts an entry with changed parts in a file of its own; returns its bytes."""
     parts, index, _ = archive(folder, fqn)
     written = io.BytesIO()
@@ -179,7 +215,9 @@ def replace(folder: Path, fqn: str, changes: dict[str, bytes], compression: int 
             new.writestr(name, content)
     (folder / "changed.distcp").write_bytes(written.getvalue())
     metadata = pickle.loads((folder / METADATA).read_bytes())
-    metadata.storage_data[index] = _StorageInfo("changed.distcp", 0, len(written.getvalue()))
+    metadata.storage_data[index] = _StorageInfo(
+        "changed.distcp", 0, len(written.getvalue())
+    )
     (folder / METADATA).write_bytes(pickle.dumps(metadata))
     return len(written.getvalue())
 
@@ -191,7 +229,12 @@ def refuses(folder: Path, match: str) -> None:
         read_all(folder)
     state = {"a.weight": torch.zeros(4, 3), "train_state": {"step": None}}
     with pytest.raises(CheckpointException, match=match):
-        dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner(), no_dist=True)
+        dcp.load(
+            state,
+            storage_reader=SafeReader(folder),
+            planner=SafePlanner(),
+            no_dist=True,
+        )
     assert time.perf_counter() - started < SECONDS
 
 
@@ -207,7 +250,9 @@ def test_entries_in_a_file_of_their_own_are_read(folder: Path) -> None:
 
 
 def test_a_tensor_that_is_stored_compressed(folder: Path) -> None:
-    size = replace(folder, "a.weight", {"archive/data/0": bytes(1 << 24)}, zipfile.ZIP_DEFLATED)
+    size = replace(
+        folder, "a.weight", {"archive/data/0": bytes(1 << 24)}, zipfile.ZIP_DEFLATED
+    )
     assert size < 1 << 16
     refuses(folder, "its parts are compressed")
 
@@ -215,7 +260,10 @@ def test_a_tensor_that_is_stored_compressed(folder: Path) -> None:
 def test_a_tensor_of_more_than_its_storage(folder: Path) -> None:
     """torch would allocate it."""
     parts, _, _ = archive(folder, "a.weight")
-    rows, many = pickle.BININT1 + b"\x04", pickle.BININT + (1 << 30).to_bytes(4, "little")
+    rows, many = (
+        pickle.BININT1 + b"\x04",
+        pickle.BININT + (1 << 30).to_bytes(4, "little"),
+    )
     columns = pickle.BININT1 + b"\x03"
     shape = rows + columns + pickle.TUPLE2
     changed = parts["archive/data.pkl"].replace(shape, many + columns + pickle.TUPLE2)
@@ -227,7 +275,9 @@ def test_a_tensor_of_more_than_its_storage(folder: Path) -> None:
 def test_a_storage_that_claims_more_than_there_is(folder: Path) -> None:
     parts, _, _ = archive(folder, "a.weight")
     elements = pickle.BININT1 + bytes([12])
-    changed = parts["archive/data.pkl"].replace(elements, pickle.BININT + (1 << 30).to_bytes(4, "little"))
+    changed = parts["archive/data.pkl"].replace(
+        elements, pickle.BININT + (1 << 30).to_bytes(4, "little")
+    )
     assert changed != parts["archive/data.pkl"]
     replace(folder, "a.weight", {"archive/data.pkl": changed})
     refuses(folder, "is not in the file whole")
@@ -235,21 +285,39 @@ def test_a_storage_that_claims_more_than_there_is(folder: Path) -> None:
 
 @pytest.mark.parametrize("fqn", ["a.weight", "train_state.step"])
 def test_nested_tuples_in_a_saved_dictionary(folder: Path, fqn: str) -> None:
-    bomb = b"\x80\x02" + pickle.EMPTY_DICT + nested_put(60) + pickle.NONE + pickle.SETITEM + pickle.STOP
+    bomb = (
+        b"\x80\x02"
+        + pickle.EMPTY_DICT
+        + nested_put(60)
+        + pickle.NONE
+        + pickle.SETITEM
+        + pickle.STOP
+    )
     replace(folder, fqn, {"archive/data.pkl": bomb})
     refuses(folder, "refers to one tuple from several places")
 
 
 def nested_put(times: int) -> bytes:
     """As ``doubled``, in the instructions that torch knows."""
-    levels = (pickle.BINPUT + bytes([level]) + get(level) + pickle.TUPLE2 for level in range(times))
+    levels = (
+        pickle.BINPUT + bytes([level]) + get(level) + pickle.TUPLE2
+        for level in range(times)
+    )
     return pickle.EMPTY_TUPLE + b"".join(levels)
 
 
 def test_bytes_that_are_made_again_and_again(folder: Path) -> None:
     long = pickle.BINUNICODE + (1 << 16).to_bytes(4, "little") + b"a" * (1 << 16)
-    again = b"c_codecs\nencode\n" + get(0) + text_in_protocol_2("latin1") + pickle.TUPLE2 + pickle.REDUCE
-    bomb = b"\x80\x02" + pickle.EMPTY_LIST + pickle.MARK + long + pickle.BINPUT + b"\x00"
+    again = (
+        b"c_codecs\nencode\n"
+        + get(0)
+        + text_in_protocol_2("latin1")
+        + pickle.TUPLE2
+        + pickle.REDUCE
+    )
+    bomb = (
+        b"\x80\x02" + pickle.EMPTY_LIST + pickle.MARK + long + pickle.BINPUT + b"\x00"
+    )
     bomb += again * 1000 + pickle.APPENDS + pickle.STOP
     replace(folder, "train_state.step", {"archive/data.pkl": bomb})
     refuses(folder, "makes more bytes than it holds")
@@ -269,7 +337,9 @@ def text_in_protocol_2(value: str) -> bytes:
     ids=repr,
 )  # fmt: skip
 def test_plain_data_is_read_as_it_was(value: Any, tmp_path: Path) -> None:
-    dcp.save({"train_state": {"item": value}}, checkpoint_id=tmp_path / "c", no_dist=True)
+    dcp.save(
+        {"train_state": {"item": value}}, checkpoint_id=tmp_path / "c", no_dist=True
+    )
     metadata = read_metadata(tmp_path / "c")
     if isinstance(value, torch.Tensor):
         read: Any = read_tensor(tmp_path / "c", metadata, "train_state.item")
@@ -277,6 +347,13 @@ def test_plain_data_is_read_as_it_was(value: Any, tmp_path: Path) -> None:
         return
     for name in metadata.state_dict_metadata:
         read_item(tmp_path / "c", metadata, name)
-    loaded: dict[str, Any] = {"train_state": {"item": value if isinstance(value, dict) else None}}
-    dcp.load(loaded, storage_reader=SafeReader(tmp_path / "c"), planner=SafePlanner(), no_dist=True)
+    loaded: dict[str, Any] = {
+        "train_state": {"item": value if isinstance(value, dict) else None}
+    }
+    dcp.load(
+        loaded,
+        storage_reader=SafeReader(tmp_path / "c"),
+        planner=SafePlanner(),
+        no_dist=True,
+    )
     assert loaded["train_state"]["item"] == value

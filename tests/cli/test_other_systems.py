@@ -38,20 +38,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "site" / "sitecustomize.py").write_text(SITE, encoding="utf-8")
     (root / "corpus").mkdir()
     for i in range(40):
-        (root / "corpus" / f"{i}.txt").write_text(f"text {i} " + "of many words " * 50, encoding="utf-8")
-    recipe = edited(("vocab_size = 256", "vocab_size = 300"), ('tokens = "100K"', 'tokens = "50K"'))
+        (root / "corpus" / f"{i}.txt").write_text(
+            f"text {i} " + "of many words " * 50, encoding="utf-8"
+        )
+    recipe = edited(
+        ("vocab_size = 256", "vocab_size = 300"), ('tokens = "100K"', 'tokens = "50K"')
+    )
     (root / "recipe.toml").write_text(recipe, encoding="utf-8")
     return root
 
 
-def command(folder: Path, tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def command(
+    folder: Path, tool: str, *arguments: str
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": f"{folder / 'site'}:{REPOSITORY}"}
     line = [sys.executable, str(REPOSITORY / "tools" / tool), *arguments]
-    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        line, cwd=folder, env=environment, capture_output=True, text=True
+    )
 
 
 def test_data_are_prepared_and_looked_at(folder: Path) -> None:
-    arguments = ("--input", "corpus", "--train-tokenizer", "300", "--validation", "0.2", "--out", "data/tiny")
+    arguments = (
+        "--input",
+        "corpus",
+        "--train-tokenizer",
+        "300",
+        "--validation",
+        "0.2",
+        "--out",
+        "data/tiny",
+    )
     done = command(folder, "prepare_data.py", *arguments)
     assert done.returncode == 0, done.stderr
     done = command(folder, "data.py", "inspect", "recipe.toml", "--position", "3")

@@ -16,7 +16,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from stackgrow.data.loader import TokenLoader, WindowDataset, open_validation, validation_batches
+from stackgrow.data.loader import (
+    TokenLoader,
+    WindowDataset,
+    open_validation,
+    validation_batches,
+)
 from stackgrow.data.store import StoreError, TokenStore
 from stackgrow.recipe.keys import Data
 
@@ -40,10 +45,27 @@ def write_store(folder: Path, shard_tokens: int = 100) -> Path:
             np.save(path, part)
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
             size = path.stat().st_size
-            shards.append({"file": path.name, "tokens": len(part), "documents": 0, "sha256": sha256, "bytes": size})
+            shards.append(
+                {
+                    "file": path.name,
+                    "tokens": len(part),
+                    "documents": 0,
+                    "sha256": sha256,
+                    "bytes": size,
+                }
+            )
         splits[split] = {"tokens": len(tokens), "documents": 0, "shards": shards}
-    manifest = {"format": 1, "dtype": "uint16", "vocab_size": 1000, "bos_id": 1, "splits": splits}
-    manifest["tokenizer"] = {"file": "tokenizer.model", "sha256": hashlib.sha256(b"").hexdigest()}
+    manifest = {
+        "format": 1,
+        "dtype": "uint16",
+        "vocab_size": 1000,
+        "bos_id": 1,
+        "splits": splits,
+    }
+    manifest["tokenizer"] = {
+        "file": "tokenizer.model",
+        "sha256": hashlib.sha256(b"").hexdigest(),
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
 
@@ -57,8 +79,15 @@ def dataset(store: TokenStore, seq_len: int = S, seed: int = 7) -> WindowDataset
     return WindowDataset([store], [1.0], seq_len, seed)
 
 
-def loader(store: TokenStore, ranks: int = 1, rank: int = 0, micro: int = 2, **options: Any) -> TokenLoader:
-    known = {"global_batch": GLOBAL_BATCH, "micro_batch": micro, "dp_rank": rank, "dp_world_size": ranks}
+def loader(
+    store: TokenStore, ranks: int = 1, rank: int = 0, micro: int = 2, **options: Any
+) -> TokenLoader:
+    known = {
+        "global_batch": GLOBAL_BATCH,
+        "micro_batch": micro,
+        "dp_rank": rank,
+        "dp_world_size": ranks,
+    }
     return TokenLoader(dataset(store), **{**known, **options})
 
 
@@ -76,19 +105,26 @@ def session(
     store: TokenStore, position: int, steps: int, ranks: int, micro: int, workers: int
 ) -> tuple[list[int], int]:
     """Windows in the order in which ``ranks`` loaders give them, and the position reached."""
-    loaders = [loader(store, ranks, rank, micro, start_position=position, num_workers=workers) for rank in range(ranks)]
+    loaders = [
+        loader(store, ranks, rank, micro, start_position=position, num_workers=workers)
+        for rank in range(ranks)
+    ]
     iterators = [iter(each) for each in loaders]
     order: list[int] = []
     for _ in range(steps * GLOBAL_BATCH // (ranks * micro)):
         for iterator in iterators:
             order += windows_of(next(iterator))
         position += ranks * micro
-        assert [each.state_dict() for each in loaders] == [{"position": position}] * ranks
+        assert [each.state_dict() for each in loaders] == [
+            {"position": position}
+        ] * ranks
     return order, position
 
 
 def reference(store: TokenStore, count: int, seed: int = 7) -> list[int]:
-    return [window for _, window in dataset(store, seed=seed).order.windows(range(count))]
+    return [
+        window for _, window in dataset(store, seed=seed).order.windows(range(count))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -114,11 +150,15 @@ def test_order_does_not_depend_on_ranks_workers_or_batch_split(
     assert order == reference(store, steps * GLOBAL_BATCH)
     assert position == steps * GLOBAL_BATCH
     for epoch in range(3):
-        assert sorted(order[epoch * WINDOWS : (epoch + 1) * WINDOWS]) == list(range(WINDOWS))
+        assert sorted(order[epoch * WINDOWS : (epoch + 1) * WINDOWS]) == list(
+            range(WINDOWS)
+        )
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_the_order_survives_everything(store: TokenStore, tmp_path: Path, mixed: bool) -> None:
+def test_the_order_survives_everything(
+    store: TokenStore, tmp_path: Path, mixed: bool
+) -> None:
     """1 to 8 ranks, 0 to 2 workers, batch sizes, restarts at random positions, through epochs and a growth (whose
     stage has a batch of its own): one and the same sequence of windows, each of them once per epoch."""
     rng = random.Random(0)
@@ -127,13 +167,23 @@ def test_the_order_survives_everything(store: TokenStore, tmp_path: Path, mixed:
     sessions += [] if mixed else [(r, 2, w) for r in ranks_ for w in (1, 2)]
     rng.shuffle(sessions)
     weights = [0.7, 0.3] if mixed else [1.0]
-    stores = [store, TokenStore.open(write_store(tmp_path / "other", shard_tokens=77))][: len(weights)]
+    stores = [store, TokenStore.open(write_store(tmp_path / "other", shard_tokens=77))][
+        : len(weights)
+    ]
     data = WindowDataset(stores, weights, S, 7)
     found, position = [], 0
     for number, (ranks, micro, workers) in enumerate(sessions):
         batch = BIG_BATCH if number < 10 else 2 * BIG_BATCH  # grown
-        options = {"global_batch": batch, "micro_batch": micro, "dp_world_size": ranks, "num_workers": workers}
-        loaders = [TokenLoader(data, dp_rank=r, start_position=position, **options) for r in range(ranks)]
+        options = {
+            "global_batch": batch,
+            "micro_batch": micro,
+            "dp_world_size": ranks,
+            "num_workers": workers,
+        }
+        loaders = [
+            TokenLoader(data, dp_rank=r, start_position=position, **options)
+            for r in range(ranks)
+        ]
         iterators = [iter(each) for each in loaders]
         for _ in range(rng.randint(1, 2) * batch // (ranks * micro)):
             for iterator in iterators:
@@ -148,17 +198,27 @@ def test_the_order_survives_everything(store: TokenStore, tmp_path: Path, mixed:
         assert sorted(given[: 2 * WINDOWS]) == sorted([*range(WINDOWS)] * 2)
 
 
-def test_epochs_seeds_and_data_have_orders_of_their_own(store: TokenStore, tmp_path: Path) -> None:
+def test_epochs_seeds_and_data_have_orders_of_their_own(
+    store: TokenStore, tmp_path: Path
+) -> None:
     first, second = reference(store, WINDOWS), reference(store, 2 * WINDOWS)[WINDOWS:]
     other_seed = reference(store, WINDOWS, seed=8)
     other_shards = TokenStore.open(write_store(tmp_path / "store", shard_tokens=99))
-    orders = [first, second, other_seed, reference(other_shards, WINDOWS), list(range(WINDOWS))]
+    orders = [
+        first,
+        second,
+        other_seed,
+        reference(other_shards, WINDOWS),
+        list(range(WINDOWS)),
+    ]
     for one, two in itertools.combinations(orders, 2):
         assert sum(a == b for a, b in zip(one, two, strict=True)) < 10
         assert sorted(one) == sorted(two)
 
 
-def test_position_counts_what_was_yielded_not_what_was_prefetched(store: TokenStore) -> None:
+def test_position_counts_what_was_yielded_not_what_was_prefetched(
+    store: TokenStore,
+) -> None:
     source = loader(store, num_workers=2)
     iterator = iter(source)
     order = [w for _ in range(3) for w in windows_of(next(iterator))]
@@ -188,9 +248,16 @@ def test_iterating_draws_nothing_from_the_global_generator(store: TokenStore) ->
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_open_files_do_not_grow_with_the_number_of_stores(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_files_do_not_grow_with_the_number_of_stores(
+    store: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("stackgrow.data.store.OPEN_SHARDS", 9)
-    data = WindowDataset([TokenStore.open(store.manifest.folder) for _ in range(3)], [1.0, 1.0, 1.0], S, 7)
+    data = WindowDataset(
+        [TokenStore.open(store.manifest.folder) for _ in range(3)],
+        [1.0, 1.0, 1.0],
+        S,
+        7,
+    )
     assert len(store.shards) > 4
     data.__getitems__(list(range(300)))
     assert [len(s._files) for s in data.stores] == [3, 3, 3]
@@ -206,16 +273,23 @@ def test_workers_really_load(store: TokenStore) -> None:
     assert os.getpid() not in pids
     del iterator
     deadline = time.monotonic() + 60
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+    while any(
+        psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        for pid in pids
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_store_is_told_in_one_line_by_workers_too(tmp_path: Path, workers: int) -> None:
+def test_a_damaged_store_is_told_in_one_line_by_workers_too(
+    tmp_path: Path, workers: int
+) -> None:
     folder = write_store(tmp_path / "store")
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "vocab_size": 10}), encoding="utf-8")
+    (folder / "manifest.json").write_text(
+        json.dumps({**manifest, "vocab_size": 10}), encoding="utf-8"
+    )
     damaged = TokenStore.open(folder)
     with pytest.raises(StoreError) as caught:
         next(iter(loader(damaged, num_workers=workers)))
@@ -241,7 +315,11 @@ def test_a_pickled_dataset_reads_the_same(store: TokenStore) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"ranks": 5}, ValueError, "must be a multiple of 5 data-parallel ranks x micro batch 2"),
+        (
+            {"ranks": 5},
+            ValueError,
+            "must be a multiple of 5 data-parallel ranks x micro batch 2",
+        ),
         ({"micro": 0}, ValueError, "must be a multiple"),
         ({"global_batch": 0}, ValueError, "must be a multiple"),
         ({"ranks": 2, "rank": 2}, ValueError, "rank 2 is outside a world of 2"),
@@ -254,12 +332,17 @@ def test_a_loader_refuses_batches_and_ranks_that_do_not_fit(
         loader(store, **options)
 
 
-@pytest.mark.parametrize(("sequences", "ranks", "micro"), [(1, 1, 1), (10, 1, 4), (10, 2, 3), (61, 4, 4), (3, 4, 2)])
+@pytest.mark.parametrize(
+    ("sequences", "ranks", "micro"),
+    [(1, 1, 1), (10, 1, 4), (10, 2, 3), (61, 4, 4), (3, 4, 2)],
+)
 def test_validation_reads_each_window_once_over_all_ranks(
     store: TokenStore, sequences: int, ranks: int, micro: int
 ) -> None:
     rows = open_validation(Data(path=str(store.manifest.folder), seq_len=S), sequences)
-    per_rank = [list(validation_batches(rows, S, micro, r, ranks)) for r in range(ranks)]
+    per_rank = [
+        list(validation_batches(rows, S, micro, r, ranks)) for r in range(ranks)
+    ]
     assert len({len(batches) for batches in per_rank}) == 1
     seen = []
     for inputs, labels in itertools.chain(*per_rank):
@@ -271,7 +354,9 @@ def test_validation_reads_each_window_once_over_all_ranks(
 
 
 def test_validation_can_be_spread_over_the_held_out_text(store: TokenStore) -> None:
-    rows = open_validation(Data(path=str(store.manifest.folder), seq_len=S), 10, take="spread")
+    rows = open_validation(
+        Data(path=str(store.manifest.folder), seq_len=S), 10, take="spread"
+    )
     assert [window for _, window in rows] == [i * WINDOWS // 10 for i in range(10)]
     assert rows[-1][1] > WINDOWS * 0.8
 

@@ -17,8 +17,29 @@ from stackgrow.data.store import Manifest, Shard, Split, StoreError
 
 
 def manifest(tokens: int, name: str = "a", tokenizer: str = "t") -> Manifest:
-    split = Split(tokens, 0, (Shard("x.npy", tokens, 0, hashlib.sha256(name.encode()).hexdigest(), 2 * tokens + 128),))
-    return Manifest(Path(name), "uint16", 100, 1, "m", tokenizer, {"train": split, "validation": split}, {})
+    split = Split(
+        tokens,
+        0,
+        (
+            Shard(
+                "x.npy",
+                tokens,
+                0,
+                hashlib.sha256(name.encode()).hexdigest(),
+                2 * tokens + 128,
+            ),
+        ),
+    )
+    return Manifest(
+        Path(name),
+        "uint16",
+        100,
+        1,
+        "m",
+        tokenizer,
+        {"train": split, "validation": split},
+        {},
+    )
 
 
 def test_order_is_the_released_one() -> None:
@@ -27,10 +48,14 @@ def test_order_is_the_released_one() -> None:
     assert windows == [82, 427, 691, 501, 461, 687, 347, 457, 704, 708]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 16, 17, 61, 100, 255, 256, 257, 1000, 4096, 5000, 70_001])
+@pytest.mark.parametrize(
+    "n", [1, 2, 3, 4, 5, 7, 8, 16, 17, 61, 100, 255, 256, 257, 1000, 4096, 5000, 70_001]
+)
 def test_permute_is_a_bijection(n: int) -> None:
     for epoch in range(3):
-        assert np.array_equal(np.sort(permute(np.arange(n), n, epoch_key("m", 1, epoch))), np.arange(n))
+        assert np.array_equal(
+            np.sort(permute(np.arange(n), n, epoch_key("m", 1, epoch))), np.arange(n)
+        )
 
 
 def test_permute_is_elementwise_and_takes_huge_ranges() -> None:
@@ -53,7 +78,10 @@ def chi_square(n: int, draws_per_permutation: int) -> float:
     counts = dict.fromkeys(itertools.permutations(range(n)), 0)
     for seed in range(draws_per_permutation * cells):
         counts[tuple(permute(np.arange(n), n, epoch_key("m", seed, 0)).tolist())] += 1
-    return sum((count - draws_per_permutation) ** 2 for count in counts.values()) / draws_per_permutation
+    return (
+        sum((count - draws_per_permutation) ** 2 for count in counts.values())
+        / draws_per_permutation
+    )
 
 
 @pytest.mark.parametrize("n", [3, 4])
@@ -73,7 +101,9 @@ def test_permutations_of_five_spread_by_a_tenth() -> None:
 
 def test_permute_sends_indices_everywhere_and_parts_neighbours() -> None:
     """Where the first tenth of 1,000 indices goes, over 300 keys; and neighbours do not stay neighbours."""
-    images = np.stack([permute(np.arange(1000), 1000, epoch_key("m", 1, e)) for e in range(300)])
+    images = np.stack(
+        [permute(np.arange(1000), 1000, epoch_key("m", 1, e)) for e in range(300)]
+    )
     bins = np.bincount(images[:, :100].ravel() // 100, minlength=10)
     assert np.abs(bins - 3000).max() < 5 * 3000**0.5
     steps = np.abs(np.diff(images, axis=1))
@@ -82,9 +112,13 @@ def test_permute_sends_indices_everywhere_and_parts_neighbours() -> None:
 
 
 def mixture(
-    weights: tuple[float, ...] = (6.5, 2.5, 1), sizes: tuple[int, ...] = (500, 7001, 33), **options: Any
+    weights: tuple[float, ...] = (6.5, 2.5, 1),
+    sizes: tuple[int, ...] = (500, 7001, 33),
+    **options: Any,
 ) -> Order:
-    manifests = [manifest(8 * size + 1, name) for size, name in zip(sizes, "abc", strict=False)]
+    manifests = [
+        manifest(8 * size + 1, name) for size, name in zip(sizes, "abc", strict=False)
+    ]
     return Order(manifests, weights, 8, options.get("seed", 7))
 
 
@@ -92,8 +126,14 @@ def test_mixture_holds_its_weights_in_every_block() -> None:
     order = mixture()
     stores = np.array([store for store, _ in order.windows(range(3 * BLOCK))])
     for block in range(3):
-        assert np.bincount(stores[block * BLOCK : (block + 1) * BLOCK]).tolist() == [6500, 2500, 1000]
-    assert abs(np.bincount(stores[:1000])[0] - 650) < 100, "mixed well inside a block, too"
+        assert np.bincount(stores[block * BLOCK : (block + 1) * BLOCK]).tolist() == [
+            6500,
+            2500,
+            1000,
+        ]
+    assert abs(np.bincount(stores[:1000])[0] - 650) < 100, (
+        "mixed well inside a block, too"
+    )
     assert (stores[:BLOCK] != stores[BLOCK : 2 * BLOCK]).any(), "and anew in each"
 
 
@@ -106,7 +146,9 @@ def test_each_store_of_a_mixture_gives_its_own_order() -> None:
         alone = Order([manifest(8 * order.n_windows[store] + 1, name)], [1], 8, 7)
         assert ours == [window for _, window in alone.windows(range(len(ours)))]
         if store != 1:  # which does not get through its first epoch
-            assert sorted(ours[: order.n_windows[store]]) == list(range(order.n_windows[store]))
+            assert sorted(ours[: order.n_windows[store]]) == list(
+                range(order.n_windows[store])
+            )
 
 
 def test_mixture_is_a_pure_function_of_the_position() -> None:
@@ -127,11 +169,21 @@ def test_what_each_store_gave_is_counted_exactly(position: int) -> None:
     seen = order.seen(position)
     assert sum(s["tokens"] for s in seen.values()) == 8 * position
     for name, n in zip("abc", order.n_windows, strict=True):
-        assert seen[name]["tokens"] == seen[name]["epoch"] * n * 8 + seen[name]["epoch_tokens"]
+        assert (
+            seen[name]["tokens"]
+            == seen[name]["epoch"] * n * 8 + seen[name]["epoch_tokens"]
+        )
 
 
 def test_shares_add_up_and_the_largest_remainders_are_rounded_up() -> None:
-    assert apportion([0.67, 0.15, 0.045, 0.045, 0.045, 0.045], BLOCK) == [6700, 1500, 450, 450, 450, 450]
+    assert apportion([0.67, 0.15, 0.045, 0.045, 0.045, 0.045], BLOCK) == [
+        6700,
+        1500,
+        450,
+        450,
+        450,
+        450,
+    ]
     assert apportion([1, 1, 1], 10) == [4, 3, 3]
     assert apportion([3], 7) == [7]
     assert apportion([1e308, 1e308, 1e308, 1e308], 8) == [2, 2, 2, 2]
@@ -141,11 +193,21 @@ def test_shares_add_up_and_the_largest_remainders_are_rounded_up() -> None:
     ("manifests", "weights", "message"),
     [
         ([manifest(8)], [1], "a: train has 8 tokens, seq_len 8 needs 9"),
-        ([manifest(80), manifest(80, "b", "u")], [1, 1], "b and a have different tokenizers"),
-        ([manifest(80), manifest(80, "b")], [1, 1e-5], "b: its weight is less than 1/10000 of all"),
+        (
+            [manifest(80), manifest(80, "b", "u")],
+            [1, 1],
+            "b and a have different tokenizers",
+        ),
+        (
+            [manifest(80), manifest(80, "b")],
+            [1, 1e-5],
+            "b: its weight is less than 1/10000 of all",
+        ),
     ],
 )
-def test_an_order_refuses_stores_that_do_not_fit(manifests: list[Manifest], weights: list[float], message: str) -> None:
+def test_an_order_refuses_stores_that_do_not_fit(
+    manifests: list[Manifest], weights: list[float], message: str
+) -> None:
     with pytest.raises(StoreError, match=message):
         Order(manifests, weights, 8, 7)
 
@@ -161,5 +223,8 @@ def test_any_position_of_any_corpus_costs_the_same() -> None:
             best = min(best, time.thread_time() - began)
         return best
 
-    small, huge = Order([manifest(3 * 10**5 * 8 + 1)], [1], 8, 7), Order([manifest(3 * 10**8 * 2048 + 1)], [1], 2048, 7)
+    small, huge = (
+        Order([manifest(3 * 10**5 * 8 + 1)], [1], 8, 7),
+        Order([manifest(3 * 10**8 * 2048 + 1)], [1], 2048, 7),
+    )
     assert seconds(huge) < 3 * seconds(small)

@@ -48,8 +48,12 @@ def test_opening_and_reading_do_not_grow_with_the_corpus(tmp_path: Path) -> None
     store = sparse_store(tmp_path / "store", SEQUENCES * S + 1)
     small = sparse_store(tmp_path / "small", 10_000 * S + 1)
     command = [sys.executable, "-c", MEASURE, str(store), str(small)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    seconds, memory, windows, _, huge, memory_after, little = map(float, done.stdout.split())
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    seconds, memory, windows, _, huge, memory_after, little = map(
+        float, done.stdout.split()
+    )
     print(
         f"opening and the first batch: {seconds:.3f} s, {memory / 2**20:.1f} MiB; any 8 positions: {huge * 1e3:.2f} ms"
     )
@@ -74,12 +78,28 @@ def sparse_store(folder: Path, tokens: int) -> Path:
             size = stream.tell() + 2 * count
             stream.truncate(size)
         sha256 = hashlib.sha256(path.name.encode()).hexdigest()
-        shards.append({"file": path.name, "tokens": count, "documents": 1, "sha256": sha256, "bytes": size})
+        shards.append(
+            {
+                "file": path.name,
+                "tokens": count,
+                "documents": 1,
+                "sha256": sha256,
+                "bytes": size,
+            }
+        )
     splits = {
         "train": {"tokens": tokens, "documents": len(shards), "shards": shards},
         "validation": {"tokens": 0, "documents": 0, "shards": []},
     }
     tokenizer = {"file": "tokenizer.model", "sha256": hashlib.sha256(b"").hexdigest()}
-    manifest = {"format": 1, "dtype": "uint16", "vocab_size": 32000, "bos_id": 1, "tokenizer": tokenizer}
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "splits": splits}), encoding="utf-8")
+    manifest = {
+        "format": 1,
+        "dtype": "uint16",
+        "vocab_size": 32000,
+        "bos_id": 1,
+        "tokenizer": tokenizer,
+    }
+    (folder / "manifest.json").write_text(
+        json.dumps({**manifest, "splits": splits}), encoding="utf-8"
+    )
     return folder

@@ -29,19 +29,45 @@ def prepare_on_slurm(folder: Path, **commands: str) -> subprocess.CompletedProce
     corpus = folder / "corpus"
     corpus.mkdir()
     for i in range(20):
-        (corpus / f"{i:02d}.txt").write_text(f"text number {i} " + "of many words " * 20, encoding="utf-8")
-    arguments = ["--input", str(corpus), "--train-tokenizer", "300", "--out", str(folder / "slurm"), "--slurm", "cpu"]
+        (corpus / f"{i:02d}.txt").write_text(
+            f"text number {i} " + "of many words " * 20, encoding="utf-8"
+        )
+    arguments = [
+        "--input",
+        str(corpus),
+        "--train-tokenizer",
+        "300",
+        "--out",
+        str(folder / "slurm"),
+        "--slurm",
+        "cpu",
+    ]
     path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PATH": path, "LOG": str(folder / "log")}
-    command = [sys.executable, str(REPOSITORY / "tools" / "prepare_data.py"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "PATH": path,
+        "LOG": str(folder / "log"),
+    }
+    command = [
+        sys.executable,
+        str(REPOSITORY / "tools" / "prepare_data.py"),
+        *arguments,
+    ]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=folder
+    )
 
 
 def test_tasks_and_the_last_step_run_as_jobs(tmp_path: Path) -> None:
-    done = prepare_on_slurm(tmp_path, sbatch=SBATCH, srun=SRUN, scontrol="#!/bin/bash\necho here\n")
+    done = prepare_on_slurm(
+        tmp_path, sbatch=SBATCH, srun=SRUN, scontrol="#!/bin/bash\necho here\n"
+    )
     assert done.returncode == 0, done.stderr
     assert "Slurm is at work" in done.stdout
-    assert "task 1 of 1" in (tmp_path / "log").read_text(encoding="utf-8"), "it ran in the job"
+    assert "task 1 of 1" in (tmp_path / "log").read_text(encoding="utf-8"), (
+        "it ran in the job"
+    )
     prepare([Source(str(tmp_path / "corpus"))], tmp_path / "here", tokenizer=300)
     for file in (tmp_path / "here").iterdir():
         assert (tmp_path / "slurm" / file.name).read_bytes() == file.read_bytes()

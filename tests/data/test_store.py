@@ -20,7 +20,10 @@ from stackgrow.data.prepare import Source, prepare
 from stackgrow.data.store import StoreError, TokenStore, read_manifest
 from stackgrow.data.tokenizer import Tokenizer
 
-TEXTS = {f"{i:02d}.txt": f"document {i}\n" + "some words of text, " * (i + 1) for i in range(60)}
+TEXTS = {
+    f"{i:02d}.txt": f"document {i}\n" + "some words of text, " * (i + 1)
+    for i in range(60)
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in TEXTS.items():
         (root / name).write_text(text, encoding="utf-8")
     out = tmp_path_factory.mktemp("out") / "store"
-    prepare([Source(str(root))], out, tokenizer=300, validation=0.1, tokens_per_shard=1000)
+    prepare(
+        [Source(str(root))], out, tokenizer=300, validation=0.1, tokens_per_shard=1000
+    )
     return out
 
 
@@ -57,14 +62,21 @@ def test_stream_is_the_documents_in_order_each_after_bos(prepared: Path) -> None
         assert tokens.dtype == np.uint16
         starts = np.flatnonzero(tokens == tokenizer.bos_id)
         assert starts[0] == 0
-        part = [tokenizer.decode(piece[1:].tolist()) for piece in np.split(tokens, starts[1:])]
-        assert part == sorted(part, key=lambda text: int(text.split()[1])), "ordered by path"
+        part = [
+            tokenizer.decode(piece[1:].tolist())
+            for piece in np.split(tokens, starts[1:])
+        ]
+        assert part == sorted(part, key=lambda text: int(text.split()[1])), (
+            "ordered by path"
+        )
         texts += part
         store.verify()
     assert sorted(texts) == sorted(TEXTS.values()), "each document in exactly one split"
 
 
-def test_any_range_across_shards(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_range_across_shards(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store_module, "OPEN_SHARDS", 2)
     store = TokenStore.open(prepared)
     arrays = [np.load(prepared / shard.file, mmap_mode="r") for shard in store.shards]
@@ -72,8 +84,17 @@ def test_any_range_across_shards(prepared: Path, monkeypatch: pytest.MonkeyPatch
     assert {len(array) for array in arrays[:-1]} == {1000}
     whole = np.concatenate(arrays)
     rng = np.random.default_rng(0)
-    ranges = [(0, 0), (0, len(whole)), (999, 1001), (1000, 2000), (len(whole), len(whole))]
-    for start, stop in [*ranges, *np.sort(rng.integers(0, len(whole) + 1, (200, 2))).tolist()]:
+    ranges = [
+        (0, 0),
+        (0, len(whole)),
+        (999, 1001),
+        (1000, 2000),
+        (len(whole), len(whole)),
+    ]
+    for start, stop in [
+        *ranges,
+        *np.sort(rng.integers(0, len(whole) + 1, (200, 2))).tolist(),
+    ]:
         assert np.array_equal(store.tokens(start, stop), whole[start:stop])
         assert len(store._files) <= 2
     for start, stop in [(-1, 3), (5, 4), (0, len(whole) + 1)]:
@@ -84,7 +105,12 @@ def test_any_range_across_shards(prepared: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_store_has_as_many_windows_as_fit_with_their_labels(prepared: Path) -> None:
     store = TokenStore.open(prepared)
     n = store.n_tokens
-    assert [store.windows(s) for s in (n, n - 1, n // 2, 1)] == [0, 1, 2 if n % 2 else 1, n - 1]
+    assert [store.windows(s) for s in (n, n - 1, n // 2, 1)] == [
+        0,
+        1,
+        2 if n % 2 else 1,
+        n - 1,
+    ]
 
 
 def test_pickles_without_open_files(prepared: Path) -> None:
@@ -100,7 +126,12 @@ def test_manifest_reads_without_numpy_or_torch(prepared: Path) -> None:
         "import sys; from stackgrow.data.store import read_manifest; "
         f"read_manifest({str(prepared)!r}); sys.exit(bool({{'numpy', 'torch'}} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parents[2]
+        ).returncode
+        == 0
+    )
 
 
 def test_hash_depends_on_content_order_and_split_only(copy: Path) -> None:
@@ -117,12 +148,24 @@ def test_hash_depends_on_content_order_and_split_only(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        (("splits", "train", "shards", 0, "file"), "../train-00-0000-0000.npy", "not a plain file name"),
-        (("splits", "train", "shards", 0, "file"), "/etc/passwd", "not a plain file name"),
+        (
+            ("splits", "train", "shards", 0, "file"),
+            "../train-00-0000-0000.npy",
+            "not a plain file name",
+        ),
+        (
+            ("splits", "train", "shards", 0, "file"),
+            "/etc/passwd",
+            "not a plain file name",
+        ),
         (("splits", "train", "shards", 0, "file"), "..", "not a plain file name"),
         (("splits", "train", "shards", 0, "file"), "a\\b.npy", "not a plain file name"),
         (("tokenizer", "file"), "../tokenizer.model", "not a plain file name"),
-        (("splits", "validation", "shards", 0, "file"), "train-00-0000-0001.npy", "names train-00-0000-0001.npy twice"),
+        (
+            ("splits", "validation", "shards", 0, "file"),
+            "train-00-0000-0001.npy",
+            "names train-00-0000-0001.npy twice",
+        ),
         (("format",), 2, "not a token store of format 1"),
         (("dtype",), "float32", "disagree"),
         (("dtype",), "object", "disagree"),
@@ -145,16 +188,23 @@ def test_a_manifest_that_contradicts_itself_is_refused(
     assert str(copy / "manifest.json") in str(caught.value)
 
 
-def test_a_folder_without_a_whole_manifest_is_no_store(tmp_path: Path, copy: Path) -> None:
+def test_a_folder_without_a_whole_manifest_is_no_store(
+    tmp_path: Path, copy: Path
+) -> None:
     for path in (tmp_path, tmp_path / "absent", copy / "manifest.json"):
         with pytest.raises(StoreError, match="is not a token store"):
             read_manifest(path)
-    (copy / "manifest.json").write_text((copy / "manifest.json").read_text(encoding="utf-8")[:-20], encoding="utf-8")
+    (copy / "manifest.json").write_text(
+        (copy / "manifest.json").read_text(encoding="utf-8")[:-20], encoding="utf-8"
+    )
     with pytest.raises(StoreError, match="cannot be read"):
         read_manifest(copy)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.model", "sources-00.json", "train-00-0000-0001.npy"])
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "tokenizer.model", "sources-00.json", "train-00-0000-0001.npy"],
+)
 def test_a_pipe_in_the_place_of_a_file_is_told(copy: Path, name: str) -> None:
     (copy / name).unlink()
     os.mkfifo(copy / name)
@@ -168,7 +218,15 @@ def test_a_token_beyond_the_vocabulary_is_told_when_it_is_read(copy: Path) -> No
     content = bytearray(path.read_bytes())
     content[-6:-4] = (300).to_bytes(2, "little")  # of a vocabulary of 300
     path.write_bytes(content)
-    edit(copy, "splits", "train", "shards", 1, "sha256", value=hashlib.sha256(content).hexdigest())
+    edit(
+        copy,
+        "splits",
+        "train",
+        "shards",
+        1,
+        "sha256",
+        value=hashlib.sha256(content).hexdigest(),
+    )
     store = TokenStore.open(copy)
     told = r"train-00-0000-0001\.npy holds token id 300 at 997, beyond the vocabulary of 300; prepare the store again"
     with pytest.raises(StoreError, match=told):
@@ -193,7 +251,9 @@ def test_a_token_beyond_the_vocabulary_is_told_when_it_is_read(copy: Path) -> No
         (300, 512, False),
     ],
 )
-def test_a_vocabulary_may_be_padded(prepared: Path, vocabulary: int, model: int, fits: bool) -> None:
+def test_a_vocabulary_may_be_padded(
+    prepared: Path, vocabulary: int, model: int, fits: bool
+) -> None:
     manifest = dataclasses.replace(read_manifest(prepared), vocab_size=vocabulary)
     assert manifest.fits(model) == fits
 
@@ -201,7 +261,10 @@ def test_a_vocabulary_may_be_padded(prepared: Path, vocabulary: int, model: int,
 def test_shard_of_another_size_or_absent(copy: Path) -> None:
     shard = copy / "train-00-0000-0001.npy"
     shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(StoreError, match=r"train-00-0000-0001\.npy has 2126 bytes, the manifest states 2128"):
+    with pytest.raises(
+        StoreError,
+        match=r"train-00-0000-0001\.npy has 2126 bytes, the manifest states 2128",
+    ):
         TokenStore.open(copy)
     shard.unlink()
     with pytest.raises(StoreError, match=r"train-00-0000-0001\.npy is missing"):

@@ -16,7 +16,10 @@ from stackgrow.data import prepare, store
 from stackgrow.data import tokenizer as tokenizer_module
 from stackgrow.data.tokenizer import Tokenizer, TokenizerError, train_tokenizer
 
-SOURCES = [*(inspect.getsource(module) for module in (prepare, store, pytest)), "in 2024\n" * 500]
+SOURCES = [
+    *(inspect.getsource(module) for module in (prepare, store, pytest)),
+    "in 2024\n" * 500,
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,9 @@ def test_texts_are_encoded_alike_together_and_alone(tokenizer: Tokenizer) -> Non
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
-def test_a_trained_tokenizer_has_the_usual_ids_and_splits_digits(tokenizer: Tokenizer) -> None:
+def test_a_trained_tokenizer_has_the_usual_ids_and_splits_digits(
+    tokenizer: Tokenizer,
+) -> None:
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (700, 1, 2)
     assert len(tokenizer.encode("2024")) == 4, "digits are split"
     assert len(tokenizer.encode("        return")) < 4, "indentation is merged"
@@ -61,7 +66,9 @@ def test_training_is_deterministic(tokenizer: Tokenizer) -> None:
     assert train_tokenizer(SOURCES, 701).sha256 != tokenizer.sha256
 
 
-def test_a_loaded_tokenizer_is_the_saved_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_loaded_tokenizer_is_the_saved_one(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     path = tmp_path / "t.model"
     path.write_bytes(tokenizer.model)
     loaded = Tokenizer.load(path)
@@ -105,11 +112,16 @@ def byte_level(bos: str = "<|begin_of_text|>", template: bool = True) -> bytes:
     special = [bos, "<|end_of_text|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     model.train_from_iterator(SOURCES, trainer)
     if template:
-        model.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
+        model.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, 0)]
+        )
     return model.to_str().encode()
 
 
@@ -121,11 +133,23 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def test_a_tokenizer_json_encodes_special_tokens_as_text(hf: Tokenizer) -> None:
-    assert (hf.vocab_size, hf.bos_id, hf.eos_id, hf.file) == (600, 0, 1, "tokenizer.json")
-    for text in [*SOURCES, "", "é 日本 😀", "<|begin_of_text|> spelled out <|end_of_text|>"]:
+    assert (hf.vocab_size, hf.bos_id, hf.eos_id, hf.file) == (
+        600,
+        0,
+        1,
+        "tokenizer.json",
+    )
+    for text in [
+        *SOURCES,
+        "",
+        "é 日本 😀",
+        "<|begin_of_text|> spelled out <|end_of_text|>",
+    ]:
         ids = hf.encode(text)
         assert hf.decode(ids) == text
-        assert not {hf.bos_id, hf.eos_id} & set(ids), "special tokens in a text are text"
+        assert not {hf.bos_id, hf.eos_id} & set(ids), (
+            "special tokens in a text are text"
+        )
 
 
 def test_bos_of_a_tokenizer_json_without_a_template(tmp_path: Path) -> None:
@@ -148,17 +172,23 @@ def test_bos_of_a_tokenizer_json_without_a_template(tmp_path: Path) -> None:
         ("<|startoftext|>", "<|startoftext|>"),  # gpt-oss's
     ],
 )
-def test_bos_and_eos_are_what_the_folder_of_a_tokenizer_names(tmp_path: Path, bos: str, named: object) -> None:
+def test_bos_and_eos_are_what_the_folder_of_a_tokenizer_names(
+    tmp_path: Path, bos: str, named: object
+) -> None:
     (tmp_path / "tokenizer.json").write_bytes(byte_level(bos=bos, template=False))
     with pytest.raises(TokenizerError, match="--bos"):
         Tokenizer.load(tmp_path)
     eos = "Ġthe"  # any token that is no EOS by name
     config = {"bos_token": named, "eos_token": eos, "unk_token": None}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(config), encoding="utf-8"
+    )
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         tokenizer = Tokenizer.load(path)
         assert tokenizer.bos_id == 0
-        assert tokenizer.eos_id == tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).token_to_id(eos)
+        assert tokenizer.eos_id == tokenizers.Tokenizer.from_file(
+            str(tmp_path / "tokenizer.json")
+        ).token_to_id(eos)
     assert Tokenizer.load(tmp_path, bos="<|end_of_text|>").bos_id == 1
     with pytest.raises(TokenizerError, match='has no token "<none>"'):
         Tokenizer.load(tmp_path, bos="<none>")
@@ -185,10 +215,21 @@ def test_folder_of_a_real_sentencepiece_model(tmp_path: Path) -> None:
 def with_prefix() -> Tokenizer:
     """As Llama 2's: a space before every text."""
     model = io.BytesIO()
-    options = {"vocab_size": 600, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
-    exact = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "max_sentence_length": 2**30}
+    options = {
+        "vocab_size": 600,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "minloglevel": 2,
+    }
+    exact = {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "max_sentence_length": 2**30,
+    }
     lines = iter("\n".join(SOURCES).splitlines())
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **options, **exact)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, **options, **exact
+    )
     return tokenizer_module.SentencePiece(model.getvalue())
 
 

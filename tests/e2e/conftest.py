@@ -16,8 +16,15 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     folder = tmp_path_factory.mktemp("workplace")
     (folder / "tiny.toml").write_text(RECIPE)
     stdlib = Path(os.__file__).parent
-    prepare = [sys.executable, str(REPOSITORY / "tools" / "prepare_data.py"), "--pattern", "*.py"]
-    inputs = [a for p in ("json", "email", "asyncio") for a in ("--input", str(stdlib / p))]
+    prepare = [
+        sys.executable,
+        str(REPOSITORY / "tools" / "prepare_data.py"),
+        "--pattern",
+        "*.py",
+    ]
+    inputs = [
+        a for p in ("json", "email", "asyncio") for a in ("--input", str(stdlib / p))
+    ]
     subprocess.run(
         [*prepare, *inputs, "--train-tokenizer", str(VOCABULARY), "--out", "store", "--validation", "0.1"],
         cwd=folder, env=environment(), check=True, capture_output=True, timeout=120,

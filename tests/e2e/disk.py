@@ -26,15 +26,25 @@ def watch(log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def note(*event: object) -> None:
-        os.write(descriptor, (json.dumps([str(part) for part in event]) + "\n").encode())
+        os.write(
+            descriptor, (json.dumps([str(part) for part in event]) + "\n").encode()
+        )
 
     def hook(name: str, arguments: tuple[Any, ...]) -> None:
-        if name == "open" and isinstance(arguments[0], (str, Path)) and arguments[2] & WRITES:
+        if (
+            name == "open"
+            and isinstance(arguments[0], (str, Path))
+            and arguments[2] & WRITES
+        ):
             note("write", Path(arguments[0]).absolute())
         elif name in ("os.mkdir", "os.remove"):
             note(name.removeprefix("os."), Path(arguments[0]).absolute())
         elif name in ("os.rename", "os.link"):
-            note(name.removeprefix("os."), Path(arguments[0]).absolute(), Path(arguments[1]).absolute())
+            note(
+                name.removeprefix("os."),
+                Path(arguments[0]).absolute(),
+                Path(arguments[1]).absolute(),
+            )
 
     sys.addaudithook(hook)
     sync, write_record = os.fsync, RecordWriter.write
@@ -60,7 +70,9 @@ class Disk:
 
     run: Path
     written: set[Path] = field(default_factory=set)  # and not synced since
-    named: set[Path] = field(default_factory=set)  # made, and the folder not synced since
+    named: set[Path] = field(
+        default_factory=set
+    )  # made, and the folder not synced since
     sealed: set[Path] = field(default_factory=set)  # manifests
     faults: list[str] = field(default_factory=list)
     relied_upon: int = 0
@@ -77,7 +89,9 @@ class Disk:
         elif what == "remove":
             self.written.discard(path)
             self.named.discard(path)
-            if path.name == MANIFEST:  # of an older checkpoint: those that stay are relied upon
+            if (
+                path.name == MANIFEST
+            ):  # of an older checkpoint: those that stay are relied upon
                 self.sealed.discard(path)
                 self._rely_on_all(f"{path} is deleted")
         elif what == "link":
@@ -100,7 +114,9 @@ class Disk:
             for name in (METRICS, VALIDATION):
                 records = new.parents[2] / name
                 if records in self.written:
-                    self.faults.append(f"{records} is named by {new}, and was not synced")
+                    self.faults.append(
+                        f"{records} is named by {new}, and was not synced"
+                    )
             self._rely_on_files_beside(new)
         elif new.name in ("DONE", "ledger.json"):
             self._rely_on_all(f"{new} is written")

@@ -78,7 +78,9 @@ PHASES = {
 }
 
 
-def wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def wrap(
+    owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
     original = getattr(owner, name)
     setattr(owner, name, functools.wraps(original)(around(original)))
 
@@ -123,12 +125,18 @@ def install_fault(action: str, point: str, count: int) -> None:
 
 def watch_generators(train: Callable[..., Any]) -> Callable[..., Any]:
     def states() -> tuple[str, str, str]:
-        return repr(random.getstate()), repr(numpy.random.get_state()), torch.get_rng_state().numpy().tobytes().hex()
+        return (
+            repr(random.getstate()),
+            repr(numpy.random.get_state()),
+            torch.get_rng_state().numpy().tobytes().hex(),
+        )
 
     def inner(trainer: StageTrainer) -> Any:
         before = states()
         result = train(trainer)
-        print(f"{trainer.stage_job.stage.name}: generators {'untouched' if states() == before else 'drawn from'}")
+        print(
+            f"{trainer.stage_job.stage.name}: generators {'untouched' if states() == before else 'drawn from'}"
+        )
         return result
 
     return inner
@@ -158,7 +166,9 @@ def install_phases(file: str) -> None:
 
     def train(original: Callable[..., Any]) -> Callable[..., Any]:
         def inner(trainer: StageTrainer) -> Any:
-            with phase("base train" if trainer.stage_job.stage.index == 0 else "target train"):
+            with phase(
+                "base train" if trainer.stage_job.stage.index == 0 else "target train"
+            ):
                 return original(trainer)
 
         return inner

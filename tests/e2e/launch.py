@@ -71,14 +71,28 @@ class Workplace:
 
     def command(self, *sets: str, ranks: int, recipe: str = "tiny.toml") -> list[str]:
         """The command under torchrun."""
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+        ]
         return [*torchrun, RUN_RECIPE, *self.arguments(*sets, recipe=recipe)]
 
     @staticmethod
     def arguments(*sets: str, recipe: str = "tiny.toml") -> list[str]:
         return [recipe, *(a for s in sets for a in ("--set", s))]
 
-    def run(self, *sets: str, ranks: int = 0, warm_ranks: int = 0, code: int = 0, recipe: str = "tiny.toml") -> str:
+    def run(
+        self,
+        *sets: str,
+        ranks: int = 0,
+        warm_ranks: int = 0,
+        code: int = 0,
+        recipe: str = "tiny.toml",
+    ) -> str:
         """Runs to the end and returns all output; the exit code must be ``code``. In one process, under torchrun in
         ``ranks``, or in ``warm_ranks`` started side by side (see warm.py)."""
         if ranks:
@@ -88,14 +102,19 @@ class Workplace:
             )  # fmt: skip
             returned, output = done.returncode, done.stdout + done.stderr
         else:
-            returned, output = self.tool("run_recipe", *self.arguments(*sets, recipe=recipe), ranks=warm_ranks)
+            returned, output = self.tool(
+                "run_recipe", *self.arguments(*sets, recipe=recipe), ranks=warm_ranks
+            )
         assert returned == code, output
         return output
 
     def run_all(self, jobs: list[tuple[str, list[str]]]) -> str:
         """Runs (recipe, sets) one after another and returns all output; a failed run leaves its folder without what
         the next assertion looks for."""
-        return "".join(self.tool("run_recipe", *self.arguments(*sets, recipe=file))[1] for file, sets in jobs)
+        return "".join(
+            self.tool("run_recipe", *self.arguments(*sets, recipe=file))[1]
+            for file, sets in jobs
+        )
 
     def tool(self, name: str, *arguments: object, ranks: int = 0) -> tuple[int, str]:
         """Exit code and output of a script of tools/, in one process or several (see warm.py)."""
@@ -107,7 +126,9 @@ class Workplace:
         env = {**environment(), "FAULT": f"kill {point}", "FAULT_RANK": "all"}
         process = Warm(FAULTY, self.arguments(*sets), self.folder, env, warm_ranks)
         process.wait(300)
-        assert -signal.SIGKILL in [p.exitcode for p in process.processes], process.output()
+        assert -signal.SIGKILL in [p.exitcode for p in process.processes], (
+            process.output()
+        )
 
     def kill_when(self, condition: Callable[[], bool], *sets: str, ranks: int) -> None:
         """Starts a run under torchrun and kills torchrun, and so its workers, as soon as ``condition`` holds."""
@@ -128,15 +149,30 @@ class Workplace:
             process.wait()
 
 
-def run_tool(name: str, *arguments: object, cwd: Path, ranks: int = 0, timeout: float = 300) -> tuple[int, str]:
+def run_tool(
+    name: str, *arguments: object, cwd: Path, ranks: int = 0, timeout: float = 300
+) -> tuple[int, str]:
     """Exit code and output of a script of tools/, in one process or in ``ranks`` (see warm.py)."""
-    process = Warm(REPOSITORY / "tools" / f"{name}.py", list(map(str, arguments)), cwd, environment(), ranks)
+    process = Warm(
+        REPOSITORY / "tools" / f"{name}.py",
+        list(map(str, arguments)),
+        cwd,
+        environment(),
+        ranks,
+    )
     return process.wait(timeout), process.output()
 
 
 def environment() -> dict[str, str]:
     """A user's shell: without what a process group in the tests' own process has set."""
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    ours = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 

@@ -24,7 +24,10 @@ KINDS = ("loglikelihood", "loglikelihood_rolling")
 
 def main(run: str, requests: str, results: str, *layouts: str) -> None:
     wanted = json.loads(Path(requests).read_text())
-    instances = {kind: [Instance(kind, {}, tuple(args), 0) for args in wanted[kind]] for kind in KINDS}
+    instances = {
+        kind: [Instance(kind, {}, tuple(args), 0) for args in wanted[kind]]
+        for kind in KINDS
+    }
     found = {}
     for layout in layouts:
         chosen = choose(Path(run), sets=[layout, "log.tensorboard=false"])
@@ -38,7 +41,11 @@ def main(run: str, requests: str, results: str, *layouts: str) -> None:
         job = StageJob(recipe, stage, "", chosen.run / stage.name, data)
         trainer = StageTrainer(job)
         trainer.checkpointer.load_weights(chosen.path)
-        lm = StageLM(lambda rows, trainer=trainer: score(trainer, rows, batch=4), tokenizer, stage.seq_len)
+        lm = StageLM(
+            lambda rows, trainer=trainer: score(trainer, rows, batch=4),
+            tokenizer,
+            stage.seq_len,
+        )
         found[layout] = {kind: getattr(lm, kind)(instances[kind]) for kind in KINDS}
         trainer.close()
     if dist.get_rank() == 0:

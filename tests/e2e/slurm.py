@@ -66,9 +66,15 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     """Starts the daemons; yields the environment in which sbatch and the others find them."""
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
-    (folder / "gres.conf").write_text("Name=gpu Count=1 File=/dev/null\n", encoding="utf-8")
+    (folder / "gres.conf").write_text(
+        "Name=gpu Count=1 File=/dev/null\n", encoding="utf-8"
+    )
     text = CONFIGURATION.format(
-        host=platform.node(), user=getpass.getuser(), folder=folder, controller=free_port(), node=free_port()
+        host=platform.node(),
+        user=getpass.getuser(),
+        folder=folder,
+        controller=free_port(),
+        node=free_port(),
     )
     configuration = folder / "slurm.conf"
     configuration.write_text(text.replace("RequeueExit=\n", ""), encoding="utf-8")
@@ -79,14 +85,24 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
             path = program(name)
             assert path is not None
             with (folder / f"{name}.log").open("wb") as log:
-                daemons.append(subprocess.Popen([path, "-D"], env=environment, stdout=log, stderr=log))
+                daemons.append(
+                    subprocess.Popen(
+                        [path, "-D"], env=environment, stdout=log, stderr=log
+                    )
+                )
         deadline = time.monotonic() + 60
         while "idle" not in ask(environment, "sinfo", "--noheader", "--format=%T"):
             assert time.monotonic() < deadline, logs(folder)
             time.sleep(0.5)
         yield environment
     finally:
-        ask(environment, "scancel", "--state=RUNNING", "--full", f"--user={getpass.getuser()}")
+        ask(
+            environment,
+            "scancel",
+            "--state=RUNNING",
+            "--full",
+            f"--user={getpass.getuser()}",
+        )
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
@@ -97,15 +113,21 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def ask(environment: dict[str, str], *words: str) -> str:
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=60
+    )
     return done.stdout + done.stderr
 
 
 def logs(folder: Path) -> str:
-    return "\n".join((folder / f"{name}.log").read_text(errors="replace")[-3000:] for name in DAEMONS)
+    return "\n".join(
+        (folder / f"{name}.log").read_text(errors="replace")[-3000:] for name in DAEMONS
+    )
 
 
-def wait_for_state(environment: dict[str, str], job: str, wanted: set[str], seconds: float) -> str:
+def wait_for_state(
+    environment: dict[str, str], job: str, wanted: set[str], seconds: float
+) -> str:
     """The state that a job comes to, of those wanted."""
     deadline = time.monotonic() + seconds
     while True:

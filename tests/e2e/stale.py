@@ -55,7 +55,11 @@ class StaleNames:
         def inner(path: Any = ".", *args: Any, **kwargs: Any) -> Any:
             if below := self._below(path):
                 mode = args[0] if args else kwargs.get("mode", "r")
-                makes = mode & os.O_CREAT if isinstance(mode, int) else set("wax") & set(mode)
+                makes = (
+                    mode & os.O_CREAT
+                    if isinstance(mode, int)
+                    else set("wax") & set(mode)
+                )
                 if makes:
                     self._made(below)
                 self._look_up(str(Path(below).parent) if makes else below)
@@ -66,9 +70,13 @@ class StaleNames:
     def _making(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def inner(*args: Any, **kwargs: Any) -> Any:
-            if below := self._below(args[-1] if original.__name__ != "mkdir" else args[0]):
+            if below := self._below(
+                args[-1] if original.__name__ != "mkdir" else args[0]
+            ):
                 self._look_up(str(Path(below).parent))
-                self._made(below)  # or another was faster: the server says so, and what was remembered is wrong
+                self._made(
+                    below
+                )  # or another was faster: the server says so, and what was remembered is wrong
             return original(*args, **kwargs)
 
         return inner

@@ -13,14 +13,20 @@ import stackgrow
 NOTEBOOK = REPOSITORY / "examples" / "grow_a_model.ipynb"
 
 
-def test_a_run_is_read_from_python(workplace: Workplace, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_read_from_python(
+    workplace: Workplace, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("transformers")
     monkeypatch.chdir(workplace.folder)
     run = stackgrow.load_run(reference)
     columns = run.curves()
-    assert dict(zip(zip(columns["stage"], columns["step"], strict=True), columns["loss"], strict=True)) == losses(
-        reference
-    )
+    assert dict(
+        zip(
+            zip(columns["stage"], columns["step"], strict=True),
+            columns["loss"],
+            strict=True,
+        )
+    ) == losses(reference)
     assert columns["tokens"] == sorted(columns["tokens"])
     assert len(run.curves("validation")["loss"]) > 2
     assert run.model().config.num_hidden_layers == 4
@@ -34,14 +40,27 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
         monkeypatch.delenv(name, raising=False)
     # It works in a folder beside recipes/, as examples/ is.
-    shutil.copytree(REPOSITORY / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("results"))
+    shutil.copytree(
+        REPOSITORY / "recipes",
+        tmp_path / "recipes",
+        ignore=shutil.ignore_patterns("results"),
+    )
     (tmp_path / "examples").mkdir()
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": str(tmp_path / "examples")}}
+        notebook,
+        timeout=600,
+        resources={"metadata": {"path": str(tmp_path / "examples")}},
     )
     client.execute()
     last = notebook.cells[-1].outputs[-1]["data"]["text/plain"]

@@ -30,7 +30,12 @@ from stackgrow.run_folder.folder import RunFolder
 
 
 @pytest.fixture
-def run(workplace: Workplace, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(
+    workplace: Workplace,
+    reference: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
     """The finished run, copied, and a working directory in which its token store is found."""
     shutil.copytree(reference, tmp_path / "run")
     monkeypatch.chdir(workplace.folder)
@@ -75,9 +80,14 @@ def reseal(checkpoint: Path, done: Path | None = None) -> None:
     """What a careful forger does: the seal, and what names it, fit the changed files."""
     manifest = json.loads((checkpoint / seal.MANIFEST).read_text(encoding="utf-8"))
     names = list(manifest["files"])
-    edit_json(checkpoint / seal.MANIFEST, lambda m: m.update(files=seal.file_records(checkpoint, names)))
+    edit_json(
+        checkpoint / seal.MANIFEST,
+        lambda m: m.update(files=seal.file_records(checkpoint, names)),
+    )
     if done:
-        edit_json(done, lambda d: d.update(manifest_sha256=seal.manifest_hash(checkpoint)))
+        edit_json(
+            done, lambda d: d.update(manifest_sha256=seal.manifest_hash(checkpoint))
+        )
 
 
 def forge_weights(run: RunFolder) -> None:
@@ -103,7 +113,9 @@ def last_record_twice(run: RunFolder) -> None:
 
 def forged_stage_without_its_file(run: RunFolder) -> None:
     run.stage(TARGET).stage_file.unlink()
-    edit_json(run.stage(TARGET).done_file, lambda done: done.update(parent_hash="0" * 64))
+    edit_json(
+        run.stage(TARGET).done_file, lambda done: done.update(parent_hash="0" * 64)
+    )
 
 
 def link_in_place_of_a_stage(run: RunFolder) -> None:
@@ -115,7 +127,9 @@ def link_in_place_of_a_stage(run: RunFolder) -> None:
 def ended_otherwise(record: dict) -> None:
     """Of two sessions the first is edited, which the second names."""
     first = record["sessions"][0]
-    record["sessions"].append({**first, "previous": provenance.link(first, provenance.CHAIN)})
+    record["sessions"].append(
+        {**first, "previous": provenance.link(first, provenance.CHAIN)}
+    )
     first["ended"]["how"] = "StoppedError"
 
 
@@ -123,7 +137,12 @@ def write_benchmark(run: RunFolder, weights: str | None = None) -> Path:
     """Results of the last checkpoint, sealed as evaluation seals them."""
     manifest = seal.read_seal(run.stage(TARGET).checkpoint(20))
     assert manifest is not None
-    record = {"stage": TARGET, "step": 20, "weights": weights or weights_hash(manifest["tensors"]), "tasks": {"x": 0.5}}
+    record = {
+        "stage": TARGET,
+        "step": 20,
+        "weights": weights or weights_hash(manifest["tensors"]),
+        "tasks": {"x": 0.5},
+    }
     file = run.eval_file("last")
     write_evaluation(file, record)
     return file
@@ -222,15 +241,22 @@ def audit(run: Path) -> Audit:
 def test_the_run_itself_has_no_finding(run: Path) -> None:
     found = audit_run(run, full=True)
     assert not found.findings, found.render()
-    assert found.verdict.startswith("PASSED, BUT NOT CHECKED: losses: no step was trained again (--replay)")
+    assert found.verdict.startswith(
+        "PASSED, BUT NOT CHECKED: losses: no step was trained again (--replay)"
+    )
     assert "data" not in found.verdict, "all of it was read"
-    assert "the seals of 5 checkpoints, and what the stages' DONE say of them" in found.rests_on
+    assert (
+        "the seals of 5 checkpoints, and what the stages' DONE say of them"
+        in found.rests_on
+    )
     assert any("no signature is looked at" in line for line in found.rests_on)
     assert found.checks["provenance"] == "1 session; the last: finished"
     for line in (found.verdict, *found.rests_on, NEVER_LOOKED_AT):
         assert line in found.render()
     assert found.to_dict()["verdict"] == found.verdict
-    assert found.checks["stages"] == "3 of 3 done; 40,960 tokens trained, 40,960 planned"
+    assert (
+        found.checks["stages"] == "3 of 3 done; 40,960 tokens trained, 40,960 planned"
+    )
     assert found.checks["growth"].startswith("39 tensors made again")
     assert found.checks["data"] == "store: 3 of 3 files read"
 
@@ -240,7 +266,10 @@ def test_every_change_is_found(run: Path, change: str) -> None:
     apply, check, where, message = CHANGES[change]
     apply(RunFolder(run))
     found = audit(run)
-    assert any(f.check == check and where in f.where and message in f.message for f in found.findings), found.render()
+    assert any(
+        f.check == check and where in f.where and message in f.message
+        for f in found.findings
+    ), found.render()
 
 
 def test_benchmarks_of_the_weights_that_are_there_have_no_finding(run: Path) -> None:
@@ -251,17 +280,27 @@ def test_benchmarks_of_the_weights_that_are_there_have_no_finding(run: Path) -> 
     assert "eval: the scores themselves" in found.verdict
 
 
-def test_modified_code_and_missing_data_are_said_not_to_be_checked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modified_code_and_missing_data_are_said_not_to_be_checked(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changed = {"commit": "c" * 40, "dirty_sha256": "d" * 64}
-    edit_json(RunFolder(run).provenance_file, lambda p: p["sessions"][0].update(code=changed))
+    edit_json(
+        RunFolder(run).provenance_file, lambda p: p["sessions"][0].update(code=changed)
+    )
     monkeypatch.chdir(run)
     found = audit_run(run)
     assert {f.message for f in found.findings} >= {
         "was made by no session of provenance.json: one of the two was edited"
     }
     assert found.verdict == f"FAILED: {len(found.findings)} findings"
-    assert any("code: a session ran files that differ from their commit" in what for what in found.not_checked)
-    assert any(what.startswith("data: store is not a token store") for what in found.not_checked)
+    assert any(
+        "code: a session ran files that differ from their commit" in what
+        for what in found.not_checked
+    )
+    assert any(
+        what.startswith("data: store is not a token store")
+        for what in found.not_checked
+    )
 
 
 def test_a_run_that_was_killed_has_no_finding(run: Path) -> None:
@@ -270,8 +309,13 @@ def test_a_run_that_was_killed_has_no_finding(run: Path) -> None:
     stage_of(run, TARGET).done_file.unlink()
     shutil.rmtree(stage_of(run, TARGET).checkpoint(20))
     (stage_of(run, TARGET).checkpoint(20)).mkdir()
-    (stage_of(run, TARGET).checkpoint(20) / "__0_0.distcp").write_bytes(b"half a tensor")
-    os.truncate(stage_of(run, TARGET).metrics_file, stage_of(run, TARGET).metrics_file.stat().st_size - 30)
+    (stage_of(run, TARGET).checkpoint(20) / "__0_0.distcp").write_bytes(
+        b"half a tensor"
+    )
+    os.truncate(
+        stage_of(run, TARGET).metrics_file,
+        stage_of(run, TARGET).metrics_file.stat().st_size - 30,
+    )
     edit_json(RunFolder(run).provenance_file, lambda p: p["sessions"][-1].pop("ended"))
     found = audit(run)
     assert not found.findings, found.render()
@@ -281,23 +325,32 @@ def test_a_run_that_was_killed_has_no_finding(run: Path) -> None:
 
 
 def test_a_run_that_is_running_is_left_alone(run: Path) -> None:
-    with run_lock(RunFolder(run)), pytest.raises(LockedError, match="audit it afterwards"):
+    with (
+        run_lock(RunFolder(run)),
+        pytest.raises(LockedError, match="audit it afterwards"),
+    ):
         audit_run(run)
 
 
-def test_the_data_are_checked_where_they_are(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_are_checked_where_they_are(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree("store", tmp_path / "store")
     shard = next((tmp_path / "store").glob("train-*.npy"))
     flip(shard)
     found = audit_run(run, [tmp_path / "store"], full=True)
     assert [(f.check, f.where) for f in found.findings] == [("data", str(shard))]
     monkeypatch.chdir(run)
-    assert audit(run).checks["data"].startswith("not checked: store is not a token store")
+    assert (
+        audit(run).checks["data"].startswith("not checked: store is not a token store")
+    )
     edit(RunFolder(run).recipe_file, 'path = "store"', 'path = "/etc"')
     assert "name every store with --data" in audit(run).checks["data"]
 
 
-def command_line(workplace: Workplace, *arguments: object, code: int = 0, ranks: int = 0) -> str:
+def command_line(
+    workplace: Workplace, *arguments: object, code: int = 0, ranks: int = 0
+) -> str:
     returned, output = workplace.tool("audit_run", *arguments, ranks=ranks)
     assert returned == code, output
     assert "Traceback" not in output
@@ -306,35 +359,54 @@ def command_line(workplace: Workplace, *arguments: object, code: int = 0, ranks:
 
 def test_command_line_for_machines(workplace: Workplace, run: Path) -> None:
     flip(shard(stage_of(run, TARGET).checkpoint(20)))
-    found = json.loads(command_line(workplace, run, "--json", "--against", "reference", code=65))
-    damage = {"where": f"{TARGET}/checkpoint/step-20", "message": "__0_0.distcp is damaged (SHA-256 differs)"}
+    found = json.loads(
+        command_line(workplace, run, "--json", "--against", "reference", code=65)
+    )
+    damage = {
+        "where": f"{TARGET}/checkpoint/step-20",
+        "message": "__0_0.distcp is damaged (SHA-256 differs)",
+    }
     assert found["findings"] == [{"check": "checkpoints", **damage}]
     assert found["ok"] is False
-    assert found["checks"]["against"] == "reference: 50 losses, and the weights at the end of 3 stages"
+    assert (
+        found["checks"]["against"]
+        == "reference: 50 losses, and the weights at the end of 3 stages"
+    )
 
 
 def test_two_runs_are_the_same_or_not(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, other := tmp_path / "other")
     edit(RunFolder(other).recipe_file, "learning_rate = 0.003", "learning_rate = 0.002")
     edit(stage_of(other, TARGET).metrics_file, '"loss": ', '"loss": 1')
-    edit_json(RunFolder(other).provenance_file, lambda p: p["data"].update(manifest_hash="0" * 64))
+    edit_json(
+        RunFolder(other).provenance_file,
+        lambda p: p["data"].update(manifest_hash="0" * 64),
+    )
     edit_json(
         stage_of(other, GROW).checkpoints / seal.MANIFEST,
         lambda m: m["tensors"].update({"norm.weight": "0" * 16}),
     )
     shutil.rmtree(stage_of(other, TARGET).checkpoint(20))
-    found = audit_run(run, further={"against": lambda case: same_run(case, open_case(other))})
+    found = audit_run(
+        run, further={"against": lambda case: same_run(case, open_case(other))}
+    )
     told = {f.where: f.message for f in reversed(found.findings)}
     assert told["recipe"] == f"{BASE}.train.learning_rate: 0.003 -> 0.002"
     assert told["data"] == "they were trained on different tokens"
     assert told[f"{TARGET}/metrics.jsonl"].startswith("1 of 20 losses differ, by up to")
-    assert (told[GROW], told[TARGET]) == ("ends with other weights", "is finished in one of them only")
+    assert (told[GROW], told[TARGET]) == (
+        "ends with other weights",
+        "is finished in one of them only",
+    )
     assert {f.check for f in found.findings} == {"against"}
 
 
 def test_replay_is_bit_for_bit(workplace: Workplace, run: Path) -> None:
     told = command_line(workplace, run, "--replay", f"{TARGET}:16+4")
-    assert re.search(f"{TARGET} 16 to 20: 13 numbers, [0-9]+ tensors of step-20; equal bit for bit\n", told), told
+    assert re.search(
+        f"{TARGET} 16 to 20: 13 numbers, [0-9]+ tensors of step-20; equal bit for bit\n",
+        told,
+    ), told
     verdict = f"\nPASSED, BUT NOT CHECKED: losses: all steps but 17 to 20 of {TARGET}; "
     assert verdict in told
 
@@ -345,47 +417,83 @@ def json_in(output: str) -> dict:
     return found
 
 
-def test_replay_on_other_ranks_finds_a_forged_loss(workplace: Workplace, run: Path) -> None:
+def test_replay_on_other_ranks_finds_a_forged_loss(
+    workplace: Workplace, run: Path
+) -> None:
     """Other sums are within the stated tolerance, what was made up is not, however well it is sealed."""
     metrics = stage_of(run, BASE).metrics_file
     row = json.loads(metrics.read_text(encoding="utf-8").splitlines()[2])
     edit(metrics, f'"loss": {row["loss"]}', f'"loss": {row["loss"] - 0.01}')
-    output = command_line(workplace, run, "--json", "--replay", f"{BASE}:0+20", ranks=2, code=65)
+    output = command_line(
+        workplace, run, "--json", "--replay", f"{BASE}:0+20", ranks=2, code=65
+    )
     found = json_in(output)
     (forged,) = (f for f in found["findings"] if f["check"] == "replay")
     assert forged["where"] == f"{BASE}/metrics.jsonl"
     assert forged["message"].startswith("step 3 differs when trained again: {'loss':")
     assert "tensors of step-20; largest difference" in found["checks"]["replay"]
-    assert "allowed are 1e-05 and for weights 0.001, since world_size, mesh" in found["checks"]["replay"]
+    assert (
+        "allowed are 1e-05 and for weights 0.001, since world_size, mesh"
+        in found["checks"]["replay"]
+    )
 
 
 @pytest.mark.parametrize(
-    "request_", [f"{BASE}:3+1", f"{BASE}:16+5", f"{BASE}:16+0", f"{GROW}:0+1", "x", f"{BASE}:0+-1"]
+    "request_",
+    [f"{BASE}:3+1", f"{BASE}:16+5", f"{BASE}:16+0", f"{GROW}:0+1", "x", f"{BASE}:0+-1"],
 )
 def test_replay_of_what_is_not_there(run: Path, request_: str) -> None:
     with pytest.raises(WrongRequest, match=r"is not STAGE:STEP|can be gone on with at"):
         audit_run(run, further={"replay": lambda case: replay(case, request_)})
 
 
-def test_strict_replay_grants_nothing_to_a_machine_that_is_only_claimed(workplace: Workplace, run: Path) -> None:
+def test_strict_replay_grants_nothing_to_a_machine_that_is_only_claimed(
+    workplace: Workplace, run: Path
+) -> None:
     """A forged loss within the tolerance, and hardware that would allow it."""
-    file, provenance_file = stage_of(run, TARGET).metrics_file, RunFolder(run).provenance_file
+    file, provenance_file = (
+        stage_of(run, TARGET).metrics_file,
+        RunFolder(run).provenance_file,
+    )
     row = json.loads(file.read_text(encoding="utf-8").splitlines()[17])
     edit(file, f'"loss": {row["loss"]}', f'"loss": {row["loss"] * (1 + 1e-7)}')
-    edit_json(provenance_file, lambda p: p["sessions"][0]["hardware"].update(cpu="another"))
-    claimed = json_in(command_line(workplace, run, "--json", "--replay", f"{TARGET}:16+4", code=65))
-    assert not [f for f in claimed["findings"] if f["check"] == "replay"], "within the tolerance"
-    assert any("hardware differ, and a tolerance was used" in what for what in claimed["not_checked"])
-    found = json_in(command_line(workplace, run, "--json", "--strict", "--replay", f"{TARGET}:16+4", code=65))
+    edit_json(
+        provenance_file, lambda p: p["sessions"][0]["hardware"].update(cpu="another")
+    )
+    claimed = json_in(
+        command_line(workplace, run, "--json", "--replay", f"{TARGET}:16+4", code=65)
+    )
+    assert not [f for f in claimed["findings"] if f["check"] == "replay"], (
+        "within the tolerance"
+    )
+    assert any(
+        "hardware differ, and a tolerance was used" in what
+        for what in claimed["not_checked"]
+    )
+    found = json_in(
+        command_line(
+            workplace, run, "--json", "--strict", "--replay", f"{TARGET}:16+4", code=65
+        )
+    )
     (forged,) = (f for f in found["findings"] if f["check"] == "replay")
     assert forged["message"].startswith("step 18 differs when trained again: {'loss':")
-    output = command_line(workplace, run, "--strict", "--replay", f"{TARGET}:16+4", ranks=2, code=2)
-    assert "--strict compares bit for bit, on the ranks that the run states for these steps: 1" in output
+    output = command_line(
+        workplace, run, "--strict", "--replay", f"{TARGET}:16+4", ranks=2, code=2
+    )
+    assert (
+        "--strict compares bit for bit, on the ranks that the run states for these steps: 1"
+        in output
+    )
 
 
 def test_a_start_that_no_session_states_is_a_finding(run: Path) -> None:
-    edit_json(RunFolder(run).provenance_file, lambda p: p["sessions"][0]["stages"][TARGET].update(start_step=99))
-    found = audit_run(run, further={"replay": lambda case: replay(case, f"{TARGET}:16+4")})
+    edit_json(
+        RunFolder(run).provenance_file,
+        lambda p: p["sessions"][0]["stages"][TARGET].update(start_step=99),
+    )
+    found = audit_run(
+        run, further={"replay": lambda case: replay(case, f"{TARGET}:16+4")}
+    )
     (told,) = (f.message for f in found.findings if f.check == "replay")
     assert "no session says that it made step 17" in told
     assert "ValueError" not in found.render()
@@ -394,8 +502,14 @@ def test_a_start_that_no_session_states_is_a_finding(run: Path) -> None:
 def test_runs_of_other_recipes_differ_by_their_keys(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, other := tmp_path / "other")
     edit(RunFolder(other).recipe_file, "[base]\nn_layers = 2", "[base]\nn_layers = 1")
-    found = audit_run(run, further={"against": lambda case: same_run(case, open_case(other))})
-    told = [f.message for f in found.findings if f.where == "recipe" and f.check == "against"]
+    found = audit_run(
+        run, further={"against": lambda case: same_run(case, open_case(other))}
+    )
+    told = [
+        f.message
+        for f in found.findings
+        if f.where == "recipe" and f.check == "against"
+    ]
     assert "base.n_layers: 2 -> 1" in told
     assert told[0].startswith(
         "its stages are stage-0-train-2L, stage-1-grow, stage-2-train-4L, the other's stage-0-train-1L"
@@ -403,15 +517,21 @@ def test_runs_of_other_recipes_differ_by_their_keys(run: Path, tmp_path: Path) -
     assert not any("{" in message for message in told), told
 
 
-def test_replay_that_could_compare_nothing_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replay_that_could_compare_nothing_is_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for _ in range(2):
         drop_line(stage_of(run, BASE).metrics_file, 16)
     with pytest.raises(
-        WrongRequest, match=r":16\+2': there is nothing to compare with: .* and kept no checkpoint of step 18"
+        WrongRequest,
+        match=r":16\+2': there is nothing to compare with: .* and kept no checkpoint of step 18",
     ):
         audit_run(run, further={"replay": lambda case: replay(case, f"{BASE}:16+2")})
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(WrongRequest, match=r"needs other ranks: .* cannot be shared equally by 3 data ranks"):
+    with pytest.raises(
+        WrongRequest,
+        match=r"needs other ranks: .* cannot be shared equally by 3 data ranks",
+    ):
         audit_run(run, further={"replay": lambda case: replay(case, f"{BASE}:16+4")})
 
 
@@ -420,17 +540,23 @@ class Payload:
         return os.system, ("touch executed",)
 
 
-def test_nothing_of_a_stranger_is_executed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_a_stranger_is_executed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When it is audited, and when it is grown."""
     monkeypatch.chdir(tmp_path)
     for metadata in run.glob("stage-*/checkpoint/**/.metadata"):
         metadata.write_bytes(pickle.dumps(Payload()))
         reseal(metadata.parent)
     found = audit(run)
-    assert any("posix.system, which DCP" in f.message for f in found.findings), found.render()
+    assert any("posix.system, which DCP" in f.message for f in found.findings), (
+        found.render()
+    )
     options = ["--operator", "stack", "--factor", 2]
     for step in (TARGET + "/checkpoint/step-20", GROW + "/checkpoint"):
-        code, told = run_tool("grow_checkpoint", run / step, tmp_path / "grown", *options, cwd=tmp_path)
+        code, told = run_tool(
+            "grow_checkpoint", run / step, tmp_path / "grown", *options, cwd=tmp_path
+        )
         assert code == 65
         assert "posix.system, which DCP" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
@@ -456,7 +582,9 @@ JUNK: list[object] = [
 def junk(value: object, chance: random.Random) -> object:
     """One value, somewhere in the tree, is replaced by something else."""
     if isinstance(value, (dict, list)) and value and chance.random() < 0.9:
-        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        key = chance.choice(
+            list(value) if isinstance(value, dict) else range(len(value))
+        )
         changed = dict(value) if isinstance(value, dict) else list(value)
         changed[key] = junk(value[key], chance)
         return changed
@@ -468,7 +596,15 @@ def test_whatever_a_file_says_it_is_a_finding(run: Path) -> None:
     files = [
         p
         for p in sorted(run.rglob("*"))
-        if p.name in ("DONE", "stage.json", "growth.json", "MANIFEST.json", "provenance.json", "ledger.json")
+        if p.name
+        in (
+            "DONE",
+            "stage.json",
+            "growth.json",
+            "MANIFEST.json",
+            "provenance.json",
+            "ledger.json",
+        )
     ]
     before, chance, unfound = set(run.parent.rglob("*")), random.Random(7), []
     for case in range(14):

@@ -11,7 +11,10 @@ from test_load import BROKEN, NASTY
 from test_stages import CONTRADICTIONS
 
 CASES = {
-    **{f"{where} {new[:24]!r}": (edited((old, new)), ()) for old, new, where, _ in NASTY},
+    **{
+        f"{where} {new[:24]!r}": (edited((old, new)), ())
+        for old, new, where, _ in NASTY
+    },
     **{name: (content, ()) for name, content, _ in BROKEN},
     **{" ".join(sets)[:60]: (RECIPE, sets) for sets, _, _ in CONTRADICTIONS},
     "no such store": (RECIPE, ()),
@@ -21,7 +24,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_refused_on_the_command_line(tmp_path: Path, case: str) -> None:
     content, sets = CASES[case]
-    (tmp_path / "bad.toml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "bad.toml").write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
     done = run(tmp_path, "bad.toml", *(a for s in sets for a in ("--set", s)))
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("bad.toml: ")
@@ -39,4 +44,11 @@ def test_a_directory_and_no_file_at_all(tmp_path: Path) -> None:
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, RUN_RECIPE, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )

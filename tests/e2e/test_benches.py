@@ -14,10 +14,30 @@ BENCH = REPOSITORY / "tools" / "bench"
 
 def test_the_gpu_benchmark_writes_a_table(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "gpu.py"), "--small", "--modes", "eager"]
-    command += ["--kernels", "sdpa", "flex", "--steps", "2", "--loss-chunk", "100", "--out", "bench.json"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    command += [
+        "--kernels",
+        "sdpa",
+        "flex",
+        "--steps",
+        "2",
+        "--loss-chunk",
+        "100",
+        "--out",
+        "bench.json",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
-    report, table = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8")), done.stdout.splitlines()
+    report, table = (
+        json.loads((tmp_path / "bench.json").read_text(encoding="utf-8")),
+        done.stdout.splitlines(),
+    )
     sdpa, flex = report["cases"]
     assert "error" not in sdpa, sdpa["error"]
     assert sdpa["tokens_per_second"] > 0
@@ -44,7 +64,9 @@ def test_a_stage_is_measured_beside_torchtitan(workplace: Workplace) -> None:
         micro_batch=4,
         pair=True,
     )
-    code, output = workplace.tool("bench/gpu", "--work", json.dumps(dataclasses.asdict(case)))
+    code, output = workplace.tool(
+        "bench/gpu", "--work", json.dumps(dataclasses.asdict(case))
+    )
     assert code == 0, output
     assert 0.1 < json.loads(output.splitlines()[-1])["ratio"] < 10
 
@@ -53,7 +75,17 @@ def test_the_handover_is_split_into_its_parts(workplace: Workplace) -> None:
     code, output = workplace.tool("bench/handover", "tiny.toml", "--json")
     assert code == 0, output
     report = json.loads(output[output.rindex("{") :])
-    seconds = {name: value for name, value in report.items() if isinstance(value, float)}
-    assert list(seconds) == ["save", "grow", "build", "load", "first step", "rest", "total"]
+    seconds = {
+        name: value for name, value in report.items() if isinstance(value, float)
+    }
+    assert list(seconds) == [
+        "save",
+        "grow",
+        "build",
+        "load",
+        "first step",
+        "rest",
+        "total",
+    ]
     assert all(value > 0 for value in seconds.values())
     assert abs(sum(seconds.values()) - 2 * seconds["total"]) < 0.01

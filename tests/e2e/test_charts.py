@@ -40,7 +40,9 @@ def curves(stage: StageFolder) -> dict[str, Curve]:
     found = {}
     for tag in reader.Tags()["scalars"]:
         events = reader.Scalars(tag)
-        found[tag] = Curve([event.step for event in events], [event.value for event in events])
+        found[tag] = Curve(
+            [event.step for event in events], [event.value for event in events]
+        )
     return found
 
 
@@ -49,10 +51,17 @@ def test_tags_are_few_and_short_and_the_same_in_every_stage(run: RunFolder) -> N
     assert base == grown
     assert len(base) < 20
     assert max(map(len, base)) < 40
-    assert {"loss/train", "loss/validation", "loss_by_gflops/train", "train/learning_rate"} <= base
+    assert {
+        "loss/train",
+        "loss/validation",
+        "loss_by_gflops/train",
+        "train/learning_rate",
+    } <= base
 
 
-def test_x_is_where_the_run_is_and_no_step_is_there_twice_or_missing(run: RunFolder) -> None:
+def test_x_is_where_the_run_is_and_no_step_is_there_twice_or_missing(
+    run: RunFolder,
+) -> None:
     written = records(run.path, METRICS)
     validated = records(run.path, VALIDATION)
     for name in STAGES:
@@ -62,7 +71,9 @@ def test_x_is_where_the_run_is_and_no_step_is_there_twice_or_missing(run: RunFol
         loss = found["loss/train"]
         assert loss.x == [row["tokens"] for row in rows]
         assert loss.values == pytest.approx([row["loss"] for row in rows], rel=1e-6)
-        assert found["loss_by_gflops/train"].x == [round(row["flops"] / 1e9) for row in rows]
+        assert found["loss_by_gflops/train"].x == [
+            round(row["flops"] / 1e9) for row in rows
+        ]
         rows = [row for (stage, _), row in validated.items() if stage == name]
         assert found["loss/validation"].x == [row["tokens"] for row in rows]
 
@@ -90,9 +101,14 @@ def test_records_say_how_fast_and_how_late(run: RunFolder) -> None:
         assert math.isfinite(row["tps"])
 
 
-def test_wandb_is_refused_with_the_remedy_where_it_is_not_installed(workplace: Workplace, tmp_path: Path) -> None:
+def test_wandb_is_refused_with_the_remedy_where_it_is_not_installed(
+    workplace: Workplace, tmp_path: Path
+) -> None:
     if importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")
     output = workplace.run("log.wandb=true", f"run.folder={tmp_path}/run", code=2)
-    assert "log.wandb: true needs the package wandb: pip install 'stackgrow[wandb]', or set false" in output
+    assert (
+        "log.wandb: true needs the package wandb: pip install 'stackgrow[wandb]', or set false"
+        in output
+    )
     assert not (tmp_path / "run").exists()

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch import FAULTY, REPOSITORY, Workplace, assert_audited, environment, losses, stage_of, steps_logged, weights
+from launch import (
+    FAULTY,
+    REPOSITORY,
+    Workplace,
+    assert_audited,
+    environment,
+    losses,
+    stage_of,
+    steps_logged,
+    weights,
+)
 from warm import Warm
 
 from stackgrow.run.claim import run_lock
@@ -26,43 +36,82 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def node(workplace: Workplace, port: int, log: Path, *sets: str, restarts: int = 2) -> subprocess.Popen:
+def node(
+    workplace: Workplace, port: int, log: Path, *sets: str, restarts: int = 2
+) -> subprocess.Popen:
     """One node of two, with one rank."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    here = {"PATH": path, "NODES": "2", "GPUS": "1", "HEAD": "localhost", "PORT": str(port)}
+    here = {
+        "PATH": path,
+        "NODES": "2",
+        "GPUS": "1",
+        "HEAD": "localhost",
+        "PORT": str(port),
+    }
     here |= {"ADDRESS": "127.0.0.1", "RESTARTS": str(restarts)}
-    arguments = [a for s in (f"data.path={workplace.folder}/store", *sets) for a in ("--set", s)]
-    command = [str(CLUSTER / "node.sh"), str(workplace.folder / "tiny.toml"), *arguments]
+    arguments = [
+        a for s in (f"data.path={workplace.folder}/store", *sets) for a in ("--set", s)
+    ]
+    command = [
+        str(CLUSTER / "node.sh"),
+        str(workplace.folder / "tiny.toml"),
+        *arguments,
+    ]
     with log.open("w") as stream:
-        return subprocess.Popen(command, env={**environment(), **here}, stdout=stream, stderr=stream)
+        return subprocess.Popen(
+            command, env={**environment(), **here}, stdout=stream, stderr=stream
+        )
 
 
-def test_a_killed_worker_is_restarted_on_both_nodes(workplace: Workplace, reference_fsdp: Path, tmp_path: Path) -> None:
-    run, port, logs = tmp_path / "run", free_port(), [tmp_path / f"node-{i}.log" for i in range(2)]
+def test_a_killed_worker_is_restarted_on_both_nodes(
+    workplace: Workplace, reference_fsdp: Path, tmp_path: Path
+) -> None:
+    run, port, logs = (
+        tmp_path / "run",
+        free_port(),
+        [tmp_path / f"node-{i}.log" for i in range(2)],
+    )
     nodes = [node(workplace, port, log, f"run.folder={run}") for log in logs]
     try:
         deadline = time.monotonic() + 300
         while steps_logged(run, TARGET) < 1:
-            assert all(n.poll() is None for n in nodes), "\n".join(log.read_text(encoding="utf-8") for log in logs)
+            assert all(n.poll() is None for n in nodes), "\n".join(
+                log.read_text(encoding="utf-8") for log in logs
+            )
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        worker = next(p for p in psutil.Process(nodes[1].pid).children() if "run_recipe.py" in " ".join(p.cmdline()))
+        worker = next(
+            p
+            for p in psutil.Process(nodes[1].pid).children()
+            if "run_recipe.py" in " ".join(p.cmdline())
+        )
         os.kill(worker.pid, signal.SIGKILL)
-        assert [n.wait(300) for n in nodes] == [0, 0], "\n".join(log.read_text(encoding="utf-8") for log in logs)
+        assert [n.wait(300) for n in nodes] == [0, 0], "\n".join(
+            log.read_text(encoding="utf-8") for log in logs
+        )
     finally:
         for n in nodes:
             n.kill()
     assert losses(run) == losses(reference_fsdp)
-    assert weights(stage_of(run, TARGET).checkpoint(20)) == weights(stage_of(reference_fsdp, TARGET).checkpoint(20))
+    assert weights(stage_of(run, TARGET).checkpoint(20)) == weights(
+        stage_of(reference_fsdp, TARGET).checkpoint(20)
+    )
     assert "done before" in "".join(
         log.read_text(encoding="utf-8") for log in logs
     )  # the base, in the ranks' second life
 
 
-def test_nodes_that_would_train_different_models_are_refused(workplace: Workplace, tmp_path: Path) -> None:
-    run, port, logs = tmp_path / "run", free_port(), [tmp_path / f"node-{i}.log" for i in range(2)]
+def test_nodes_that_would_train_different_models_are_refused(
+    workplace: Workplace, tmp_path: Path
+) -> None:
+    run, port, logs = (
+        tmp_path / "run",
+        free_port(),
+        [tmp_path / f"node-{i}.log" for i in range(2)],
+    )
     nodes = [
-        node(workplace, port, log, f"run.folder={run}", f"seed={seed}", restarts=0) for seed, log in enumerate(logs)
+        node(workplace, port, log, f"run.folder={run}", f"seed={seed}", restarts=0)
+        for seed, log in enumerate(logs)
     ]
     try:
         assert 0 not in [n.wait(300) for n in nodes]
@@ -75,11 +124,19 @@ def test_nodes_that_would_train_different_models_are_refused(workplace: Workplac
     assert not (run / "stage-0-train-2L").exists()
 
 
-def test_nodes_end_together_where_one_is_refused(workplace: Workplace, tmp_path: Path) -> None:
+def test_nodes_end_together_where_one_is_refused(
+    workplace: Workplace, tmp_path: Path
+) -> None:
     """Rank 0 alone sees that the run folder is in use; the other node would wait for it until a timeout."""
-    run, port, logs = tmp_path / "run", free_port(), [tmp_path / f"node-{i}.log" for i in range(2)]
+    run, port, logs = (
+        tmp_path / "run",
+        free_port(),
+        [tmp_path / f"node-{i}.log" for i in range(2)],
+    )
     with run_lock(RunFolder(run)):
-        nodes = [node(workplace, port, log, f"run.folder={run}", restarts=0) for log in logs]
+        nodes = [
+            node(workplace, port, log, f"run.folder={run}", restarts=0) for log in logs
+        ]
         try:
             assert 0 not in [n.wait(120) for n in nodes]
         finally:
@@ -87,27 +144,42 @@ def test_nodes_end_together_where_one_is_refused(workplace: Workplace, tmp_path:
                 n.kill()
     told = "".join(log.read_text(encoding="utf-8") for log in logs)
     assert told.count("is in use by process") == 1
-    assert "exitcode  : 73" in told, told  # of one node or both: torchelastic may end the other first
+    assert "exitcode  : 73" in told, (
+        told
+    )  # of one node or both: torchelastic may end the other first
 
 
-def test_a_rank_that_sees_new_names_late(workplace: Workplace, reference_fsdp: Path, tmp_path: Path) -> None:
+def test_a_rank_that_sees_new_names_late(
+    workplace: Workplace, reference_fsdp: Path, tmp_path: Path
+) -> None:
     """As on NFS, where for a minute another machine may not know what was made after it had looked for it."""
     run, stale = tmp_path / "run", {"STALE": str(tmp_path), "STALE_SECONDS": "10"}
     arguments = workplace.arguments(f"run.folder={run}")
-    process = Warm(FAULTY, arguments, workplace.folder, {**environment(), **stale}, ranks=2)
+    process = Warm(
+        FAULTY, arguments, workplace.folder, {**environment(), **stale}, ranks=2
+    )
     assert process.wait(300) == 0, process.output()
     assert losses(run) == losses(reference_fsdp)
-    assert weights(stage_of(run, TARGET).checkpoint(20)) == weights(stage_of(reference_fsdp, TARGET).checkpoint(20))
+    assert weights(stage_of(run, TARGET).checkpoint(20)) == weights(
+        stage_of(reference_fsdp, TARGET).checkpoint(20)
+    )
     assert_audited(run)
 
 
 @pytest.mark.parametrize("script", ["node.sh", "slurm.sbatch"])
 def test_scripts_are_valid(script: str) -> None:
-    done = subprocess.run(["bash", "-n", str(CLUSTER / script)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-n", str(CLUSTER / script)], capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_a_node_needs_is_asked_for() -> None:
-    done = subprocess.run([str(CLUSTER / "node.sh")], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(CLUSTER / "node.sh")],
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0
     assert "how many nodes" in done.stderr

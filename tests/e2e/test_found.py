@@ -32,7 +32,9 @@ def runs(workplace: Workplace, reference: Path) -> Path:
     start = ["growth[0].timing=start", "base.position=320", "budget.tokens=20Ki"]
     jobs: list = [("tiny.toml", [*SLOPE, "run.folder=slope"])]
     for name, folder in (("dcp", base), ("hf", "llama")):
-        jobs.append(("tiny.toml", [*start, f"base.from={folder}", f"run.folder=from_{name}"]))
+        jobs.append(
+            ("tiny.toml", [*start, f"base.from={folder}", f"run.folder=from_{name}"])
+        )
     jobs.append(("tiny.toml", ["base.from=llama", "run.folder=from_hf", *start]))
     (workplace.folder / "found.txt").write_text(workplace.run_all(jobs))
     return workplace.folder
@@ -45,13 +47,26 @@ def test_growth_comes_when_the_loss_calls_for_it(runs: Path) -> None:
     rows = records(runs / "slope")
     seen = {step: row for (stage, step), row in rows.items() if stage == BASE}
     assert_audited(runs / "slope")
-    assert 8 < found["found"] == max(seen) < 33, "between its bounds, and neither of them"
+    assert 8 < found["found"] == max(seen) < 33, (
+        "between its bounds, and neither of them"
+    )
     plan = plan_of_run(runs / "slope")
-    assert [s.steps for s in plan.train_stages] == [found["found"], max(s for stage, s in rows if stage == TARGET)]
+    assert [s.steps for s in plan.train_stages] == [
+        found["found"],
+        max(s for stage, s in rows if stage == TARGET),
+    ]
     # Decided by the losses that the run logged, at its first chance: independently of stackgrow's own fit.
     for step in range(8, found["found"] + 1):
-        x, y = zip(*[(seen[s]["tokens"] / 1e9, seen[s]["loss"]) for s in range(step - 3, step + 1)], strict=True)
-        fall = -sum((a - sum(x) / 4) * b for a, b in zip(x, y, strict=True)) / sum((a - sum(x) / 4) ** 2 for a in x)
+        x, y = zip(
+            *[
+                (seen[s]["tokens"] / 1e9, seen[s]["loss"])
+                for s in range(step - 3, step + 1)
+            ],
+            strict=True,
+        )
+        fall = -sum((a - sum(x) / 4) * b for a, b in zip(x, y, strict=True)) / sum(
+            (a - sum(x) / 4) ** 2 for a in x
+        )
         assert (fall < 84000) == (step == found["found"])
 
 
@@ -65,7 +80,9 @@ def test_batches_grow_and_the_books_balance(runs: Path) -> None:
     assert ledger["total"]["tokens"] == list(rows.values())[-1]["tokens"] <= 40 * 1024
 
 
-def test_killed_before_and_after_the_decision(workplace: Workplace, runs: Path, tmp_path: Path) -> None:
+def test_killed_before_and_after_the_decision(
+    workplace: Workplace, runs: Path, tmp_path: Path
+) -> None:
     run, sets = tmp_path / "run", [*SLOPE, f"run.folder={tmp_path}/run"]
     workplace.kill_at("train.step 7", *sets)  # after the first checkpoint
     assert not RunFolder(run).stage(BASE).found_file.exists()
@@ -74,16 +91,25 @@ def test_killed_before_and_after_the_decision(workplace: Workplace, runs: Path, 
     assert not RunFolder(run).stage(BASE).done_file.exists()
     workplace.run(*sets)
     reference = runs / "slope"
-    assert RunFolder(run).stage(BASE).found_file.read_text() == RunFolder(reference).stage(BASE).found_file.read_text()
+    assert (
+        RunFolder(run).stage(BASE).found_file.read_text()
+        == RunFolder(reference).stage(BASE).found_file.read_text()
+    )
     for name in (METRICS, VALIDATION):
         assert losses(run, name) == losses(reference, name)
     last = f"{TARGET}/checkpoint/step-{max(s for stage, s in losses(run) if stage == TARGET)}"
     assert weights(run / last) == weights(reference / last)
 
 
-def test_other_degrees_of_parallelism_in_each_stage(workplace: Workplace, runs: Path, tmp_path: Path) -> None:
+def test_other_degrees_of_parallelism_in_each_stage(
+    workplace: Workplace, runs: Path, tmp_path: Path
+) -> None:
     """The base on FSDP, the target on tensor parallelism, with batches that grow: the same steps and losses."""
-    layout = ["base.parallel.shard=2", "growth[0].parallel.tensor=2", f"run.folder={tmp_path}/run"]
+    layout = [
+        "base.parallel.shard=2",
+        "growth[0].parallel.tensor=2",
+        f"run.folder={tmp_path}/run",
+    ]
     workplace.run(*SLOPE, *layout, warm_ranks=2)
     for name in (METRICS, VALIDATION):
         found, expected = losses(tmp_path / "run", name), losses(runs / "slope", name)
@@ -101,42 +127,70 @@ def test_other_degrees_of_parallelism_in_each_stage(workplace: Workplace, runs: 
 def _chunks(checkpoint: Path) -> tuple[int, ...]:
     """The shape of the first stored piece: of w1 [176, 64] under FSDP, of w2 [64, 176] under tensor parallelism."""
     entries = read_metadata(checkpoint).state_dict_metadata
-    pieces = {name: tuple(e.chunks[0].sizes) for name, e in entries.items() if is_model_key(name)}
+    pieces = {
+        name: tuple(e.chunks[0].sizes)
+        for name, e in entries.items()
+        if is_model_key(name)
+    }
     whole = {"w1": (176, 64), "w2": (64, 176)}
     first, second = (pieces[f"layers.0.feed_forward.{name}.weight"] for name in whole)
     return second if second[1] == 88 else first
 
 
 @pytest.mark.parametrize("name", ["dcp", "hf"])
-def test_a_base_from_elsewhere_goes_on_as_its_own_run_did(runs: Path, reference: Path, name: str) -> None:
+def test_a_base_from_elsewhere_goes_on_as_its_own_run_did(
+    runs: Path, reference: Path, name: str
+) -> None:
     run, first = runs / f"from_{name}", "stage-0-import-2L"
     assert weights(RunFolder(run).stage(first).checkpoints) == {
-        k: v for k, v in weights(RunFolder(reference).stage(BASE).checkpoint(20)).items() if is_model_key(k)
+        k: v
+        for k, v in weights(RunFolder(reference).stage(BASE).checkpoint(20)).items()
+        if is_model_key(k)
     }
     found, expected = losses(run), losses(reference)
-    assert found == {key: loss for key, loss in expected.items() if key[0] == TARGET}, "bit for bit, on the same data"
-    assert [r["position"] for r in records(run).values()] == [320 + 16 * i for i in range(1, 21)]
-    weights_hash = json.loads(RunFolder(run).stage(first).found_file.read_text())["found"]
+    assert found == {key: loss for key, loss in expected.items() if key[0] == TARGET}, (
+        "bit for bit, on the same data"
+    )
+    assert [r["position"] for r in records(run).values()] == [
+        320 + 16 * i for i in range(1, 21)
+    ]
+    weights_hash = json.loads(RunFolder(run).stage(first).found_file.read_text())[
+        "found"
+    ]
     sessions = json.loads(RunFolder(run).provenance_file.read_text())["sessions"]
     assert sessions[0]["stages"][first]["weights_hash"] == weights_hash
-    source = json.loads((RunFolder(run).stage(first).checkpoints / GROWTH).read_text())["source"]
+    source = json.loads((RunFolder(run).stage(first).checkpoints / GROWTH).read_text())[
+        "source"
+    ]
     assert ("files" in source) == (name == "hf"), "the SHA-256 of what was converted"
     assert json.loads((run / "ledger.json").read_text())["total"]["tokens"] == 20 * 1024
     assert_audited(run)
 
 
-def test_what_is_wrong_with_what_was_found_is_told(runs: Path, workplace: Workplace, tmp_path: Path) -> None:
+def test_what_is_wrong_with_what_was_found_is_told(
+    runs: Path, workplace: Workplace, tmp_path: Path
+) -> None:
     shutil.copytree(runs / "slope", tmp_path / "run")
     file = RunFolder(tmp_path / "run").stage(BASE).found_file
-    for value, told in (("x", "'x' is nothing that the stage finds"), (None, "None is nothing that the stage finds")):
+    for value, told in (
+        ("x", "'x' is nothing that the stage finds"),
+        (None, "None is nothing that the stage finds"),
+    ):
         file.write_text(json.dumps({**json.loads(file.read_text()), "found": value}))
         assert told in workplace.run(*SLOPE, f"run.folder={tmp_path}/run", code=65)
 
 
-def test_an_imported_base_that_grows_at_once_cannot_be_evaluated(runs: Path, workplace: Workplace) -> None:
-    code, told = workplace.tool("evaluate", runs / "from_hf", "--stage", "stage-0-import-2L")
+def test_an_imported_base_that_grows_at_once_cannot_be_evaluated(
+    runs: Path, workplace: Workplace
+) -> None:
+    code, told = workplace.tool(
+        "evaluate", runs / "from_hf", "--stage", "stage-0-import-2L"
+    )
     assert code == 2
-    assert 'growth[0].timing: "start" grows the imported model before any stage trains it; export it' in told
+    assert (
+        'growth[0].timing: "start" grows the imported model before any stage trains it; export it'
+        in told
+    )
 
 
 def test_a_base_is_taken_over_once(runs: Path) -> None:

@@ -19,9 +19,18 @@ engine.run("tiny.toml", sys.argv[1:])
 """
 
 
-def test_the_base_is_gone_when_the_target_is_built(workplace: Workplace, tmp_path: Path) -> None:
+def test_the_base_is_gone_when_the_target_is_built(
+    workplace: Workplace, tmp_path: Path
+) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    sets = [f"run.folder={tmp_path}/run", "budget.tokens=4Ki", "growth[0].timing=2 steps", "train.warmup=0 steps"]
+    sets = [
+        f"run.folder={tmp_path}/run",
+        "budget.tokens=4Ki",
+        "growth[0].timing=2 steps",
+        "train.warmup=0 steps",
+    ]
     process = Warm(tmp_path / "script.py", sets, workplace.folder, environment())
     assert process.wait(300) == 0, process.output()
-    assert [line for line in process.output().splitlines() if line.startswith("alive")] == ["alive 0", "alive 0"]
+    assert [
+        line for line in process.output().splitlines() if line.startswith("alive")
+    ] == ["alive 0", "alive 0"]

@@ -10,9 +10,23 @@ from stackgrow import seal
 from stackgrow.checkpoint.dcp import places, read_metadata
 from stackgrow.run_folder.folder import METRICS, VALIDATION, RunFolder
 
-BASE, LEARN, GROW, TARGET = "stage-0-train-2L", "stage-1-learn-4L", "stage-2-grow", "stage-3-train-4L"
-SETS = ["growth[0].operator=learn", "growth[0].learn_steps=8 steps", "budget.tokens=32Ki"]
-NARROW = ["base.model.dim=32", "base.model.n_heads=2", "base.model.n_kv_heads=1", "base.model.ffn_dim=88"]
+BASE, LEARN, GROW, TARGET = (
+    "stage-0-train-2L",
+    "stage-1-learn-4L",
+    "stage-2-grow",
+    "stage-3-train-4L",
+)
+SETS = [
+    "growth[0].operator=learn",
+    "growth[0].learn_steps=8 steps",
+    "budget.tokens=32Ki",
+]
+NARROW = [
+    "base.model.dim=32",
+    "base.model.n_heads=2",
+    "base.model.n_kv_heads=1",
+    "base.model.ffn_dim=88",
+]
 SUMMATION_ORDER = 2e-6  # float32, as in test_parallel.py; measured 9e-8
 ROUNDING = 1e-6  # of a mean loss over 704 tokens
 
@@ -32,16 +46,22 @@ def test_depth(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
     stacked = losses(reference, VALIDATION)["stage-2-train-4L", 0]
     assert validation[LEARN, 0] == stacked, "untrained maps are G_stack"
     assert validation[LEARN, 8] < validation[LEARN, 0]
-    assert abs(validation[TARGET, 0] / validation[LEARN, 8] - 1) < ROUNDING, "folded is what was trained"
+    assert abs(validation[TARGET, 0] / validation[LEARN, 8] - 1) < ROUNDING, (
+        "folded is what was trained"
+    )
     assert validation[TARGET, 4] < validation[TARGET, 0]
-    assert [r["position"] for r in metrics.values()] == [16 * i for i in range(1, 33)], "no token twice, none skipped"
+    assert [r["position"] for r in metrics.values()] == [
+        16 * i for i in range(1, 33)
+    ], "no token twice, none skipped"
     flops = [r["flops"] for r in metrics.values()]
     ledger = json.loads((run / "ledger.json").read_text())
     assert ledger["total"]["flops"] == pytest.approx(flops[-1])
     assert ledger["total"]["tokens"] == 32 * 1024
     # The maps cost more than 6 N D of the target: here the mixing of nine weight types, once per step.
     step, target_step = flops[21] - flops[20], flops[-1] - flops[-2]
-    assert step - target_step == pytest.approx(2 * 2 * 4 * 2 * 46_208)  # 2 L l P, forward and for D's gradient
+    assert step - target_step == pytest.approx(
+        2 * 2 * 4 * 2 * 46_208
+    )  # 2 L l P, forward and for D's gradient
 
 
 def test_growth_record_and_what_is_saved(wide_fsdp: Path) -> None:
@@ -60,7 +80,9 @@ def test_growth_record_and_what_is_saved(wide_fsdp: Path) -> None:
     assert_audited(wide_fsdp)
 
 
-def test_one_rank_and_two_agree(workplace: Workplace, wide_fsdp: Path, tmp_path: Path) -> None:
+def test_one_rank_and_two_agree(
+    workplace: Workplace, wide_fsdp: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     workplace.run(*SETS, *NARROW, f"run.folder={run}")
     for name in (METRICS, VALIDATION):
@@ -69,12 +91,19 @@ def test_one_rank_and_two_agree(workplace: Workplace, wide_fsdp: Path, tmp_path:
         assert max(abs(one[k] / two[k] - 1) for k in one) < SUMMATION_ORDER
     # AdamW hides a gradient that is scaled by the number of ranks; its norm does not.
     first, second = records(run), records(wide_fsdp)
-    assert max(abs(first[k]["grad_norm"] / second[k]["grad_norm"] - 1) for k in first) < 10 * SUMMATION_ORDER
+    assert (
+        max(abs(first[k]["grad_norm"] / second[k]["grad_norm"] - 1) for k in first)
+        < 10 * SUMMATION_ORDER
+    )
 
 
-def test_killed_while_learning_and_while_growing(workplace: Workplace, wide_fsdp: Path, tmp_path: Path) -> None:
+def test_killed_while_learning_and_while_growing(
+    workplace: Workplace, wide_fsdp: Path, tmp_path: Path
+) -> None:
     run, sets = tmp_path / "run", [*SETS, *NARROW, f"run.folder={tmp_path}/run"]
-    workplace.kill_at("train.step 23", *sets, warm_ranks=2)  # before its first checkpoint
+    workplace.kill_at(
+        "train.step 23", *sets, warm_ranks=2
+    )  # before its first checkpoint
     assert not list((run / LEARN).glob("checkpoint/*/MANIFEST.json"))
     workplace.kill_at("train.step 7", *sets, warm_ranks=2)
     assert not RunFolder(run).stage(LEARN).done_file.exists()
@@ -82,25 +111,44 @@ def test_killed_while_learning_and_while_growing(workplace: Workplace, wide_fsdp
     workplace.run(*sets, warm_ranks=2)
     assert losses(run) == losses(wide_fsdp)
     assert losses(run, VALIDATION) == losses(wide_fsdp, VALIDATION)
-    for checkpoint in (f"{LEARN}/checkpoint/step-8", f"{GROW}/checkpoint", f"{TARGET}/checkpoint/step-4"):
+    for checkpoint in (
+        f"{LEARN}/checkpoint/step-8",
+        f"{GROW}/checkpoint",
+        f"{TARGET}/checkpoint/step-4",
+    ):
         assert weights(run / checkpoint) == weights(wide_fsdp / checkpoint), checkpoint
 
 
-def test_bf16_is_applied_on_one_rank_and_on_two(workplace: Workplace, wide_fsdp: Path, tmp_path: Path) -> None:
+def test_bf16_is_applied_on_one_rank_and_on_two(
+    workplace: Workplace, wide_fsdp: Path, tmp_path: Path
+) -> None:
     """The maps stay float32 and the target computes in bf16, in the same way with FSDP and without."""
     runs = []
     for ranks in (1, 2):
-        workplace.run(*SETS, *NARROW, "train.precision=bf16", f"run.folder={tmp_path}/{ranks}", warm_ranks=ranks)
+        workplace.run(
+            *SETS,
+            *NARROW,
+            "train.precision=bf16",
+            f"run.folder={tmp_path}/{ranks}",
+            warm_ranks=ranks,
+        )
         runs.append(losses(tmp_path / str(ranks)))
     exact = losses(wide_fsdp)
     for run in runs:
-        assert 1e-6 < max(abs(run[k] / exact[k] - 1) for k in exact if k[0] == LEARN) < 2e-2
+        assert (
+            1e-6
+            < max(abs(run[k] / exact[k] - 1) for k in exact if k[0] == LEARN)
+            < 2e-2
+        )
 
 
 def test_a_damaged_source_stops_the_stage(workplace: Workplace, tmp_path: Path) -> None:
     run, sets = tmp_path / "run", [*SETS, f"run.folder={tmp_path}/run"]
     workplace.kill_at("train.step 23", *sets)
-    checkpoint, name = RunFolder(run).stage(BASE).checkpoint(20), "layers.1.attention.wq.weight"
+    checkpoint, name = (
+        RunFolder(run).stage(BASE).checkpoint(20),
+        "layers.1.attention.wq.weight",
+    )
     ((_, place),) = places(read_metadata(checkpoint), name)
     data = checkpoint / place.relative_path
     content = bytearray(data.read_bytes())

@@ -15,8 +15,20 @@ PADDED = "model.vocab_size=576"  # of the stores' 512
 
 
 def prepare_other_store(workplace: Workplace) -> None:
-    command = [sys.executable, str(REPOSITORY / "tools" / "prepare_data.py"), "--pattern", "*.py", "--out", "other"]
-    command += ["--input", str(Path(os.__file__).parent / "http"), "--tokenizer", "store/tokenizer.model"]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "tools" / "prepare_data.py"),
+        "--pattern",
+        "*.py",
+        "--out",
+        "other",
+    ]
+    command += [
+        "--input",
+        str(Path(os.__file__).parent / "http"),
+        "--tokenizer",
+        "store/tokenizer.model",
+    ]
     command += ["--validation", "0.3"]
     subprocess.run(command, cwd=workplace.folder, env=environment(), check=True)
 
@@ -27,7 +39,9 @@ def test_run_on_a_mixture_with_a_padded_vocabulary(workplace: Workplace) -> None
     workplace.run("run.folder=mixed", MIX, PADDED)
     ledger = json.loads(mixed.ledger_file.read_text(encoding="utf-8"))["data"]
     assert sum(store["tokens"] for store in ledger.values()) == 40 * 1024
-    assert abs(ledger["other"]["tokens"] - 10 * 1024) < 3 * 1024, "a quarter, by chance in so short a run"
+    assert abs(ledger["other"]["tokens"] - 10 * 1024) < 3 * 1024, (
+        "a quarter, by chance in so short a run"
+    )
     rows = list(records(mixed.path).values())
     for row in rows:
         assert sum(store["tokens"] for store in row["data"].values()) == row["tokens"]
@@ -40,4 +54,6 @@ def test_run_on_a_mixture_with_a_padded_vocabulary(workplace: Workplace) -> None
     assert losses(stopped, "validation.jsonl") == losses(mixed.path, "validation.jsonl")
 
     changed = MIX.replace("weight=3", "weight=4")
-    assert "made by another recipe" in workplace.run("run.folder=mixed", changed, PADDED, code=65)
+    assert "made by another recipe" in workplace.run(
+        "run.folder=mixed", changed, PADDED, code=65
+    )

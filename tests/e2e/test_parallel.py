@@ -23,31 +23,52 @@ def worst(run: Path, reference: Path, name: str = "metrics.jsonl") -> float:
 def test_fsdp(reference: Path, reference_fsdp: Path) -> None:
     assert worst(reference_fsdp, reference) < SUMMATION_ORDER
     assert worst(reference_fsdp, reference, "validation.jsonl") < SUMMATION_ORDER
-    assert [r["position"] for r in records(reference_fsdp).values()] == [16 * i for i in range(1, 41)]
+    assert [r["position"] for r in records(reference_fsdp).values()] == [
+        16 * i for i in range(1, 41)
+    ]
 
 
 @pytest.mark.parametrize(
     ("sets", "ranks"),
     [
         (["parallel.tensor=2", "data.workers=1"], 2),
-        (["train.activation_checkpoint=full", "train.loss_chunk=100", "checkpoint.async_mode=async"], 2),
+        (
+            [
+                "train.activation_checkpoint=full",
+                "train.loss_chunk=100",
+                "checkpoint.async_mode=async",
+            ],
+            2,
+        ),
         (["train.activation_checkpoint=selective", "train.micro_batch=16"], 1),
         (["parallel.tensor=2", "parallel.loss_parallel=false"], 2),
     ],
 )
-def test_layout(workplace: Workplace, reference: Path, tmp_path: Path, sets: list[str], ranks: int) -> None:
+def test_layout(
+    workplace: Workplace, reference: Path, tmp_path: Path, sets: list[str], ranks: int
+) -> None:
     workplace.run(*sets, SHORT, f"run.folder={tmp_path}/run", warm_ranks=ranks)
     assert worst(tmp_path / "run", reference) < SUMMATION_ORDER
     assert worst(tmp_path / "run", reference, "validation.jsonl") < SUMMATION_ORDER
 
 
 def test_hsdp(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
-    workplace.run(SHORT, "parallel.replicate=2", "parallel.shard=2", f"run.folder={tmp_path}/run", warm_ranks=4)
+    workplace.run(
+        SHORT,
+        "parallel.replicate=2",
+        "parallel.shard=2",
+        f"run.folder={tmp_path}/run",
+        warm_ranks=4,
+    )
     assert worst(tmp_path / "run", reference) < SUMMATION_ORDER
 
 
-def test_fsdp_with_tensor_parallel(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
-    workplace.run(SHORT, "parallel.tensor=2", f"run.folder={tmp_path}/run", warm_ranks=4)
+def test_fsdp_with_tensor_parallel(
+    workplace: Workplace, reference: Path, tmp_path: Path
+) -> None:
+    workplace.run(
+        SHORT, "parallel.tensor=2", f"run.folder={tmp_path}/run", warm_ranks=4
+    )
     assert worst(tmp_path / "run", reference) < SUMMATION_ORDER
 
 
@@ -56,7 +77,11 @@ def test_compile(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
     assert worst(tmp_path / "run", reference) < SUMMATION_ORDER
 
 
-def test_bf16_is_applied_and_close(workplace: Workplace, reference_fsdp: Path, tmp_path: Path) -> None:
-    workplace.run(SHORT, "train.precision=bf16", f"run.folder={tmp_path}/run", warm_ranks=2)
+def test_bf16_is_applied_and_close(
+    workplace: Workplace, reference_fsdp: Path, tmp_path: Path
+) -> None:
+    workplace.run(
+        SHORT, "train.precision=bf16", f"run.folder={tmp_path}/run", warm_ranks=2
+    )
     # bf16 has 8 bits of mantissa (4e-3): different, yet the same curve.
     assert 1e-6 < worst(tmp_path / "run", reference_fsdp) < 2e-2

@@ -27,15 +27,37 @@ NARROW = ("base.model.dim=16", "base.model.n_heads=2", "base.model.ffn_dim=44")
 def reduced(file: Path) -> list[str]:
     recipe = load_recipe(file)
     learns = [i for i, growth in enumerate(recipe.growth) if growth.learn_steps]
-    sets = [*REDUCED, f"budget.tokens={BATCH * (STEPS * (len(recipe.growth) + 1) + len(learns))}"]
-    sets += [f"growth[{i}].{key}=1 steps" for i in learns for key in ("learn_steps", "learn.warmup")]
-    sets += [f"growth[{i}].ramp=1 steps" for i, growth in enumerate(recipe.growth) if growth.ramp]
-    sets += [f"growth[{i}].freeze=1 steps" for i, growth in enumerate(recipe.growth) if growth.freeze]
-    sets += [f"growth[{i}].timing={STEPS * (i + 1)} steps" for i in range(len(recipe.growth))]
+    sets = [
+        *REDUCED,
+        f"budget.tokens={BATCH * (STEPS * (len(recipe.growth) + 1) + len(learns))}",
+    ]
+    sets += [
+        f"growth[{i}].{key}=1 steps"
+        for i in learns
+        for key in ("learn_steps", "learn.warmup")
+    ]
+    sets += [
+        f"growth[{i}].ramp=1 steps"
+        for i, growth in enumerate(recipe.growth)
+        if growth.ramp
+    ]
+    sets += [
+        f"growth[{i}].freeze=1 steps"
+        for i, growth in enumerate(recipe.growth)
+        if growth.freeze
+    ]
+    sets += [
+        f"growth[{i}].timing={STEPS * (i + 1)} steps" for i in range(len(recipe.growth))
+    ]
     if recipe.base and recipe.base.model:
         sets += NARROW
     if recipe.base and "warmup" in recipe.base.train:
         sets.append("base.train.warmup=1 steps")
+    for i, growth in enumerate(recipe.growth):
+        if "warmup" in growth.train:
+            sets.append(f"growth[{i}].train.warmup=1 steps")
+    if recipe.model.n_kv_heads:
+        sets.append("model.n_kv_heads=2")
     return sets
 
 
@@ -51,25 +73,39 @@ def plan_of(file: Path) -> Plan:
 @pytest.fixture(scope="module")
 def output(workplace: Workplace) -> str:
     folders = {folder_of(plan_of(file)): file for file in FILES}
-    jobs: list = [(str(file), [*reduced(file), f"run.folder={folder}"]) for folder, file in folders.items()]
+    jobs: list = [
+        (str(file), [*reduced(file), f"run.folder={folder}"])
+        for folder, file in folders.items()
+    ]
 
     with ThreadPoolExecutor() as pool:
         return "".join(pool.map(workplace.run_all, (jobs[0::2], jobs[1::2])))
 
 
-@pytest.mark.parametrize("file", FILES, ids=[str(f.relative_to(RECIPES)) for f in FILES])
-def test_recipe_trains_end_to_end(workplace: Workplace, output: str, file: Path) -> None:
+@pytest.mark.parametrize(
+    "file", FILES, ids=[str(f.relative_to(RECIPES)) for f in FILES]
+)
+def test_recipe_trains_end_to_end(
+    workplace: Workplace, output: str, file: Path
+) -> None:
     plan = plan_of(file)
     run = workplace.folder / folder_of(plan)
-    assert [s.name for s in plan.stages if not (run / s.name / "DONE").exists()] == [], output
+    assert [
+        s.name for s in plan.stages if not (run / s.name / "DONE").exists()
+    ] == [], output
     seen = losses(run)
-    assert list(seen) == [(s.name, step) for s in plan.train_stages for step in range(1, s.steps + 1)]
+    assert list(seen) == [
+        (s.name, step) for s in plan.train_stages for step in range(1, s.steps + 1)
+    ]
     assert all(math.isfinite(loss) for loss in seen.values())
     ledger = json.loads((run / "ledger.json").read_text())
     assert ledger["total"]["tokens"] == plan.recipe.budget.tokens
 
     last = plan.train_stages[-1]
-    assert weights(run / last.name / "checkpoint" / f"step-{STEPS}").keys() >= last.model.tensors().keys()
+    assert (
+        weights(run / last.name / "checkpoint" / f"step-{STEPS}").keys()
+        >= last.model.tensors().keys()
+    )
     for stage in plan.stages:
         if isinstance(stage, GrowStage) and stage.layer_map is not None:
             growth = json.loads((run / stage.name / "growth.json").read_text())

@@ -5,31 +5,52 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import BASE, TARGET, Workplace, assert_audited, losses, records, stage_of, steps_logged, weights
+from launch import (
+    BASE,
+    TARGET,
+    Workplace,
+    assert_audited,
+    losses,
+    records,
+    stage_of,
+    steps_logged,
+    weights,
+)
 
 
 def assert_same_run(run: Path, reference: Path) -> None:
     assert_audited(run)
     assert losses(run) == losses(reference)
     assert losses(run, "validation.jsonl") == losses(reference, "validation.jsonl")
-    assert weights(stage_of(run, TARGET).checkpoint(20)) == weights(stage_of(reference, TARGET).checkpoint(20))
+    assert weights(stage_of(run, TARGET).checkpoint(20)) == weights(
+        stage_of(reference, TARGET).checkpoint(20)
+    )
 
 
 @pytest.mark.parametrize("ranks", [0, 2])  # in one process, and under torchrun
 def test_killed_in_base_after_growth_and_in_target(
     workplace: Workplace, tmp_path: Path, ranks: int, request: pytest.FixtureRequest
 ) -> None:
-    reference: Path = request.getfixturevalue("reference_fsdp" if ranks else "reference")
+    reference: Path = request.getfixturevalue(
+        "reference_fsdp" if ranks else "reference"
+    )
     run, place = tmp_path / "run", f"run.folder={tmp_path}/run"
 
     def kill(condition: Callable[[], bool], point: str, *sets: str) -> None:
-        workplace.kill_when(condition, *sets, ranks=ranks) if ranks else workplace.kill_at(point, *sets)
+        workplace.kill_when(
+            condition, *sets, ranks=ranks
+        ) if ranks else workplace.kill_at(point, *sets)
 
     kill(lambda: steps_logged(run, BASE) >= 6, "train.step 7", place)
     assert not stage_of(run, BASE).done_file.exists()
     # Right after growth, before the first checkpoint of the grown model: torchtitan itself would go on from
     # random weights here, since the stage's checkpoint folder may exist already.
-    kill(lambda: steps_logged(run, TARGET) >= 2, "train.step 19", place, "checkpoint.interval=1000 steps")
+    kill(
+        lambda: steps_logged(run, TARGET) >= 2,
+        "train.step 19",
+        place,
+        "checkpoint.interval=1000 steps",
+    )
     assert not list((run / TARGET).glob("checkpoint/*/MANIFEST.json"))
     kill(lambda: steps_logged(run, TARGET) >= 9, "train.step 10", place)
     assert not stage_of(run, TARGET).done_file.exists()
@@ -37,10 +58,14 @@ def test_killed_in_base_after_growth_and_in_target(
     assert_same_run(run, reference)
 
 
-def test_torn_first_save_of_the_grown_stage(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
+def test_torn_first_save_of_the_grown_stage(
+    workplace: Workplace, reference: Path, tmp_path: Path
+) -> None:
     """A first save that was torn (data without metadata) is set aside, and the stage starts from its input."""
     run = tmp_path / "run"
-    shutil.copytree(reference, run, ignore=shutil.ignore_patterns(TARGET, "ledger.json"))
+    shutil.copytree(
+        reference, run, ignore=shutil.ignore_patterns(TARGET, "ledger.json")
+    )
     torn = stage_of(run, TARGET).checkpoint(4)
     torn.mkdir(parents=True)
     (torn / "__0_0.distcp").write_bytes(b"half a tensor")
@@ -67,11 +92,15 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
     assert_same_run(run, reference)
 
 
-def test_more_ranks_on_resume_keep_the_order_of_the_data(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
+def test_more_ranks_on_resume_keep_the_order_of_the_data(
+    workplace: Workplace, reference: Path, tmp_path: Path
+) -> None:
     run, place = tmp_path / "run", f"run.folder={tmp_path}/run"
     workplace.kill_at("train.step 11", place)
     workplace.run(place, warm_ranks=2)
     expected, found = records(reference), records(run)
-    assert [r["position"] for r in found.values()] == [r["position"] for r in expected.values()]
+    assert [r["position"] for r in found.values()] == [
+        r["position"] for r in expected.values()
+    ]
     worst = max(abs(found[k]["loss"] / expected[k]["loss"] - 1) for k in expected)
     assert worst < 2e-6  # float32 summation order, as in test_parallel.py

@@ -16,7 +16,13 @@ from launch import REPOSITORY, Workplace, assert_audited, environment, run_tool,
 from stackgrow.run_folder.folder import RunFolder
 from stackgrow.run_folder.state import FINISHED, RUNNING, STOPPED, state_of
 
-SWEEP = [sys.executable, str(REPOSITORY / "tools" / "sweep.py"), "tiny.toml", "--out", "swept"]
+SWEEP = [
+    sys.executable,
+    str(REPOSITORY / "tools" / "sweep.py"),
+    "tiny.toml",
+    "--out",
+    "swept",
+]
 TARGET = "stage-2-train-4L"
 
 
@@ -26,7 +32,13 @@ def test_a_sweep_is_stopped_goes_on_and_is_pruned(workplace: Workplace) -> None:
     runs = [folder / "tiny-seed-1", folder / "tiny-seed-2"]
 
     # Stopped as soon as both runs train: both save.
-    process = subprocess.Popen(command, cwd=workplace.folder, env=environment(), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=workplace.folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 300
     while not all(state_of(run).step for run in runs):
         assert process.poll() is None
@@ -45,11 +57,23 @@ def test_a_sweep_is_stopped_goes_on_and_is_pruned(workplace: Workplace) -> None:
 
     # The same command goes on, and a third time finds nothing to do.
     again = subprocess.run(
-        command, cwd=workplace.folder, env=environment(), capture_output=True, text=True, timeout=600
+        command,
+        cwd=workplace.folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert again.returncode == 0, again.stdout + again.stderr
     assert "2 of 2 runs are finished" in again.stdout
-    third = subprocess.run(command, cwd=workplace.folder, env=environment(), capture_output=True, text=True, timeout=60)
+    third = subprocess.run(
+        command,
+        cwd=workplace.folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert third.stdout.count("finished before") == 2
     for run in runs:
         assert_audited(run)
@@ -60,7 +84,9 @@ def test_a_sweep_is_stopped_goes_on_and_is_pruned(workplace: Workplace) -> None:
     code, text = run_tool("runs", "swept", "--json", cwd=workplace.folder)
     assert code == 0
     rows = json.loads(text)
-    assert [(row["state"], row["stage"], row["step"]) for row in rows] == [(FINISHED, TARGET, 20)] * 2
+    assert [(row["state"], row["stage"], row["step"]) for row in rows] == [
+        (FINISHED, TARGET, 20)
+    ] * 2
     assert rows[0]["tokens"] == rows[0]["budget_tokens"] == 40 * 1024
     before = rows[0]["disk_bytes"]
     code, text = run_tool("runs", "swept", "--prune", cwd=workplace.folder)
@@ -80,7 +106,9 @@ def test_a_sweep_is_stopped_goes_on_and_is_pruned(workplace: Workplace) -> None:
         (["seed"], "must be KEY=VALUE,VALUE"),
     ],
 )
-def test_a_sweep_that_cannot_run_starts_nothing(workplace: Workplace, over: list[str], told: str) -> None:
+def test_a_sweep_that_cannot_run_starts_nothing(
+    workplace: Workplace, over: list[str], told: str
+) -> None:
     arguments = ["tiny.toml", "--out", "refused"]
     for one in over:
         arguments += ["--over", one]

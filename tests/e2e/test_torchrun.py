@@ -13,14 +13,18 @@ from launch import Workplace, environment, losses, stage_of, steps_logged, weigh
 BASE, TARGET = "stage-0-train-2L", "stage-2-train-4L"
 
 
-def start(workplace: Workplace, place: Path, *options: str, ranks: int) -> subprocess.Popen:
+def start(
+    workplace: Workplace, place: Path, *options: str, ranks: int
+) -> subprocess.Popen:
     command = workplace.command(f"run.folder={place}", ranks=ranks)
     at = command.index("--standalone")
     command[at:at] = options
     output = (place.parent / "output.txt").open("a")
     # As tools/cluster/node.sh does: else ranks that start again may find the addresses of those that died.
     env = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.Popen(command, cwd=workplace.folder, env=env, stdout=output, stderr=output)
+    return subprocess.Popen(
+        command, cwd=workplace.folder, env=env, stdout=output, stderr=output
+    )
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -31,7 +35,11 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def workers(torchrun: subprocess.Popen) -> list[psutil.Process]:
-    return [p for p in psutil.Process(torchrun.pid).children() if "run_recipe.py" in " ".join(p.cmdline())]
+    return [
+        p
+        for p in psutil.Process(torchrun.pid).children()
+        if "run_recipe.py" in " ".join(p.cmdline())
+    ]
 
 
 def test_a_dead_rank_is_restarted_and_a_request_is_passed_on(
@@ -55,7 +63,9 @@ def test_a_dead_rank_is_restarted_and_a_request_is_passed_on(
     assert saved == steps_logged(place, TARGET), "every step that was done is saved"
     workplace.run(f"run.folder={place}", warm_ranks=2)
     assert losses(place) == losses(reference_fsdp)
-    assert weights(stage_of(place, TARGET).checkpoint(20)) == weights(stage_of(reference_fsdp, TARGET).checkpoint(20))
+    assert weights(stage_of(place, TARGET).checkpoint(20)) == weights(
+        stage_of(reference_fsdp, TARGET).checkpoint(20)
+    )
 
 
 def test_workers_die_with_torchrun(workplace: Workplace, tmp_path: Path) -> None:

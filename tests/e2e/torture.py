@@ -25,13 +25,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from faulty import PHASES
-from launch import FAULTY, RECIPE, REPOSITORY, TARGET, VOCABULARY, environment, losses, stage_of, weights
+from launch import (
+    FAULTY,
+    RECIPE,
+    REPOSITORY,
+    TARGET,
+    VOCABULARY,
+    environment,
+    losses,
+    stage_of,
+    weights,
+)
 from warm import Warm
 
 from stackgrow.run_folder.folder import METRICS, VALIDATION, RunFolder
 
 LAST_STEP = 12
-SHORTER = ("budget.tokens=24Ki", "growth[0].timing=12Ki", "checkpoint.interval=3 steps", "log.tensorboard=false")
+SHORTER = (
+    "budget.tokens=24Ki",
+    "growth[0].timing=12Ki",
+    "checkpoint.interval=3 steps",
+    "log.tensorboard=false",
+)
 TARGETS = ["start", "base train", "target train", *PHASES]
 TORCHRUN = 0.05  # the share of attempts that start torchrun for real
 LONGEST = 12  # kills of one run, then it is let go to its end
@@ -48,10 +63,15 @@ class Torture:
     def start(self, run: Path, ranks: int) -> Warm:
         (self.place / "phase").write_bytes(b"start".ljust(16))
         env = {**environment(), "PHASE_FILE": str(self.place / "phase")}
-        return Warm(FAULTY, self.arguments(run), self.place, env, ranks if ranks > 1 else 0)
+        return Warm(
+            FAULTY, self.arguments(run), self.place, env, ranks if ranks > 1 else 0
+        )
 
     def arguments(self, run: Path) -> list[str]:
-        return ["tiny.toml", *(a for s in (*SHORTER, f"run.folder={run}") for a in ("--set", s))]
+        return [
+            "tiny.toml",
+            *(a for s in (*SHORTER, f"run.folder={run}") for a in ("--set", s)),
+        ]
 
     def phase(self) -> str:
         return (self.place / "phase").read_bytes()[:16].decode().strip()
@@ -59,7 +79,9 @@ class Torture:
     def wait_for_moment(self, ended: Callable[[], bool], seconds: float) -> None:
         """Returns at a random moment of a run that takes ``seconds`` if nothing of it is done yet, or when it has ended."""
         target = self.rng.choice([*TARGETS, *[""] * len(TARGETS)])
-        delay = self.rng.uniform(0, 0.04) if target else self.rng.uniform(0, 0.6 * seconds)
+        delay = (
+            self.rng.uniform(0, 0.04) if target else self.rng.uniform(0, 0.6 * seconds)
+        )
         while target and self.phase() != target and not ended():
             time.sleep(0.001)
         until = time.monotonic() + delay
@@ -89,7 +111,14 @@ class Torture:
     def attempt_torchrun(self, run: Path, ranks: int, seconds: float) -> bool:
         """The same with torchrun started for real and killed itself: its workers must die with it."""
         (self.place / "phase").write_bytes(b"start".ljust(16))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+        ]
         with (self.place / "torchrun.log").open("w+") as log:
             process = subprocess.Popen(
                 [*torchrun, str(FAULTY), *self.arguments(run)], cwd=self.place, stdout=log, stderr=log,
@@ -129,7 +158,10 @@ class Torture:
     def torture(self, kills: int) -> None:
         references, seconds = {}, {}
         for ranks in (1, 2):
-            references[ranks], started = self.place / f"reference-{ranks}", time.monotonic()
+            references[ranks], started = (
+                self.place / f"reference-{ranks}",
+                time.monotonic(),
+            )
             process = self.start(references[ranks], ranks)
             self.ended(process.wait(300), process.output())
             seconds[ranks] = time.monotonic() - started
@@ -145,7 +177,10 @@ class Torture:
             check(run, references[ranks])
             shutil.rmtree(run)
             self.runs += 1
-            print(f"{self.kills.total():4} kills, {self.runs} runs finished and equal; {table(self.kills)}", flush=True)
+            print(
+                f"{self.kills.total():4} kills, {self.runs} runs finished and equal; {table(self.kills)}",
+                flush=True,
+            )
 
 
 def table(counter: Counter[str]) -> str:
@@ -153,7 +188,9 @@ def table(counter: Counter[str]) -> str:
 
 
 def check(run: Path, reference: Path) -> None:
-    last, due = (stage_of(folder, TARGET).checkpoint(LAST_STEP) for folder in (run, reference))
+    last, due = (
+        stage_of(folder, TARGET).checkpoint(LAST_STEP) for folder in (run, reference)
+    )
     assert weights(last) == weights(due), f"{run}: weights differ"
     for name in (METRICS, VALIDATION):
         assert losses(run, name) == losses(reference, name), f"{run}: {name} differs"
@@ -162,16 +199,37 @@ def check(run: Path, reference: Path) -> None:
 def prepare(place: Path) -> None:
     (place / "tiny.toml").write_text(RECIPE)
     stdlib = Path(os.__file__).parent
-    command = [sys.executable, str(REPOSITORY / "tools" / "prepare_data.py"), "--pattern", "*.py"]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "tools" / "prepare_data.py"),
+        "--pattern",
+        "*.py",
+    ]
     command += [a for p in ("json", "email") for a in ("--input", str(stdlib / p))]
-    command += ["--train-tokenizer", str(VOCABULARY), "--out", "store", "--validation", "0.1"]
-    subprocess.run(command, cwd=place, env=environment(), check=True, capture_output=True)
+    command += [
+        "--train-tokenizer",
+        str(VOCABULARY),
+        "--out",
+        "store",
+        "--validation",
+        "0.1",
+    ]
+    subprocess.run(
+        command, cwd=place, env=environment(), check=True, capture_output=True
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=1, help="of the moments; what they meet is up to the machine")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        help="of the moments; what they meet is up to the machine",
+    )
     arguments = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
@@ -179,9 +237,13 @@ def main() -> None:
         torture = Torture(Path(folder), random.Random(arguments.seed))
         torture.torture(arguments.kills)
     minutes = (time.monotonic() - started) / 60
-    print(f"{torture.kills.total()} kills in {torture.runs} runs, seed {arguments.seed}, {minutes:.1f} minutes")
+    print(
+        f"{torture.kills.total()} kills in {torture.runs} runs, seed {arguments.seed}, {minutes:.1f} minutes"
+    )
     print(table(torture.kills), table(torture.how), sep="\n")
-    print("every run ended with the weights and losses of the undisturbed one, bit for bit")
+    print(
+        "every run ended with the weights and losses of the undisturbed one, bit for bit"
+    )
 
 
 if __name__ == "__main__":

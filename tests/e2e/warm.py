@@ -30,25 +30,48 @@ PRELOAD = [
     "stackgrow.titan.trainer",
     "stackgrow.checkpoint.standalone",
 ]
-PRELOAD += ["matplotlib.figure", "matplotlib.backends.backend_svg", "torch.utils.tensorboard"]  # a run draws its report
+PRELOAD += [
+    "matplotlib.figure",
+    "matplotlib.backends.backend_svg",
+    "torch.utils.tensorboard",
+]  # a run draws its report
 
 
-TURN = threading.Lock()  # multiprocessing lets no two threads start or look at processes at a time
+TURN = (
+    threading.Lock()
+)  # multiprocessing lets no two threads start or look at processes at a time
 
 
 class Warm:
     """``script`` running with ``arguments`` in ``ranks`` processes; 0: one that has never heard of ranks."""
 
-    def __init__(self, script: Path, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], ranks: int = 0):
+    def __init__(
+        self,
+        script: Path,
+        arguments: Sequence[str],
+        cwd: Path,
+        env: Mapping[str, str],
+        ranks: int = 0,
+    ):
         file, name = tempfile.mkstemp(prefix="warm-")
         os.close(file)
         self._output = Path(name)
         world: list[dict[str, str]] = [{}]
         if ranks:
-            shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}
-            world = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+            shared = {
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(_free_port()),
+            }
+            world = [
+                {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                for rank in range(ranks)
+            ]
         self.processes = [
-            _server().Process(target=_work, args=(str(script), list(arguments), str(cwd), {**env, **rank}, name))
+            _server().Process(
+                target=_work,
+                args=(str(script), list(arguments), str(cwd), {**env, **rank}, name),
+            )
             for rank in world
         ]
         weakref.finalize(self, self._output.unlink, missing_ok=True)
@@ -92,7 +115,9 @@ def _server() -> Any:
     return context
 
 
-def _work(script: str, arguments: list[str], cwd: str, env: dict[str, str], output: str) -> None:
+def _work(
+    script: str, arguments: list[str], cwd: str, env: dict[str, str], output: str
+) -> None:
     stream = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)

@@ -23,27 +23,53 @@ def test_the_papers_tasks_are_lm_evals_and_have_their_metrics() -> None:
     assert set(tasks.KNOWN) <= set(manager.all_tasks)
     for name, (_, metric) in tasks.KNOWN.items():
         file = manager.task_index[name].yaml_path
-        text = file.read_text() + (file.with_name("arc_easy.yaml").read_text() if name == "arc_challenge" else "")
+        text = file.read_text() + (
+            file.with_name("arc_easy.yaml").read_text()
+            if name == "arc_challenge"
+            else ""
+        )
         assert f"metric: {metric}\n" in text, name
-        assert ("metric: acc_norm" in text) == (metric == "acc_norm"), "length-normalized wherever lm-eval has it"
-    assert tasks.task_names(["wikitext", "paper", "mine"]) == ("wikitext", *list(tasks.PAPER)[:-1], "mine")
+        assert ("metric: acc_norm" in text) == (metric == "acc_norm"), (
+            "length-normalized wherever lm-eval has it"
+        )
+    assert tasks.task_names(["wikitext", "paper", "mine"]) == (
+        "wikitext",
+        *list(tasks.PAPER)[:-1],
+        "mine",
+    )
 
 
 def test_the_7b_is_averaged_over_ten() -> None:
-    assert tasks.task_names(["paper_7b"]) == (*tasks.PAPER, "hellaswag", "truthfulqa_mc2", "mmlu")
+    assert tasks.task_names(["paper_7b"]) == (
+        *tasks.PAPER,
+        "hellaswag",
+        "truthfulqa_mc2",
+        "mmlu",
+    )
     assert len(tasks.TEN) == 10
-    results = {task: {tasks.KNOWN[task][1]: 0.1 * number} for number, task in enumerate(tasks.TEN)}
+    results = {
+        task: {tasks.KNOWN[task][1]: 0.1 * number}
+        for number, task in enumerate(tasks.TEN)
+    }
     assert tasks.mean(tasks.TEN, results) == pytest.approx(0.45)
     assert tasks.mean(tasks.SEVEN, results) == pytest.approx(0.3)
 
 
 def test_mean_of_seven_is_that_of_figure_3() -> None:
     """G_stack's column: 52.80; a missing task leaves none."""
-    values = dict(zip(tasks.SEVEN, (48.20, 29.18, 54.25, 28.87, 71.98, 81.1, 56.03), strict=True))
-    results = {task: {tasks.PAPER[task][1]: value, "acc_stderr": 1.0} for task, value in values.items()}
+    values = dict(
+        zip(tasks.SEVEN, (48.20, 29.18, 54.25, 28.87, 71.98, 81.1, 56.03), strict=True)
+    )
+    results = {
+        task: {tasks.PAPER[task][1]: value, "acc_stderr": 1.0}
+        for task, value in values.items()
+    }
     mean = tasks.mean(tasks.SEVEN, {**results, "wikitext": {"word_perplexity": 16.73}})
     assert mean == pytest.approx(52.80, abs=0.005)
-    assert tasks.mean(tasks.SEVEN, {k: v for k, v in results.items() if k != "piqa"}) is None
+    assert (
+        tasks.mean(tasks.SEVEN, {k: v for k, v in results.items() if k != "piqa"})
+        is None
+    )
     assert tasks.mean(tasks.TEN, results) is None
 
 
@@ -63,22 +89,34 @@ CASES: dict[str, tuple[Callable[[], Eval], str, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_cannot_be_evaluated_is_told(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_evaluated_is_told(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make, where, what = CASES[case]
     from lm_eval.tasks import TaskManager
 
     if case == "unknown":  # indexing all of lm-eval takes half a minute
-        folders_only = lambda include_path, include_defaults=False: TaskManager(None, include_path, False)  # noqa: E731
+
+        def folders_only(
+            include_path: str, include_defaults: bool = False
+        ) -> TaskManager:
+            return TaskManager(None, include_path, False)
+
         monkeypatch.setattr("lm_eval.tasks.TaskManager", folders_only)
     [(told_where, told)] = tasks.problems(make())
     assert told_where == where
     assert what in told
 
 
-def test_missing_lm_eval_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_lm_eval_is_told_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     assert list(tasks.problems(Eval(tasks=("sciq",)))) == [
-        ("eval.tasks", 'need lm-eval, which is not installed: pip install "stackgrow[eval]", or remove [eval]')
+        (
+            "eval.tasks",
+            'need lm-eval, which is not installed: pip install "stackgrow[eval]", or remove [eval]',
+        )
     ]
 
 
@@ -89,18 +127,38 @@ def test_local_tasks_have_no_problems_and_need_no_index_of_all() -> None:
 
 
 def test_metrics_have_plain_names_and_the_standard_error_of_a_mean() -> None:
-    values = {"alias": "x", "acc,none": 0.25, "acc_stderr,none": "N/A", "perplexity,none": 3.0, "em,strict": 1}
+    values = {
+        "alias": "x",
+        "acc,none": 0.25,
+        "acc_stderr,none": "N/A",
+        "perplexity,none": 3.0,
+        "em,strict": 1,
+    }
     hits = [1.0] * 2 + [0.0] * 6
     error = float(np.std(hits, ddof=1) / np.sqrt(8))
-    expected = {"acc": 0.25, "perplexity": 3.0, "em,strict": 1.0, "acc_stderr": pytest.approx(error), "examples": 8}
+    expected = {
+        "acc": 0.25,
+        "perplexity": 3.0,
+        "em,strict": 1.0,
+        "acc_stderr": pytest.approx(error),
+        "examples": 8,
+    }
     assert _metrics(values, 8) == expected
     json.dumps(_metrics(values, 8))
     assert _metrics({"alias": "a group without a mean"}, 8) == {}
 
 
 def test_random_generators_are_left_as_they_were() -> None:
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
+    before = (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.random.get_rng_state().tolist(),
+    )
     with unchanged_generators():
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(1)
-    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist())
+    assert before == (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.random.get_rng_state().tolist(),
+    )

@@ -11,7 +11,9 @@ from stackgrow.recipe.keys import Model
 
 # bf16 has 8 bits of mantissa: 4e-3 a rounding, and a few of them one after another.
 BF16 = 3e-2
-MODEL = Model(family="llama2", dim=256, n_layers=2, n_heads=4, ffn_dim=704, vocab_size=512)
+MODEL = Model(
+    family="llama2", dim=256, n_layers=2, n_heads=4, ffn_dim=704, vocab_size=512
+)
 
 
 @pytest.mark.usefixtures("process_group")
@@ -22,7 +24,9 @@ def test_kernels_equal_sdpa(kernel: str, kv_heads: int, device: str) -> None:
         pytest.skip("has kernels for CUDA alone; see tests/titan/test_attention.py")
     if kernel == "flash_attn":
         pytest.importorskip("flash_attn")
-    check_equals_sdpa(dataclasses.replace(MODEL, n_kv_heads=kv_heads), kernel, device, BF16)
+    check_equals_sdpa(
+        dataclasses.replace(MODEL, n_kv_heads=kv_heads), kernel, device, BF16
+    )
 
 
 @pytest.mark.parametrize("chunk", [7, 60, 1000])
@@ -50,7 +54,11 @@ def test_memory_of_the_loss_is_that_of_a_chunk(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         with torch.autocast(device, dtype=torch.bfloat16):
-            loss = head(hidden, labels) if chunk else cross_entropy_loss(head(hidden), labels)
+            loss = (
+                head(hidden, labels)
+                if chunk
+                else cross_entropy_loss(head(hidden), labels)
+            )
         loss.backward()
         peak[chunk] = (torch.cuda.max_memory_allocated() - before) / 2**30
     assert peak[0] > 4

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from launch import REPOSITORY, Workplace, environment, losses, records, steps_logged, weights
+from launch import (
+    REPOSITORY,
+    Workplace,
+    environment,
+    losses,
+    records,
+    steps_logged,
+    weights,
+)
 from shapes import Case, stage_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -36,22 +44,30 @@ def whole(workplace: Workplace) -> Path:
 
 def test_base_growth_target(whole: Path, device: str) -> None:
     seen = losses(whole)
-    assert list(seen) == [(s, i) for s in ("stage-0-train-2L", "stage-2-train-4L") for i in range(1, 21)]
+    assert list(seen) == [
+        (s, i) for s in ("stage-0-train-2L", "stage-2-train-4L") for i in range(1, 21)
+    ]
     assert all(math.isfinite(loss) for loss in seen.values())
     assert all(record["memory_gib"] > 0 for record in records(whole).values())
     if device == "cuda":
         assert all(0 < record["mfu"] < 1 for record in records(whole).values())
 
 
-def test_killed_and_run_again_is_bit_exact(workplace: Workplace, whole: Path, tmp_path: Path) -> None:
+def test_killed_and_run_again_is_bit_exact(
+    workplace: Workplace, whole: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     sets = [*EXACT, f"run.folder={run}"]
     for stage, step in (("stage-0-train-2L", 6), ("stage-2-train-4L", 10)):
-        workplace.kill_when(lambda stage=stage, step=step: logged(run, stage) >= step, *sets, ranks=1)
+        workplace.kill_when(
+            lambda stage=stage, step=step: logged(run, stage) >= step, *sets, ranks=1
+        )
     workplace.run(*sets, ranks=1)
     assert losses(run) == losses(whole)
     for stage in ("stage-0-train-2L", "stage-2-train-4L"):
-        assert weights(run / stage / "checkpoint" / "step-20") == weights(whole / stage / "checkpoint" / "step-20")
+        assert weights(run / stage / "checkpoint" / "step-20") == weights(
+            whole / stage / "checkpoint" / "step-20"
+        )
 
 
 def logged(run: Path, stage: str) -> int:
@@ -64,14 +80,20 @@ def logged(run: Path, stage: str) -> int:
         ["train.attention=flash_attn"],
         ["train.attention=flex"],
         ["train.compile=true"],
-        ["train.compile=true", "train.attention=flash_attn", "train.activation_checkpoint=selective"],
+        [
+            "train.compile=true",
+            "train.attention=flash_attn",
+            "train.activation_checkpoint=selective",
+        ],
         ["train.loss_chunk=100", "train.activation_checkpoint=selective"],
         ["train.loss_chunk=128", "train.compile=true"],
         ["train.optimizer=for-loop"],
     ],
     ids=" ".join,
 )
-def test_the_same_curve(workplace: Workplace, whole: Path, tmp_path: Path, sets: list[str], device: str) -> None:
+def test_the_same_curve(
+    workplace: Workplace, whole: Path, tmp_path: Path, sets: list[str], device: str
+) -> None:
     kernels = {s.split("=")[1] for s in sets if s.startswith("train.attention=")}
     if kernels and device == "cpu":
         pytest.skip("has kernels for CUDA alone")
@@ -107,14 +129,26 @@ def test_growth_loads_straight_into_shards(whole: Path, device: str) -> None:
 def tool(name: str, *arguments: str, folder: Path) -> str:
     """Standard output of a script of tools/ in a process of its own: one that was forked could not use CUDA."""
     command = [sys.executable, str(REPOSITORY / "tools" / f"{name}.py"), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize(
     ("mode", "activation_checkpoint", "loss_chunk"),
-    [("eager", "none", 0), ("eager", "selective", 0), ("compiled", "none", 0), ("compiled", "selective", 4096)],
+    [
+        ("eager", "none", 0),
+        ("eager", "selective", 0),
+        ("compiled", "none", 0),
+        ("compiled", "selective", 4096),
+    ],
 )
 def test_memory_is_what_the_planner_says(
     tmp_path: Path, device: str, mode: str, activation_checkpoint: str, loss_chunk: int
@@ -133,7 +167,9 @@ def test_memory_is_what_the_planner_says(
         micro_batch=4,
         pair=False,
     )
-    output = tool("bench/gpu", "--work", json.dumps(dataclasses.asdict(case)), folder=tmp_path)
+    output = tool(
+        "bench/gpu", "--work", json.dumps(dataclasses.asdict(case)), folder=tmp_path
+    )
     peak = json.loads(output.splitlines()[-1])["peak_gib"]
     _, stage = stage_of(case, steps=3, folder=tmp_path)
     estimate = stage_memory(stage, Layout(1, 1, 1), 4).total
@@ -142,4 +178,9 @@ def test_memory_is_what_the_planner_says(
 
 def test_handover_is_split(workplace: Workplace) -> None:
     """Growth itself takes less than a second; what the rest takes, tools/bench/handover.py says."""
-    assert json.loads(tool("bench/handover", "tiny.toml", "--json", folder=workplace.folder))["grow"] < 1
+    assert (
+        json.loads(
+            tool("bench/handover", "tiny.toml", "--json", folder=workplace.folder)
+        )["grow"]
+        < 1
+    )

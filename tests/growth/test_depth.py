@@ -10,7 +10,9 @@ from stackgrow.recipe.keys import Model
 
 
 def llama(n_layers: int) -> Model:
-    return Model(dim=8, n_layers=n_layers, n_heads=2, n_kv_heads=1, ffn_dim=10, vocab_size=7)
+    return Model(
+        dim=8, n_layers=n_layers, n_heads=2, n_kv_heads=1, ffn_dim=10, vocab_size=7
+    )
 
 
 def sources(layer_map: list[int], tensor: str) -> list[str]:
@@ -46,7 +48,9 @@ def test_explicit_maps_give_partial_stacking(order: str) -> None:
     layer_map = [int(digit) - 1 for digit in order]
     assert len(layer_map) == 24
     for tensor in ("attention.wq.weight", "ffn_norm.weight"):
-        assert sources(layer_map, tensor) == [f"layers.{int(digit) - 1}.{tensor}" for digit in order]
+        assert sources(layer_map, tensor) == [
+            f"layers.{int(digit) - 1}.{tensor}" for digit in order
+        ]
 
 
 def test_all_but_the_layers_is_kept() -> None:
@@ -59,14 +63,22 @@ def test_all_but_the_layers_is_kept() -> None:
 
 def test_layer_numbers_of_two_digits_are_not_confused() -> None:
     rules = depth_rules([11, 1, *range(12)], llama(12), llama(14))
-    assert rules.targets["layers.0.attention.wq.weight"] == Alias("layers.11.attention.wq.weight")
-    assert rules.targets["layers.1.attention.wq.weight"] == Alias("layers.1.attention.wq.weight")
-    assert rules.targets["layers.13.attention.wq.weight"] == Alias("layers.11.attention.wq.weight")
+    assert rules.targets["layers.0.attention.wq.weight"] == Alias(
+        "layers.11.attention.wq.weight"
+    )
+    assert rules.targets["layers.1.attention.wq.weight"] == Alias(
+        "layers.1.attention.wq.weight"
+    )
+    assert rules.targets["layers.13.attention.wq.weight"] == Alias(
+        "layers.11.attention.wq.weight"
+    )
 
 
 def test_omitted_layers_are_recorded_as_dropped() -> None:
     rules = depth_rules([0, 1, 3, 0, 1, 3], llama(4), llama(6))
-    assert rules.dropped == {name for name in llama(4).tensors() if name.startswith("layers.2.")}
+    assert rules.dropped == {
+        name for name in llama(4).tensors() if name.startswith("layers.2.")
+    }
     assert len(rules.dropped) == 9
 
 
@@ -96,9 +108,17 @@ def test_interleaving_tells_the_counts_that_work() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"n_heads": 4, "n_kv_heads": 2}, {"rope_theta": 5e5}, {"ffn_dim": 12}, {"vocab_size": 9}]
+    "change",
+    [
+        {"n_heads": 4, "n_kv_heads": 2},
+        {"rope_theta": 5e5},
+        {"ffn_dim": 12},
+        {"vocab_size": 9},
+    ],
 )
-def test_models_that_differ_in_more_than_depth_are_refused(change: dict[str, float]) -> None:
+def test_models_that_differ_in_more_than_depth_are_refused(
+    change: dict[str, float],
+) -> None:
     with pytest.raises(GrowthError, match=f"{next(iter(change))} .* -> "):
         depth_rules(stack_map(2, 4), llama(2), replace(llama(4), **change))
 

@@ -30,7 +30,8 @@ from stackgrow.recipe.keys import Model
 
 PRTS = Path(os.environ.get("PRTS", "prts"))
 pytestmark = pytest.mark.skipif(
-    not (PRTS / "G_zero_depthwise.py").is_file(), reason="PRTS names no clone of tongxuluo/prts"
+    not (PRTS / "G_zero_depthwise.py").is_file(),
+    reason="PRTS names no clone of tongxuluo/prts",
 )
 
 SOURCE = Model(dim=32, n_layers=2, n_heads=4, ffn_dim=48, vocab_size=53)
@@ -110,7 +111,9 @@ def test_zero_depthwise_is_the_official_codes_bit_for_bit() -> None:
     target = transformers.LlamaConfig(**sizes, num_hidden_layers=8)
     torch.manual_seed(0)
     small = transformers.AutoModelForCausalLM.from_config(source)
-    ours = {name: small.state_dict()[hf_name(name)].clone() for name in SOURCE.tensors()}
+    ours = {
+        name: small.state_dict()[hf_name(name)].clone() for name in SOURCE.tensors()
+    }
 
     config = official.bert2BERTConfig(source, target, False, lemon=True)
     theirs = official.bert2BERT.from_pretrained(small, config).state_dict()
@@ -121,7 +124,10 @@ def test_zero_depthwise_is_the_official_codes_bit_for_bit() -> None:
 
 
 def hf_name(name: str) -> str:
-    outside = {"tok_embeddings.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}
+    outside = {
+        "tok_embeddings.weight": "model.embed_tokens.weight",
+        "output.weight": "lm_head.weight",
+    }
     if not name.startswith("layers."):
         return outside.get(name, f"model.{name}")
     _, layer, tensor = name.split(".", 2)
@@ -143,10 +149,14 @@ def test_folded_ligo_is_the_official_codes(target: Model) -> None:
     ligo = official_ligo(small, target)
     start = initial_network(SOURCE, target, 0, "official")
     for name, matrix in DEPTHS.items():
-        assert torch.equal(getattr(ligo, matrix), start.depths[name]), "D begins as stacked identities"
+        assert torch.equal(getattr(ligo, matrix), start.depths[name]), (
+            "D begins as stacked identities"
+        )
     for name, matrix in WIDTHS.items():
         old = start.widths[name].shape[1]
-        assert torch.equal(getattr(ligo, matrix)[:old], start.widths[name][:old]), "B begins as the identity"
+        assert torch.equal(getattr(ligo, matrix)[:old], start.widths[name][:old]), (
+            "B begins as the identity"
+        )
 
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -160,7 +170,9 @@ def test_folded_ligo_is_the_official_codes(target: Model) -> None:
     )
     grown = apply(learned_rules(SOURCE, target, network, "official"), small)
     for name, weight in grown.items():
-        torch.testing.assert_close(weight, of_lit(theirs, name), rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            weight, of_lit(theirs, name), rtol=1e-4, atol=1e-5, msg=name
+        )
 
 
 def official_ligo(small: dict[str, Tensor], target: Model) -> Any:
@@ -178,7 +190,9 @@ def official_ligo(small: dict[str, Tensor], target: Model) -> Any:
         src_intermediate_size=SOURCE.ffn_dim,
         trg_intermediate_size=target.ffn_dim,
     )
-    return module.LiGOModel(SimpleNamespace(state_dict=lambda: lit_state(small)), nn.Identity(), config)
+    return module.LiGOModel(
+        SimpleNamespace(state_dict=lambda: lit_state(small)), nn.Identity(), config
+    )
 
 
 def lit_state(small: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,15 +203,24 @@ def lit_state(small: dict[str, Tensor]) -> dict[str, Tensor]:
         "lm_head.weight": small["output.weight"],
     }
     for layer in range(SOURCE.n_layers):
-        parts = [small[f"layers.{layer}.attention.{name}.weight"] for name in ("wq", "wk", "wv")]
+        parts = [
+            small[f"layers.{layer}.attention.{name}.weight"]
+            for name in ("wq", "wk", "wv")
+        ]
         state[f"transformer.h.{layer}.attn.attn.weight"] = torch.cat(parts)
         for ours, theirs in LIT.items():
-            state[f"transformer.h.{layer}.{theirs}.weight"] = small[f"layers.{layer}.{ours}.weight"]
+            state[f"transformer.h.{layer}.{theirs}.weight"] = small[
+                f"layers.{layer}.{ours}.weight"
+            ]
     return state
 
 
 def of_lit(state: dict[str, Tensor], name: str) -> Tensor:
-    outside = {"tok_embeddings": "transformer.wte", "norm": "transformer.ln_f", "output": "lm_head"}
+    outside = {
+        "tok_embeddings": "transformer.wte",
+        "norm": "transformer.ln_f",
+        "output": "lm_head",
+    }
     short = name.removesuffix(".weight")
     if short in outside:
         return state[f"{outside[short]}.weight"]

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from growth_for_tests import Tensors, apply, assert_same, deviation, llama, logits, through_checkpoints, weights
+from growth_for_tests import (
+    Tensors,
+    apply,
+    assert_same,
+    deviation,
+    llama,
+    logits,
+    through_checkpoints,
+    weights,
+)
 from torch import Tensor, nn
 
 from stackgrow.growth.depth import depth_rules
@@ -47,7 +56,10 @@ def dense_split(case: str, small: Tensors) -> dict[str, Tensor]:
     eye = torch.eye(source.head_dim, dtype=torch.float64)
     stream = copier([j % d for j in range(D)], d)
     ffn = copier([j % source.ffn_dim for j in range(target.ffn_dim)], source.ffn_dim)
-    query, key = torch.kron(copier(heads, source.n_heads), eye), torch.kron(copier(groups, source.kv_heads), eye)
+    query, key = (
+        torch.kron(copier(heads, source.n_heads), eye),
+        torch.kron(copier(groups, source.kv_heads), eye),
+    )
     vocab = torch.eye(source.vocab_size, dtype=torch.float64)
     sides = {"wq": (query, stream), "wk": (key, stream), "wv": (key, stream), "wo": (stream, query), "w1": (ffn, stream),
              "w2": (stream, ffn), "w3": (ffn, stream), "output": (vocab, stream)}  # fmt: skip
@@ -60,8 +72,12 @@ def dense_split(case: str, small: Tensors) -> dict[str, Tensor]:
             result = math.sqrt(d) / math.sqrt(D) * (W @ stream)
         else:
             out, into = sides[short]
-            R = into * _shares(into.argmax(0), into.shape[0], generator(SEED, "split", name))
-            assert torch.equal(R.sum(1), torch.ones(len(R), dtype=torch.float64)), "alpha + beta = 1"
+            R = into * _shares(
+                into.argmax(0), into.shape[0], generator(SEED, "split", name)
+            )
+            assert torch.equal(R.sum(1), torch.ones(len(R), dtype=torch.float64)), (
+                "alpha + beta = 1"
+            )
             result = out.T @ W @ R
         grown[name] = result.to(weight.dtype)
     return grown
@@ -72,7 +88,9 @@ def dense_split(case: str, small: Tensors) -> dict[str, Tensor]:
 def test_split_equals_the_equations_bit_for_bit(case: str, dtype: torch.dtype) -> None:
     source, target, _, _ = CASES[case]
     small = weights(source, dtype)
-    assert_same(apply(split_rules(source, target, SEED), small), dense_split(case, small))
+    assert_same(
+        apply(split_rules(source, target, SEED), small), dense_split(case, small)
+    )
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
@@ -80,7 +98,9 @@ def test_split_equals_the_equations_bit_for_bit(case: str, dtype: torch.dtype) -
 def test_split_through_checkpoints(case: str, parts: int, tmp_path: Path) -> None:
     source, target, _, _ = CASES[case]
     small = weights(source)
-    grown = through_checkpoints(split_rules(source, target, SEED), small, tmp_path, parts)
+    grown = through_checkpoints(
+        split_rules(source, target, SEED), small, tmp_path, parts
+    )
     assert_same(grown, dense_split(case, small))
 
 
@@ -88,12 +108,16 @@ def test_split_through_checkpoints(case: str, parts: int, tmp_path: Path) -> Non
 def test_query_heads_keep_their_key_value_head_and_all_are_there(case: str) -> None:
     source, target, heads, groups = CASES[case]
     before, after = source.n_heads // source.kv_heads, target.n_heads // target.kv_heads
-    assert [h // before for h in heads] == [groups[i // after] for i in range(target.n_heads)], "the table above"
+    assert [h // before for h in heads] == [
+        groups[i // after] for i in range(target.n_heads)
+    ], "the table above"
     assert set(heads) == set(range(source.n_heads))
     channels, e = copied_channels(source, target), source.head_dim
     assert [c // e for c in channels["query"][::e]] == heads
     assert [c // e for c in channels["key"][::e]] == groups
-    assert channels["query"][:e] == list(range(e)), "the order inside a head is that of the rotation"
+    assert channels["query"][:e] == list(range(e)), (
+        "the order inside a head is that of the rotation"
+    )
 
 
 def test_shares_are_uneven_positive_and_differ_between_tensors() -> None:
@@ -104,14 +128,24 @@ def test_shares_are_uneven_positive_and_differ_between_tensors() -> None:
     assert (first.view(2, 200).sum(0) == 1).all()
     assert len(first.unique()) > 300
     assert not torch.equal(first, _shares(columns, 200, generator(SEED, "split", "b")))
-    assert not torch.equal(first, _shares(columns, 200, generator(SEED + 1, "split", "a")))
-    assert torch.equal(_shares(torch.arange(7), 7, generator(0)), torch.ones(7)), "a column that is not copied stays"
+    assert not torch.equal(
+        first, _shares(columns, 200, generator(SEED + 1, "split", "a"))
+    )
+    assert torch.equal(_shares(torch.arange(7), 7, generator(0)), torch.ones(7)), (
+        "a column that is not copied stays"
+    )
 
 
 def test_what_does_not_change_is_an_alias() -> None:
     source, target, _, _ = CASES["ffn alone"]
-    computed = {name for name, rule in split_rules(source, target, 0).targets.items() if not isinstance(rule, Alias)}
-    assert computed == {f"layers.{i}.feed_forward.w{j}.weight" for i in (0, 1) for j in (1, 2, 3)}
+    computed = {
+        name
+        for name, rule in split_rules(source, target, 0).targets.items()
+        if not isinstance(rule, Alias)
+    }
+    assert computed == {
+        f"layers.{i}.feed_forward.w{j}.weight" for i in (0, 1) for j in (1, 2, 3)
+    }
 
 
 # The function. Norms are the one place where a split does not preserve it.
@@ -119,7 +153,10 @@ BIG = Model(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=176, vocab_size
 TWICE = replace(BIG, dim=128, n_heads=8, n_kv_heads=4, ffn_dim=352)
 WIDER = {
     "twice": (BIG, TWICE),
-    "thrice, mha": (replace(BIG, n_kv_heads=4), replace(BIG, dim=192, n_heads=12, n_kv_heads=12)),
+    "thrice, mha": (
+        replace(BIG, n_kv_heads=4),
+        replace(BIG, dim=192, n_heads=12, n_kv_heads=12),
+    ),
     "3/2": (BIG, replace(BIG, dim=96, n_heads=6, n_kv_heads=3, ffn_dim=200)),
     "kv kept": (BIG, replace(BIG, dim=128, n_heads=8, ffn_dim=352)),
     "mqa": (replace(BIG, n_kv_heads=1), replace(BIG, dim=96, n_heads=6, n_kv_heads=1)),
@@ -135,7 +172,10 @@ class FirstChannels(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         D = x.shape[-1]
-        squares = x[..., : self.d].square().sum(-1, keepdim=True) / D + self.norm.eps * self.d / D
+        squares = (
+            x[..., : self.d].square().sum(-1, keepdim=True) / D
+            + self.norm.eps * self.d / D
+        )
         return x * squares.rsqrt() * self.norm.weight
 
 
@@ -154,8 +194,15 @@ def test_split_preserves_the_function_where_norms_do(case: str) -> None:
     grown = apply(split_rules(source, target, SEED), small)
     exact = logits(with_first_channels(llama(target, grown), source.dim))
     assert deviation(exact, logits(source, small)) < 1e-5
-    broken = grown | {"layers.1.attention.wo.weight": grown["layers.1.attention.wo.weight"].roll(target.head_dim, 1)}
-    assert deviation(logits(with_first_channels(llama(target, broken), source.dim)), exact) > 1e-3
+    broken = grown | {
+        "layers.1.attention.wo.weight": grown["layers.1.attention.wo.weight"].roll(
+            target.head_dim, 1
+        )
+    }
+    assert (
+        deviation(logits(with_first_channels(llama(target, broken), source.dim)), exact)
+        > 1e-3
+    )
 
 
 @pytest.mark.parametrize("case", ["twice", "thrice, mha", "kv kept"])
@@ -171,7 +218,9 @@ def test_split_to_a_multiple_is_the_source_with_its_norms_scaled(case: str) -> N
 
 
 @pytest.mark.parametrize("case", ["twice", "thrice, mha", "kv kept"])
-def test_split_to_a_multiple_preserves_the_function_where_norms_are_copied(case: str) -> None:
+def test_split_to_a_multiple_preserves_the_function_where_norms_are_copied(
+    case: str,
+) -> None:
     """As the official code does it, and as section 5.2 says of the operator."""
     source, target = WIDER[case]
     small = weights(source)
@@ -179,24 +228,39 @@ def test_split_to_a_multiple_preserves_the_function_where_norms_are_copied(case:
     assert deviation(logits(target, grown), logits(source, small)) < 1e-5
     scaled = apply(split_rules(source, target, SEED), small)
     norms = {name for name, weight in small.items() if weight.dim() == 1}
-    assert_same({n: grown[n] for n in grown.keys() - norms}, {n: scaled[n] for n in scaled.keys() - norms})
+    assert_same(
+        {n: grown[n] for n in grown.keys() - norms},
+        {n: scaled[n] for n in scaled.keys() - norms},
+    )
     for name in norms:
-        assert torch.equal(grown[name], small[name].repeat(target.dim // source.dim)), name
+        assert torch.equal(grown[name], small[name].repeat(target.dim // source.dim)), (
+            name
+        )
 
 
-@pytest.mark.parametrize(("case", "low", "high"), [("twice", 0.4, 0.7), ("3/2", 0.3, 0.6)])
+@pytest.mark.parametrize(
+    ("case", "low", "high"), [("twice", 0.4, 0.7), ("3/2", 0.3, 0.6)]
+)
 def test_measured_deviation_of_a_split(case: str, low: float, high: float) -> None:
     source, target = WIDER[case]
     small = weights(source)
     assert (
-        low < deviation(logits(target, apply(split_rules(source, target, SEED), small)), logits(source, small)) < high
+        low
+        < deviation(
+            logits(target, apply(split_rules(source, target, SEED), small)),
+            logits(source, small),
+        )
+        < high
     )
 
 
 REFUSED = [
     ({"n_heads": 4, "n_kv_heads": 2}, "keeps the head width: 16 -> 32 .* use 8 heads"),
     ({"n_heads": 8, "n_kv_heads": 1}, "kv_heads 2 -> 1 must not shrink"),
-    ({"dim": 48, "n_heads": 3, "n_kv_heads": 3}, "dim 64 -> 48 must not shrink, n_heads 4 -> 3 must not shrink"),
+    (
+        {"dim": 48, "n_heads": 3, "n_kv_heads": 3},
+        "dim 64 -> 48 must not shrink, n_heads 4 -> 3 must not shrink",
+    ),
     ({"n_layers": 6}, "n_layers 3 -> 6 must stay"),
     ({"rope_theta": 5e5}, "rope_theta 10000.0 -> 500000.0 must stay"),
     ({"vocab_size": 98}, "vocab_size 97 -> 98 must stay"),
@@ -205,7 +269,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), REFUSED, ids=[message[:30] for _, message in REFUSED])
+@pytest.mark.parametrize(
+    ("change", "message"), REFUSED, ids=[message[:30] for _, message in REFUSED]
+)
 def test_refusals(change: dict[str, float], message: str) -> None:
     with pytest.raises(GrowthError, match=message):
         split_rules(BIG, replace(TWICE, **change), 0)  # type: ignore[arg-type]
@@ -215,7 +281,8 @@ def test_too_few_query_heads_per_key_value_head() -> None:
     source = Model(dim=32, n_layers=1, n_heads=8, n_kv_heads=2, ffn_dim=8, vocab_size=5)
     target = replace(source, dim=36, n_heads=9, n_kv_heads=3)
     with pytest.raises(
-        GrowthError, match=r"3 key/value heads with 3 query heads each .* all 4 .* 12 or more query heads"
+        GrowthError,
+        match=r"3 key/value heads with 3 query heads each .* all 4 .* 12 or more query heads",
     ):
         split_rules(source, target, 0)
     split_rules(source, replace(target, dim=48, n_heads=12), 0)
@@ -223,4 +290,7 @@ def test_too_few_query_heads_per_key_value_head() -> None:
 
 def test_depth_after_width_gets_a_valid_source() -> None:
     rules = split_rules(BIG, TWICE, 0)
-    assert depth_rules([0, 1, 2, 0, 1, 2], TWICE, replace(TWICE, n_layers=6)).source_shapes == rules.target_shapes
+    assert (
+        depth_rules([0, 1, 2, 0, 1, 2], TWICE, replace(TWICE, n_layers=6)).source_shapes
+        == rules.target_shapes
+    )

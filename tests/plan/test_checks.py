@@ -12,7 +12,11 @@ from stackgrow.recipe.load import load_recipe
 from stackgrow.recipe.values import Duration, Rewarm
 from stackgrow.recipe.write import to_toml
 
-CONTINUE = ["train.horizon=120 steps", "growth[0].lr=continue", "growth[1].lr={rewarm_steps=10, ratio=0.25}"]
+CONTINUE = [
+    "train.horizon=120 steps",
+    "growth[0].lr=continue",
+    "growth[1].lr={rewarm_steps=10, ratio=0.25}",
+]
 LEARN = edited(
     ('operator = "stack"\nfactor = 2\ntiming = "40 steps"',
      'operator = "learn"\nfactor = 2\ntiming = "40 steps"\nlearn_steps = "5 steps"'),
@@ -24,7 +28,13 @@ def test_the_stages_that_do_not_ask_are_as_they_were(tmp_path: Path) -> None:
     plain = plan_of(tmp_path).stage_hashes("")
     assert plain["stage-4-train-8L"] == PLAIN_HASH
     changed = plan_of(tmp_path, RECIPE, ["growth[1].optimizer=copy"]).stage_hashes("")
-    assert [changed[name] == plain[name] for name in plain] == [True, True, True, False, False]
+    assert [changed[name] == plain[name] for name in plain] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 PLAIN_HASH = "d697cb9230fb4417cd3efb1558e640864c8717415fc44a900707a9ec9393452b"
@@ -34,26 +44,39 @@ def test_a_schedule_goes_on(tmp_path: Path) -> None:
     first, second, third = plan_of(tmp_path, RECIPE, CONTINUE).train_stages
     assert (first.schedule, second.schedule) == (None, Continued(20))
     assert third.schedule == Continued(40, Rewarm(10, 0.25))
-    whole = plan_of(tmp_path, RECIPE[: RECIPE.index("[base]")] + RECIPE[RECIPE.index("[train]") :], CONTINUE[:1])
+    whole = plan_of(
+        tmp_path,
+        RECIPE[: RECIPE.index("[base]")] + RECIPE[RECIPE.index("[train]") :],
+        CONTINUE[:1],
+    )
     rates = [whole.train_stages[0].learning_rate(step) for step in range(1, 98)]
     assert [first.learning_rate(step) for step in range(1, 21)] == rates[:20]
     assert [second.learning_rate(step) for step in range(1, 21)] == rates[20:40]
     ramp = [0.25 + 0.75 * min(1, i / 10) for i in range(57)]
     assert [third.learning_rate(step) for step in range(1, 58)] == pytest.approx(
-        [rate * factor for rate, factor in zip(rates[40:], ramp, strict=True)], rel=1e-12
+        [rate * factor for rate, factor in zip(rates[40:], ramp, strict=True)],
+        rel=1e-12,
     )
     assert third.learning_rate(1) == rates[40] / 4
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
-@pytest.mark.parametrize("lr", [None, Rewarm(1, 0.5), Rewarm(7, 0.01), Rewarm(100, 1.0)])
-def test_torchtitan_has_the_planned_rates(tmp_path: Path, schedule: str, lr: Rewarm | None) -> None:
+@pytest.mark.parametrize(
+    "lr", [None, Rewarm(1, 0.5), Rewarm(7, 0.01), Rewarm(100, 1.0)]
+)
+def test_torchtitan_has_the_planned_rates(
+    tmp_path: Path, schedule: str, lr: Rewarm | None
+) -> None:
     torch = pytest.importorskip("torch")
     import stackgrow.titan  # noqa: F401  (the device comes before torchtitan)
     from stackgrow.titan.config import schedule_config
     from stackgrow.titan.spec import build_schedulers
 
-    how = "continue" if lr is None else f"{{rewarm_steps={lr.rewarm_steps}, ratio={lr.ratio}}}"
+    how = (
+        "continue"
+        if lr is None
+        else f"{{rewarm_steps={lr.rewarm_steps}, ratio={lr.ratio}}}"
+    )
     sets = [
         "train.horizon=97 steps",
         f"train.schedule={schedule}",
@@ -61,7 +84,9 @@ def test_torchtitan_has_the_planned_rates(tmp_path: Path, schedule: str, lr: Rew
         "growth[0].lr=continue",
     ]
     for stage in plan_of(tmp_path, RECIPE, [*sets, f"growth[1].lr={how}"]).train_stages:
-        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=stage.train.learning_rate)
+        optimizer = torch.optim.AdamW(
+            [torch.nn.Parameter(torch.zeros(1))], lr=stage.train.learning_rate
+        )
         schedulers = build_schedulers([optimizer], schedule_config(stage), stage.steps)
         rates = []
         for _ in range(stage.steps):
@@ -74,22 +99,39 @@ def test_torchtitan_has_the_planned_rates(tmp_path: Path, schedule: str, lr: Rew
 
 def test_a_schedule_goes_on_over_learned_maps(tmp_path: Path) -> None:
     """The maps have a schedule of their own."""
-    sets = ["train.horizon=200 steps", "growth[1].lr=continue", "growth[1].learn.horizon=stage"]
+    sets = [
+        "train.horizon=200 steps",
+        "growth[1].lr=continue",
+        "growth[1].learn.horizon=stage",
+    ]
     base, before, learn, after = plan_of(tmp_path, LEARN, sets).train_stages
     assert (base.schedule, before.schedule, learn.schedule) == (None, None, None)
     assert after.schedule == Continued(before.steps)
 
 
 def test_freezing(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, RECIPE, ["growth[0].freeze=8 steps", "growth[1].freeze=10Ki"])
+    plan = plan_of(
+        tmp_path, RECIPE, ["growth[0].freeze=8 steps", "growth[1].freeze=10Ki"]
+    )
     base, middle, last = plan.train_stages
-    assert (base.freeze, base.frozen_steps, middle.frozen_steps, last.frozen_steps) == (None, 0, 8, 10)
+    assert (base.freeze, base.frozen_steps, middle.frozen_steps, last.frozen_steps) == (
+        None,
+        0,
+        8,
+        10,
+    )
     assert (middle.frozen_layers, last.frozen_layers) == (2, 4)
     layer, head, batch = 4 * 64 * 64 + 3 * 64 * 96 + 2 * 64, 64 + 64 * 256, 1024
-    forward, new, all_of = 2 * (4 * layer + head), 4 * (2 * layer + head), 4 * (4 * layer + head)
+    forward, new, all_of = (
+        2 * (4 * layer + head),
+        4 * (2 * layer + head),
+        4 * (4 * layer + head),
+    )
     assert middle.flops == batch * (8 * (forward + new) + 12 * (forward + all_of))
     assert middle.flops_after(3) == batch * 3 * (forward + new)
-    assert middle.attention_flops == batch * 64 * 64 * (8 * (4 * 4 + 8 * 2) + 12 * 12 * 4)
+    assert middle.attention_flops == batch * 64 * 64 * (
+        8 * (4 * 4 + 8 * 2) + 12 * 12 * 4
+    )
     assert last.start_flops == base.flops + middle.flops
 
 
@@ -129,7 +171,9 @@ def test_the_recipe_is_read_back(tmp_path: Path) -> None:
                   "growth[0].model={dim=32, n_heads=2}"], "growth[1].freeze", ("where widths grow", "remove it")),
     ],
 )  # fmt: skip
-def test_refusals(tmp_path: Path, text: str, sets: list[str], where: str, parts: tuple[str, ...]) -> None:
+def test_refusals(
+    tmp_path: Path, text: str, sets: list[str], where: str, parts: tuple[str, ...]
+) -> None:
     problems = problems_of(tmp_path, text, sets)
     assert where in problems, problems
     assert all(part in problems[where] for part in parts), problems[where]

@@ -18,7 +18,13 @@ from stackgrow.plan.saving import expected_saving
 from stackgrow.plan.search import recomputed, search
 from stackgrow.plan.stages import Plan
 from stackgrow.recipe.load import load_recipe
-from stackgrow.report.cost_table import Assumed, cost_dict, duration, render_cost, render_cost_json
+from stackgrow.report.cost_table import (
+    Assumed,
+    cost_dict,
+    duration,
+    render_cost,
+    render_cost_json,
+)
 from stackgrow.text import WIDTH
 
 REPOSITORY = Path(__file__).parents[2]
@@ -35,29 +41,42 @@ def test_time_is_flops_over_peak_at_the_stated_mfu() -> None:
     (stage,) = plan.train_stages
     # 6 N with N = 5.933B less the input embedding's 131M; attention 12 L D S = 12 x 32 x 4096 x 2048.
     assert stage.flops == pytest.approx(6 * 5.802e9 * stage.tokens, rel=1e-3)
-    assert stage.paper_flops == pytest.approx(6 * 5.933e9 * stage.tokens, rel=1e-3), "the insets of Figures 1 and 5"
+    assert stage.paper_flops == pytest.approx(6 * 5.933e9 * stage.tokens, rel=1e-3), (
+        "the insets of Figures 1 and 5"
+    )
     assert stage.attention_flops == 12 * 32 * 4096 * 2048 * stage.tokens
     seconds = (stage.flops + stage.attention_flops) / (256 * 989e12 * 0.5)
     assert cost.hours == pytest.approx(seconds / 3600)
-    assert estimate(plan, Cluster(512, "h100", mfu=0.25)).hours == pytest.approx(cost.hours)
+    assert estimate(plan, Cluster(512, "h100", mfu=0.25)).hours == pytest.approx(
+        cost.hours
+    )
 
 
 def test_disk_while_a_checkpoint_replaces_another(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, RECIPE, ["checkpoint.interval=5 steps", "checkpoint.keep=2"])
+    plan = plan_of(
+        tmp_path, RECIPE, ["checkpoint.interval=5 steps", "checkpoint.keep=2"]
+    )
     base, grow = plan.stages[:2]
     size = 12 * base.model.parameters()
     assert base.steps == 20  # 4 checkpoints, 2 of them kept
     assert stage_disk(plan, base) == (2 * size, 3 * size)
     assert stage_disk(plan, grow) == (0, 0)  # hard links
-    noisy = plan_of(tmp_path, edited(('timing = "20K"', 'timing = "20K"\nnoise = 0.2'))).stages[1]
+    noisy = plan_of(
+        tmp_path, edited(('timing = "20K"', 'timing = "20K"\nnoise = 0.2'))
+    ).stages[1]
     assert stage_disk(plan, noisy)[0] == 4 * noisy.target.parameters()
-    carried = plan_of(tmp_path, edited(('timing = "20K"', 'timing = "20K"\nnoise = 0.2\noptimizer = "copy"'))).stages[1]
+    carried = plan_of(
+        tmp_path,
+        edited(('timing = "20K"', 'timing = "20K"\nnoise = 0.2\noptimizer = "copy"')),
+    ).stages[1]
     assert stage_disk(plan, carried)[0] == 12 * carried.target.parameters()
     first = plan_of(tmp_path, RECIPE, ["checkpoint.interval=50 steps"]).stages[0]
-    assert stage_disk(plan_of(tmp_path, RECIPE, ["checkpoint.interval=50 steps"]), first) == (size, size)
-    assert estimate(plan, Cluster(1, "h100")).peak_disk == sum(stage_disk(plan, s)[0] for s in plan.stages) + (
-        12 * plan.train_stages[-1].model.parameters()
-    )
+    assert stage_disk(
+        plan_of(tmp_path, RECIPE, ["checkpoint.interval=50 steps"]), first
+    ) == (size, size)
+    assert estimate(plan, Cluster(1, "h100")).peak_disk == sum(
+        stage_disk(plan, s)[0] for s in plan.stages
+    ) + (12 * plan.train_stages[-1].model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -69,7 +88,9 @@ def test_disk_while_a_checkpoint_replaces_another(tmp_path: Path) -> None:
         ("paper/410m_750b_gstack", "410M", 700e9, 0.310),
     ],
 )
-def test_saving_is_the_nearest_measured_one(recipe: str, target: str, tokens: float, speed_up: float) -> None:
+def test_saving_is_the_nearest_measured_one(
+    recipe: str, target: str, tokens: float, speed_up: float
+) -> None:
     plan = shipped(recipe)
     saving = expected_saving(plan)
     assert saving is not None
@@ -93,10 +114,14 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     assert [p.split(":")[0] for p in alone.problems] == ["stage-4-train-32L"]
     assert "GB on one a100 of 80 GB" in alone.problems[0]
     uneven = estimate(shipped("7b_gstack"), Cluster(96, "h100"))
-    assert all("cannot be shared equally by 96 data ranks" in p for p in uneven.problems)
+    assert all(
+        "cannot be shared equally by 96 data ranks" in p for p in uneven.problems
+    )
     assert uneven.stages == ()
     assert "what does not fit:" in render_cost(uneven)
-    assert "everything fits" in render_cost(estimate(shipped("7b_gstack"), Cluster(256, "h100")))
+    assert "everything fits" in render_cost(
+        estimate(shipped("7b_gstack"), Cluster(256, "h100"))
+    )
 
 
 def test_search_prefers_what_recomputes_and_sends_least() -> None:
@@ -110,8 +135,15 @@ def test_search_prefers_what_recomputes_and_sends_least() -> None:
     fast = search(large, Cluster(256, "h100"), network=1e15)[0]
     slow = search(large, Cluster(256, "h100"), network=1e9)[0]
     chunked = shipped("7b_gstack", "train.loss_chunk=1024").train_stages[-1]
-    assert {c.layout.tensor for c in search(chunked, Cluster(256, "h100"), best=99)} == {1}
-    assert {c.layout.tensor for c in search(large, Cluster(256, "h100"), best=99)} == {1, 2, 4, 8}
+    assert {
+        c.layout.tensor for c in search(chunked, Cluster(256, "h100"), best=99)
+    } == {1}
+    assert {c.layout.tensor for c in search(large, Cluster(256, "h100"), best=99)} == {
+        1,
+        2,
+        4,
+        8,
+    }
     assert slow.slowdown > fast.slowdown
 
 
@@ -120,7 +152,9 @@ def test_recomputed_products() -> None:
     assert stage.train.activation_checkpoint == "selective"
     D, F, L, V = 4096, 11008, 32, 32000
     products = 3 * (L * (4 * D * D + 3 * D * F) + V * D)  # forward once, backward twice
-    assert recomputed(stage) == pytest.approx(L * (2 * D * D + D * F) / products, rel=1e-3)  # wk, wo, w3
+    assert recomputed(stage) == pytest.approx(
+        L * (2 * D * D + D * F) / products, rel=1e-3
+    )  # wk, wo, w3
 
 
 def test_data_epochs_and_text_and_json() -> None:
@@ -133,9 +167,13 @@ def test_data_epochs_and_text_and_json() -> None:
     assert "assumed MFU 40% of 989 TFLOP/s" in text
     plain = json.loads(render_cost_json(cost, choices))
     assert plain == json.loads(json.dumps(cost_dict(cost, choices)))
-    assert [s["parameters"] for s in plain["stages"]] == [s.model.parameters() for s in plan.train_stages]
+    assert [s["parameters"] for s in plain["stages"]] == [
+        s.model.parameters() for s in plan.train_stages
+    ]
     last = plain["stages"][-1]["memory"]
-    rows = 2 * 125 * 4096 + 16 + 32 * (4 * 16 * 4096 + 2 * 43 * 4096 + 16 * 11008 + 2 * 16)  # of 256 ranks' first
+    rows = (
+        2 * 125 * 4096 + 16 + 32 * (4 * 16 * 4096 + 2 * 43 * 4096 + 16 * 11008 + 2 * 16)
+    )  # of 256 ranks' first
     assert (last["parameters"], last["gradients"]) == (4 * rows, 4 * rows)
     assert last["optimizer"] == 8 * rows + 4 * (3 + 32 * 9)
     assert plain["search"]["stage-4-train-32L"][0]["slowdown"] >= 1
@@ -158,7 +196,11 @@ def test_picture_shows_every_stage(tmp_path: Path) -> None:
 
     draw_plan(plan_of(tmp_path, RECIPE), tmp_path / "plan.svg")
     picture = (tmp_path / "plan.svg").read_text()
-    for text in ("stage-0-train-2L: 103K parameters, 20.5K tokens", "stage-4-train-8L", "learning rate"):
+    for text in (
+        "stage-0-train-2L: 103K parameters, 20.5K tokens",
+        "stage-4-train-8L",
+        "learning rate",
+    ):
         assert text in picture
 
 
@@ -195,8 +237,15 @@ def test_money() -> None:
 
 
 def test_disk_adds_up(tmp_path: Path) -> None:
-    text = edited(('operator = "stack"\nfactor = 2\ntiming = "20K"', 'operator = "zero"\nfactor = 2\ntiming = "20K"'))
-    cost = estimate(plan_of(tmp_path, text, ["checkpoint.interval=5 steps"]), Cluster(1, "h100"))
+    text = edited(
+        (
+            'operator = "stack"\nfactor = 2\ntiming = "20K"',
+            'operator = "zero"\nfactor = 2\ntiming = "20K"',
+        )
+    )
+    cost = estimate(
+        plan_of(tmp_path, text, ["checkpoint.interval=5 steps"]), Cluster(1, "h100")
+    )
     kept = [stage_disk(cost.plan, stage)[0] for stage in cost.plan.stages]
     assert kept[1] > 0, "a grow stage that is no hard links"
     assert cost.disk == sum(kept) < cost.peak_disk
@@ -219,12 +268,21 @@ def test_search_ranks_the_recipe_s_own_layout() -> None:
     assert [choice.place for choice in ranked[:3]] == [1, 2, 3]
     (own,) = (choice for choice in ranked if choice.own)
     assert own.place > 3
-    assert (own.layout.shard, own.micro_batch, own.activation_checkpoint) == (256, 4, "selective")
+    assert (own.layout.shard, own.micro_batch, own.activation_checkpoint) == (
+        256,
+        4,
+        "selective",
+    )
     best = ranked[0].layout
     sets = [f"parallel.replicate={best.replicate}", f"parallel.shard={best.shard}"]
-    sets += ["train.activation_checkpoint=none", f"train.micro_batch={ranked[0].micro_batch}"]
+    sets += [
+        "train.activation_checkpoint=none",
+        f"train.micro_batch={ranked[0].micro_batch}",
+    ]
     chosen = search(shipped("7b_gstack", *sets).train_stages[-1], Cluster(256, "h100"))
-    assert [choice.own for choice in chosen] == [True, False, False], "it is counted once"
+    assert [choice.own for choice in chosen] == [True, False, False], (
+        "it is counted once"
+    )
 
 
 def test_exit_code_tells_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,11 @@ from stackgrow.plan.stages import GrowStage, LearnStage
 
 FIRST = '[[growth]]\noperator = "stack"\nfactor = 2\ntiming = "20K"\n'
 LEARN = edited(
-    (FIRST, FIRST.replace("stack", "learn") + 'learn_steps = "10 steps"\n[growth.learn]\nwarmup = "2 steps"\n')
+    (
+        FIRST,
+        FIRST.replace("stack", "learn")
+        + 'learn_steps = "10 steps"\n[growth.learn]\nwarmup = "2 steps"\n',
+    )
 )
 
 
@@ -31,36 +35,61 @@ def test_stages(tmp_path: Path) -> None:
     base, learn, grow, middle = plan.stages[:4]
     assert isinstance(learn, LearnStage)
     assert isinstance(grow, GrowStage)
-    assert (learn.source, learn.model) == (grow.source, grow.target) == (base.model, middle.model)
+    assert (
+        (learn.source, learn.model)
+        == (grow.source, grow.target)
+        == (base.model, middle.model)
+    )
     assert grow.layer_map is None
-    assert [s.steps for s in plan.train_stages] == [20, 10, 10, 57], "growths keep their timing: 20K, and step 40"
+    assert [s.steps for s in plan.train_stages] == [20, 10, 10, 57], (
+        "growths keep their timing: 20K, and step 40"
+    )
     assert (learn.warmup_steps, middle.warmup_steps) == (2, 4)
     assert learn.start_tokens == base.tokens
     assert middle.start_sequences == base.steps * 16 + learn.steps * 16
     assert middle.start_flops == pytest.approx(base.flops + learn.flops)
-    assert learn.seed not in {stage.seed for stage in plan.stages if isinstance(stage, GrowStage)}
+    assert learn.seed not in {
+        stage.seed for stage in plan.stages if isinstance(stage, GrowStage)
+    }
 
 
 def test_cost(tmp_path: Path) -> None:
     """Depth alone: 6 N D, and 2 L l P for mixing each step, twice: forward, and the gradient of D."""
     _, learn, _, middle = plan_of(tmp_path, LEARN).stages[:4]
     layer = 4 * 64 * 64 + 3 * 64 * 96 + 2 * 64
-    assert (learn.flops_per_token - middle.flops_per_token) * 1024 == pytest.approx(2 * 2 * 4 * 2 * layer)
+    assert (learn.flops_per_token - middle.flops_per_token) * 1024 == pytest.approx(
+        2 * 2 * 4 * 2 * layer
+    )
     assert learn.checkpoint_bytes == 12 * 9 * 4 * 2
     wide = replace(learn.source, dim=128, n_heads=8, n_kv_heads=8, ffn_dim=192)
     assert parameters(learn.source, wide) == 4 * 128 * 64 + 192 * 96
     square, up, down = ((64, 64, 128, 128), (96, 64, 192, 128), (64, 96, 128, 192))
-    maps = [2 * 2 * r * c * C + 3 * 2 * R * r * C for r, c, R, C in (*[square] * 4, up, up, down)]
-    ends = 2 * (2 * 2 * 256 * 64 * 128) + (2 * 2 + 1) * (2 * 2 * 128 * 64)  # embedding and head; the five norms
+    maps = [
+        2 * 2 * r * c * C + 3 * 2 * R * r * C
+        for r, c, R, C in (*[square] * 4, up, up, down)
+    ]
+    ends = 2 * (2 * 2 * 256 * 64 * 128) + (2 * 2 + 1) * (
+        2 * 2 * 128 * 64
+    )  # embedding and head; the five norms
     assert mapping_flops(learn.source, wide) == 2 * sum(maps) + ends
 
 
 def test_hash_depends_on_the_learning(tmp_path: Path) -> None:
     first = plan_of(tmp_path, LEARN).stage_hashes("data")
-    for changed in (("10 steps", "9 steps"), ('warmup = "2 steps"', 'warmup = "3 steps"')):
+    for changed in (
+        ("10 steps", "9 steps"),
+        ('warmup = "2 steps"', 'warmup = "3 steps"'),
+    ):
         other = plan_of(tmp_path, edited(changed, text=LEARN)).stage_hashes("data")
-        assert [name for name in first if first[name] == other[name]] == ["stage-0-train-2L"]
-    free = plan_of(tmp_path, edited(('warmup = "2 steps"', 'warmup = "2 steps"\nmicro_batch = 1'), text=LEARN))
+        assert [name for name in first if first[name] == other[name]] == [
+            "stage-0-train-2L"
+        ]
+    free = plan_of(
+        tmp_path,
+        edited(
+            ('warmup = "2 steps"', 'warmup = "2 steps"\nmicro_batch = 1'), text=LEARN
+        ),
+    )
     assert free.stage_hashes("data") == first
 
 
@@ -83,7 +112,9 @@ def test_hash_depends_on_the_learning(tmp_path: Path) -> None:
         ([('timing = "20K"', 'timing = "20K"\nmodel = { dim = 72 }')], "growth[0]", "head width 16 -> 18 is no whole factor"),
     ],
 )  # fmt: skip
-def test_contradictions(tmp_path: Path, changes: list[tuple[str, str]], where: str, part: str) -> None:
+def test_contradictions(
+    tmp_path: Path, changes: list[tuple[str, str]], where: str, part: str
+) -> None:
     problems = problems_of(tmp_path, edited(*changes, text=LEARN))
     assert part in problems[where], problems
 
@@ -92,7 +123,10 @@ def test_learning_counts_its_own_batches(tmp_path: Path) -> None:
     """As all durations do: 5 steps of 64 tokens, then of 1024."""
     text = edited(
         ('"10 steps"', '"10Ki"'),
-        ('warmup = "2 steps"\n', 'batch_warmup = ["64 for 5 steps"]\nwarmup = "2 steps"\n'),
+        (
+            'warmup = "2 steps"\n',
+            'batch_warmup = ["64 for 5 steps"]\nwarmup = "2 steps"\n',
+        ),
         text=LEARN,
     )
     learn = plan_of(tmp_path, text).stages[1]
@@ -106,7 +140,12 @@ def test_compile_can_be_left_to_the_other_stages(tmp_path: Path) -> None:
         ('warmup = "2 steps"', "compile = false"),
         text=LEARN,
     )
-    assert [s.train.compile for s in plan_of(tmp_path, text).train_stages] == [True, False, True, True]
+    assert [s.train.compile for s in plan_of(tmp_path, text).train_stages] == [
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_nothing_grows(tmp_path: Path) -> None:
@@ -116,7 +155,12 @@ def test_nothing_grows(tmp_path: Path) -> None:
         ("n_layers = 2\n", "n_layers = 8\n"),
         ('"stack"', '"learn"\nlearn_steps = "5 steps"'),
     ]
-    assert "nothing grows" in problems_of(tmp_path, edited(*changes, text=RECIPE.replace(last, "")))["growth[0]"]
+    assert (
+        "nothing grows"
+        in problems_of(tmp_path, edited(*changes, text=RECIPE.replace(last, "")))[
+            "growth[0]"
+        ]
+    )
 
 
 def test_planning_loads_no_torch(tmp_path: Path) -> None:
@@ -126,22 +170,36 @@ def test_planning_loads_no_torch(tmp_path: Path) -> None:
         "make_plan(load_recipe('recipe.toml')).flops; sys.exit('torch' in sys.modules)"
     )
     root = str(Path(__file__).parents[2])
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": root}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": root}, check=True
+    )
 
 
-def test_maps_are_trained_with_their_authors_settings_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
+def test_maps_are_trained_with_their_authors_settings_unless_the_recipe_says_otherwise(
+    tmp_path: Path,
+) -> None:
     """Rate 7e-5 to 7e-6, half of the steps warm-up, weight decay 0.1 (tongxuluo/prts, issue 2); not the stage's own."""
     plain = edited(("[growth.learn]\n", ""), ('warmup = "2 steps"\n', ""), text=LEARN)
     stage = plan_of(tmp_path, plain).stages[1]
     assert isinstance(stage, LearnStage)
     train = stage.train
-    assert (train.learning_rate, train.min_learning_rate, train.weight_decay) == (7e-5, 7e-6, 0.1)
+    assert (train.learning_rate, train.min_learning_rate, train.weight_decay) == (
+        7e-5,
+        7e-6,
+        0.1,
+    )
     assert (stage.steps, stage.warmup_steps, stage.horizon_steps) == (10, 5, 10)
     assert stage.learning_rate(5) == 7e-5
-    told = edited(('warmup = "2 steps"', 'warmup = "2 steps"\nlearning_rate = 0.01'), text=LEARN)
+    told = edited(
+        ('warmup = "2 steps"', 'warmup = "2 steps"\nlearning_rate = 0.01'), text=LEARN
+    )
     other = plan_of(tmp_path, told).stages[1]
     assert isinstance(other, LearnStage)
-    assert (other.train.learning_rate, other.warmup_steps, other.train.min_learning_rate) == (0.01, 2, 7e-6)
+    assert (
+        other.train.learning_rate,
+        other.warmup_steps,
+        other.train.min_learning_rate,
+    ) == (0.01, 2, 7e-6)
 
 
 def test_official_maps_cost_and_count_more_and_change_the_hash(tmp_path: Path) -> None:

@@ -38,7 +38,9 @@ def _trace(file: Path, sets: list[str], ranks: int, index: int, real: bool) -> A
 @pytest.fixture(scope="module")
 def process() -> Iterator[ProcessPoolExecutor]:
     """A process of its own: the fake process group must not meet another test's."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
         yield pool
 
 
@@ -47,14 +49,26 @@ def process() -> Iterator[ProcessPoolExecutor]:
     [
         (32, []),
         (256, ["parallel.replicate=32", "train.activation_checkpoint=none"]),
-        (1024, ["train.activation_checkpoint=full"]),  # 32000 and 11008 rows do not divide
+        (
+            1024,
+            ["train.activation_checkpoint=full"],
+        ),  # 32000 and 11008 rows do not divide
         (256, ["parallel.tensor=8"]),
-        (1024, ["parallel.tensor=4", "parallel.replicate=8", "train.activation_checkpoint=none"]),
+        (
+            1024,
+            [
+                "parallel.tensor=4",
+                "parallel.replicate=8",
+                "train.activation_checkpoint=none",
+            ],
+        ),
         (256, ["model.n_kv_heads=4", "train.loss_chunk=1024", "parallel.shard=256"]),
         (8, ["parallel.tensor=8", "train.precision=fp32", "base.train.micro_batch=2"]),
     ],
 )
-def test_shards_of_the_7b(process: ProcessPoolExecutor, ranks: int, sets: list[str]) -> None:
+def test_shards_of_the_7b(
+    process: ProcessPoolExecutor, ranks: int, sets: list[str]
+) -> None:
     """Two layers of the 7B's width: its other stages are the same with more layers (tools/dry_run.py has them all)."""
     sets = [*sets, "train.compile=false"]  # a trace is not compiled
     stage = _plan(GIANT, sets).train_stages[0]
@@ -65,11 +79,15 @@ def test_shards_of_the_7b(process: ProcessPoolExecutor, ranks: int, sets: list[s
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_working_memory_of_a_step_that_is_computed(process: ProcessPoolExecutor, tmp_path: Path, mode: str) -> None:
+def test_working_memory_of_a_step_that_is_computed(
+    process: ProcessPoolExecutor, tmp_path: Path, mode: str
+) -> None:
     sets = [*SMALL, f"train.activation_checkpoint={mode}"]
     stage = plan_of(tmp_path, RECIPE, sets).train_stages[2]
     planned = stage_memory(stage, layout(stage.parallel, 1))
-    traced = process.submit(_trace, tmp_path / "some_recipe.toml", sets, 1, 2, True).result()
+    traced = process.submit(
+        _trace, tmp_path / "some_recipe.toml", sets, 1, 2, True
+    ).result()
     assert traced.state_equals(planned)
     assert planned.working == pytest.approx(traced.working, rel=0.15)
     logits = planned.loss // 3
@@ -94,7 +112,10 @@ def _kept_compiled(stage: Any, sharded: bool, autocast: bool) -> int:
     rotations = network.freqs_cis
     for weight in network.parameters():
         weight.data = weight.to(torch.bfloat16 if sharded else torch.float32)
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), rotations)}
+    own = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*network.parameters(), rotations)
+    }
     saved: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -103,10 +124,17 @@ def _kept_compiled(stage: Any, sharded: bool, autocast: bool) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    hidden = network.tok_embeddings(torch.zeros(stage.micro_batch(1), stage.seq_len, dtype=torch.int64))
-    with torch.autocast("cpu", torch.bfloat16, autocast), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    hidden = network.tok_embeddings(
+        torch.zeros(stage.micro_batch(1), stage.seq_len, dtype=torch.int64)
+    )
+    with (
+        torch.autocast("cpu", torch.bfloat16, autocast),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
+    ):
         for layer in network.layers.values():
-            hidden = torch.compile(layer, backend="aot_eager_decomp_partition")(hidden, rotations, None)
+            hidden = torch.compile(layer, backend="aot_eager_decomp_partition")(
+                hidden, rotations, None
+            )
     return sum(saved.values())
 
 
@@ -114,27 +142,45 @@ def _kept_compiled(stage: Any, sharded: bool, autocast: bool) -> int:
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_what_compiled_layers_keep(tmp_path: Path, mode: str, precision: str) -> None:
     sharded, autocast = precision == "bf16", precision == "autocast"
-    sets = [*SMALL, f"train.activation_checkpoint={mode}", "train.compile=true", "model.n_kv_heads=2"]
+    sets = [
+        *SMALL,
+        f"train.activation_checkpoint={mode}",
+        "train.compile=true",
+        "model.n_kv_heads=2",
+    ]
     sets += [f"train.precision={'fp32' if precision == 'fp32' else 'bf16'}"]
     shallow, deep, _ = plan_of(tmp_path, RECIPE, sets).train_stages
     here = Layout(1, 2 if sharded else 1, 1)
-    fewer, more = (stage_memory(s, here, s.micro_batch(1)).activations for s in (shallow, deep))
+    fewer, more = (
+        stage_memory(s, here, s.micro_batch(1)).activations for s in (shallow, deep)
+    )
     planned = more - fewer
-    found = _kept_compiled(deep, sharded, autocast) - _kept_compiled(shallow, sharded, autocast)
+    found = _kept_compiled(deep, sharded, autocast) - _kept_compiled(
+        shallow, sharded, autocast
+    )
     if autocast and mode == "none":  # the weights in bf16 are there, too
         planned += 2 * (deep.model.parameters() - shallow.model.parameters())
     assert planned == pytest.approx(found, rel=0.01)
 
 
 def test_rank_0_has_the_largest_chunk() -> None:
-    assert local_elements("tok_embeddings.weight", (10, 3), Layout(1, 4, 1)) == 9  # rows 3 3 3 1
-    assert local_elements("feed_forward.w2.weight", (10, 6), Layout(2, 4, 2)) == 9  # columns 3, then rows 3
-    assert local_elements("feed_forward.w1.weight", (10, 6), Layout(1, 2, 2)) == 18  # rows 5, then 3
+    assert (
+        local_elements("tok_embeddings.weight", (10, 3), Layout(1, 4, 1)) == 9
+    )  # rows 3 3 3 1
+    assert (
+        local_elements("feed_forward.w2.weight", (10, 6), Layout(2, 4, 2)) == 9
+    )  # columns 3, then rows 3
+    assert (
+        local_elements("feed_forward.w1.weight", (10, 6), Layout(1, 2, 2)) == 18
+    )  # rows 5, then 3
     assert local_elements("norm.weight", (10,), Layout(1, 4, 2)) == 3
 
 
 def test_host_memory_holds_what_is_offloaded(tmp_path: Path) -> None:
-    on, off = (plan_of(tmp_path, RECIPE, [f"train.cpu_offload={v}"]).train_stages[-1] for v in ("false", "true"))
+    on, off = (
+        plan_of(tmp_path, RECIPE, [f"train.cpu_offload={v}"]).train_stages[-1]
+        for v in ("false", "true")
+    )
     there, away = (stage_memory(s, layout(s.parallel, 4)) for s in (on, off))
     assert away.host == there.parameters + there.gradients + there.optimizer
     assert away.total == away.working == there.working
@@ -151,4 +197,6 @@ def test_learned_maps_are_few_and_their_models_whole(tmp_path: Path) -> None:
     learn, grown = stages[1], stages[2]
     learned, trained = (stage_memory(s, layout(s.parallel, 1)) for s in (learn, grown))
     assert learned.parameters == learn.checkpoint_bytes // 3
-    assert learned.working - trained.working == 4 * (stages[0].model.parameters() + 2 * grown.model.parameters())
+    assert learned.working - trained.working == 4 * (
+        stages[0].model.parameters() + 2 * grown.model.parameters()
+    )

@@ -29,14 +29,19 @@ RECIPES = {
     "scratch": edited((GROWTHS, "")),
     "stack": RECIPE,
     "stack by a layer map": grown(
-        "n_layers = 4", 'operator = "stack"\nlayer_map = [0, 0, 1, 1, 2, 2, 3, 3]\ntiming = "20K"'
+        "n_layers = 4",
+        'operator = "stack"\nlayer_map = [0, 0, 1, 1, 2, 2, 3, 3]\ntiming = "20K"',
     ),
-    "stack with noise": grown("n_layers = 4", 'operator = "stack"\nfactor = 2\ntiming = "20K"\nnoise = 0.2'),
+    "stack with noise": grown(
+        "n_layers = 4", 'operator = "stack"\nfactor = 2\ntiming = "20K"\nnoise = 0.2'
+    ),
     "stack with the optimizer": grown(
-        "n_layers = 4", 'operator = "stack"\nfactor = 2\ntiming = "20K"\noptimizer = "copy"'
+        "n_layers = 4",
+        'operator = "stack"\nfactor = 2\ntiming = "20K"\noptimizer = "copy"',
     ),
     "stack with frozen layers": grown(
-        "n_layers = 4", 'operator = "stack"\nfactor = 2\ntiming = "20K"\nfreeze = "5 steps"'
+        "n_layers = 4",
+        'operator = "stack"\nfactor = 2\ntiming = "20K"\nfreeze = "5 steps"',
     ),
     "stack with the schedule going on": grown(
         "n_layers = 4",
@@ -44,28 +49,42 @@ RECIPES = {
         'horizon = "200 steps"\n',
     ),
     "split": grown(NARROW, 'operator = "split"\ntiming = "20K"'),
-    "split in both directions": grown(SHALLOW_AND_NARROW, 'operator = "split"\nfactor = 2\ntiming = "20K"'),
-    "zero": grown("n_layers = 4", 'operator = "zero"\nfactor = 2\norder = "interleave"\ntiming = "20K"'),
+    "split in both directions": grown(
+        SHALLOW_AND_NARROW, 'operator = "split"\nfactor = 2\ntiming = "20K"'
+    ),
+    "zero": grown(
+        "n_layers = 4",
+        'operator = "zero"\nfactor = 2\norder = "interleave"\ntiming = "20K"',
+    ),
     "zero in width": grown(NARROW, 'operator = "zero"\ntiming = "20K"'),
-    "random": grown("n_layers = 4", 'operator = "random"\nfactor = 2\ntiming = "20K"\nramp = "8 steps"'),
+    "random": grown(
+        "n_layers = 4",
+        'operator = "random"\nfactor = 2\ntiming = "20K"\nramp = "8 steps"',
+    ),
     "random in both directions": grown(
-        SHALLOW_AND_NARROW, 'operator = "random"\nfactor = 2\ntiming = "20K"\nramp = "8 steps"'
+        SHALLOW_AND_NARROW,
+        'operator = "random"\nfactor = 2\ntiming = "20K"\nramp = "8 steps"',
     ),
     "learn": grown(
         "n_layers = 4",
         'operator = "learn"\nfactor = 2\ntiming = "20K"\nlearn_steps = "10 steps"\nlearn = { warmup = "2 steps", learning_rate = 1e-3, min_learning_rate = 0.0, weight_decay = 0.1 }',
     ),
     "imported base": grown(
-        'n_layers = 4\nfrom = "models/base"\nposition = 5', 'operator = "stack"\nfactor = 2\ntiming = "20K"'
+        'n_layers = 4\nfrom = "models/base"\nposition = 5',
+        'operator = "stack"\nfactor = 2\ntiming = "20K"',
     ),
     "imported base, grown at once": grown(
-        'n_layers = 4\nfrom = "models/base"', 'operator = "stack"\nfactor = 2\ntiming = "start"'
+        'n_layers = 4\nfrom = "models/base"',
+        'operator = "stack"\nfactor = 2\ntiming = "start"',
     ),
     "until the loss falls slowly": grown(
         "n_layers = 4",
         'operator = "stack"\nfactor = 2\ntiming = { loss_slope = 0.5, min = "10K", max = "40K" }',
     ),
-    "documents kept apart": edited(("seq_len = 64", "seq_len = 64\ndocument_mask = true")) + 'attention = "flex"\n',
+    "documents kept apart": edited(
+        ("seq_len = 64", "seq_len = 64\ndocument_mask = true")
+    )
+    + 'attention = "flex"\n',
     "batch warm-up": RECIPE + 'batch_warmup = ["512 for 5 steps"]\n',
 }
 HASHES = {
@@ -92,7 +111,9 @@ HASHES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_stage_keeps_the_hash_that_older_runs_have_of_it(tmp_path: Path, name: str) -> None:
+def test_a_stage_keeps_the_hash_that_older_runs_have_of_it(
+    tmp_path: Path, name: str
+) -> None:
     hashes = plan_of(tmp_path, RECIPES[name]).stage_hashes("d" * 64)
     assert list(hashes.values())[-1] == HASHES[name]
 

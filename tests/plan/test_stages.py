@@ -21,7 +21,10 @@ from stackgrow.recipe.write import toml_name
 
 BATCH = "global_batch_tokens = 1024"
 TWO_BATCHES = edited(
-    ("[base]\nn_layers = 2", "[base]\nn_layers = 2\n[base.train]\nglobal_batch_tokens = 256"),
+    (
+        "[base]\nn_layers = 2",
+        "[base]\nn_layers = 2\n[base.train]\nglobal_batch_tokens = 256",
+    ),
     ('timing = "40 steps"', 'timing = "100 steps"'),
 )
 SCRATCH = RECIPE[: RECIPE.index("[base]")] + RECIPE[RECIPE.index("[train]") :]
@@ -40,24 +43,42 @@ def test_stages(tmp_path: Path) -> None:
     grow = plan.stages[3]
     assert isinstance(grow, GrowStage)
     assert grow.layer_map == (0, 1, 2, 3, 0, 1, 2, 3)
-    assert (grow.source, grow.target) == (plan.train_stages[1].model, plan.train_stages[2].model)
+    assert (grow.source, grow.target) == (
+        plan.train_stages[1].model,
+        plan.train_stages[2].model,
+    )
     assert plan.train_stages[2].model == plan.recipe.model
 
 
-@pytest.mark.parametrize("text", [RECIPE, TWO_BATCHES, SCRATCH], ids=["one batch", "two batches", "scratch"])
-def test_every_stage_starts_where_the_one_before_stopped(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text", [RECIPE, TWO_BATCHES, SCRATCH], ids=["one batch", "two batches", "scratch"]
+)
+def test_every_stage_starts_where_the_one_before_stopped(
+    tmp_path: Path, text: str
+) -> None:
     plan = plan_of(tmp_path, text)
     tokens = sequences = 0
     flops = 0.0
     for stage in plan.train_stages:
-        assert (stage.start_tokens, stage.start_sequences, stage.start_flops) == (tokens, sequences, flops)
+        assert (stage.start_tokens, stage.start_sequences, stage.start_flops) == (
+            tokens,
+            sequences,
+            flops,
+        )
         assert stage.tokens == stage.steps * stage.train.global_batch_tokens
         assert stage.tokens == stage.steps * stage.batch_sequences * stage.seq_len
-        tokens, sequences = tokens + stage.tokens, sequences + stage.steps * stage.batch_sequences
+        tokens, sequences = (
+            tokens + stage.tokens,
+            sequences + stage.steps * stage.batch_sequences,
+        )
         flops += stage.flops
     assert (plan.tokens, plan.sequences, plan.flops) == (tokens, sequences, flops)
     assert sequences * plan.recipe.data.seq_len == tokens
-    assert 0 <= plan.recipe.budget.tokens - tokens < plan.train_stages[-1].train.global_batch_tokens
+    assert (
+        0
+        <= plan.recipe.budget.tokens - tokens
+        < plan.train_stages[-1].train.global_batch_tokens
+    )
 
 
 def test_a_batch_of_its_own_in_the_base_stage(tmp_path: Path) -> None:
@@ -68,8 +89,14 @@ def test_a_batch_of_its_own_in_the_base_stage(tmp_path: Path) -> None:
 
 
 def test_overrides_hold_for_one_stage(tmp_path: Path) -> None:
-    text = edited(('timing = "20K"', 'timing = "20K"\n[growth.train]\nlearning_rate = 5e-4'))
-    assert [s.train.learning_rate for s in plan_of(tmp_path, text).train_stages] == [1e-3, 5e-4, 1e-3]
+    text = edited(
+        ('timing = "20K"', 'timing = "20K"\n[growth.train]\nlearning_rate = 5e-4')
+    )
+    assert [s.train.learning_rate for s in plan_of(tmp_path, text).train_stages] == [
+        1e-3,
+        5e-4,
+        1e-3,
+    ]
 
 
 def test_scratch_has_one_stage(tmp_path: Path) -> None:
@@ -90,13 +117,25 @@ def test_flops_and_bytes(tmp_path: Path) -> None:
 
 def test_factor_may_be_left_out_of_a_single_growth(tmp_path: Path) -> None:
     start, end = RECIPE.index("[[growth]]"), RECIPE.index("[train]")
-    one = RECIPE[:start] + '[[growth]]\noperator = "stack"\ntiming = "20K"\norder = "interleave"\n' + RECIPE[end:]
+    one = (
+        RECIPE[:start]
+        + '[[growth]]\noperator = "stack"\ntiming = "20K"\norder = "interleave"\n'
+        + RECIPE[end:]
+    )
     assert plan_of(tmp_path, one).stages[1].layer_map == (0, 0, 0, 0, 1, 1, 1, 1)  # type: ignore[union-attr]
-    assert "none leads from 3 layers" in problems_of(tmp_path, one, ["base.n_layers=3"])["growth[0].factor"]
+    assert (
+        "none leads from 3 layers"
+        in problems_of(tmp_path, one, ["base.n_layers=3"])["growth[0].factor"]
+    )
 
 
 def test_layer_map(tmp_path: Path) -> None:
-    text = edited(('factor = 2\ntiming = "40 steps"', 'layer_map = [0, 1, 0, 1, 0, 1, 2, 2]\ntiming = "40 steps"'))
+    text = edited(
+        (
+            'factor = 2\ntiming = "40 steps"',
+            'layer_map = [0, 1, 0, 1, 0, 1, 2, 2]\ntiming = "40 steps"',
+        )
+    )
     plan = plan_of(tmp_path, text)
     assert plan.stages[3].layer_map == (0, 1, 0, 1, 0, 1, 2, 2)  # type: ignore[union-attr]
     assert plan.notes == (
@@ -106,13 +145,17 @@ def test_layer_map(tmp_path: Path) -> None:
 
 
 def test_auto_timing_is_the_guideline(tmp_path: Path) -> None:
-    text = edited(('timing = "40 steps"', 'timing = "auto"'), ('tokens = "100K"', 'tokens = "1T"'))
+    text = edited(
+        ('timing = "40 steps"', 'timing = "auto"'), ('tokens = "100K"', 'tokens = "1T"')
+    )
     plan = plan_of(tmp_path, text, ["train.global_batch_tokens=64"])
     n = plan.recipe.model.non_embedding_parameters()
     expected = guidelines.growth_timing(n, 6 * n * 10**12)
     assert abs(plan.train_stages[2].start_tokens - expected) <= 64
     assert plan.notes[0].startswith("growth[1].timing: guideline d = ")
-    assert "extrapolated: fitted on 410M to 3B" in plan.notes[0]  # a model this small is below the fit
+    assert (
+        "extrapolated: fitted on 410M to 3B" in plan.notes[0]
+    )  # a model this small is below the fit
 
 
 def test_auto_timing_tells_when_it_extrapolates(tmp_path: Path) -> None:
@@ -123,7 +166,10 @@ def test_auto_timing_tells_when_it_extrapolates(tmp_path: Path) -> None:
         "growth[1].timing=auto",
         "budget.tokens=9T",
     ]
-    assert "extrapolated: fitted on 410M to 3B, up to 1.2e21" in plan_of(tmp_path, RECIPE, sets).notes[0]
+    assert (
+        "extrapolated: fitted on 410M to 3B, up to 1.2e21"
+        in plan_of(tmp_path, RECIPE, sets).notes[0]
+    )
 
 
 OWN_GUIDELINE = "guideline={a=0.0,b=0.0,c=9.0,source='my sweep'}"
@@ -202,13 +248,21 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("sets", "where", "parts"), CONTRADICTIONS, ids=[" ".join(c[0])[:60] for c in CONTRADICTIONS])
-def test_contradictions(tmp_path: Path, sets: tuple[str, ...], where: str, parts: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("sets", "where", "parts"),
+    CONTRADICTIONS,
+    ids=[" ".join(c[0])[:60] for c in CONTRADICTIONS],
+)
+def test_contradictions(
+    tmp_path: Path, sets: tuple[str, ...], where: str, parts: tuple[str, ...]
+) -> None:
     with pytest.raises(RecipeError) as caught:
         plan_of(tmp_path, RECIPE, sets)
     assert str(tmp_path / "some_recipe.toml") in str(caught.value)
     messages = [message for path, message in caught.value.problems if path == where]
-    assert any(all(part in message for part in parts) for message in messages), caught.value
+    assert any(all(part in message for part in parts) for message in messages), (
+        caught.value
+    )
 
 
 def test_growth_needs_a_base(tmp_path: Path) -> None:
@@ -230,9 +284,21 @@ def test_contradictions_are_reported_together(tmp_path: Path) -> None:
 
 
 def test_a_base_that_is_never_trained_is_not_laid_out(tmp_path: Path) -> None:
-    sets = ["base.from=x", "growth[0].timing=start", "parallel.tensor=4", "train.micro_batch=1"]
-    narrow = ["base.model={dim=32, n_heads=2}", "growth[0].operator=zero", "growth[0].model={dim=64, n_heads=4}"]
-    assert [s.model.n_heads for s in plan_of(tmp_path, RECIPE, [*sets, *narrow]).train_stages] == [4, 4]
+    sets = [
+        "base.from=x",
+        "growth[0].timing=start",
+        "parallel.tensor=4",
+        "train.micro_batch=1",
+    ]
+    narrow = [
+        "base.model={dim=32, n_heads=2}",
+        "growth[0].operator=zero",
+        "growth[0].model={dim=64, n_heads=4}",
+    ]
+    assert [
+        s.model.n_heads
+        for s in plan_of(tmp_path, RECIPE, [*sets, *narrow]).train_stages
+    ] == [4, 4]
 
 
 def test_limits(tmp_path: Path) -> None:
@@ -240,7 +306,12 @@ def test_limits(tmp_path: Path) -> None:
     plan = plan_of(
         tmp_path,
         RECIPE,
-        ["growth[0].timing=1 step", "growth[1].timing=2 steps", "budget.tokens=3Ki", "train.warmup=1 step"],
+        [
+            "growth[0].timing=1 step",
+            "growth[1].timing=2 steps",
+            "budget.tokens=3Ki",
+            "train.warmup=1 step",
+        ],
     )
     assert [s.steps for s in plan.train_stages] == [1, 1, 1]
 
@@ -255,23 +326,55 @@ def test_limits(tmp_path: Path) -> None:
             "16 sequences per step cannot be shared equally by 3 data ranks",
         ),
         (["parallel.tensor=2"], 3, "parallel", "start a multiple of 2 ranks"),
-        (["train.cpu_offload=true"], 1, "train.cpu_offload", "needs parallel.shard of at least 2"),
-        (["parallel.shard=2"], 4, "parallel", "start 2 ranks, or set parallel.shard = -1"),
+        (
+            ["train.cpu_offload=true"],
+            1,
+            "train.cpu_offload",
+            "needs parallel.shard of at least 2",
+        ),
+        (
+            ["parallel.shard=2"],
+            4,
+            "parallel",
+            "start 2 ranks, or set parallel.shard = -1",
+        ),
         (["parallel.shard=2", "parallel.replicate=2"], 2, "parallel", "start 4 ranks"),
         (["parallel.tensor=2", "train.precision=bf16"], 2, "train.precision", '"fp32"'),
-        (["parallel.tensor=2", "parallel.replicate=2"], 4, "parallel.replicate", "use parallel.shard"),
-        (["growth[1].parallel.shard=4"], 2, "parallel", "stage-4-train-8L: replicate 1 x shard 4"),
-        (["train.batch_warmup=['192 for 1 step']"], 2, "train.global_batch_tokens", "3 sequences per step"),
+        (
+            ["parallel.tensor=2", "parallel.replicate=2"],
+            4,
+            "parallel.replicate",
+            "use parallel.shard",
+        ),
+        (
+            ["growth[1].parallel.shard=4"],
+            2,
+            "parallel",
+            "stage-4-train-8L: replicate 1 x shard 4",
+        ),
+        (
+            ["train.batch_warmup=['192 for 1 step']"],
+            2,
+            "train.global_batch_tokens",
+            "3 sequences per step",
+        ),
     ],
 )
-def test_ranks_that_do_not_fit(tmp_path: Path, sets: list[str], world: int, where: str, part: str) -> None:
+def test_ranks_that_do_not_fit(
+    tmp_path: Path, sets: list[str], world: int, where: str, part: str
+) -> None:
     problems = dict(world_problems(plan_of(tmp_path, RECIPE, sets), world))
     assert part in problems[where], problems
 
 
 @pytest.mark.parametrize(
     ("sets", "world"),
-    [([], 1), ([], 16), (["parallel.shard=2", "parallel.replicate=2"], 4), (["parallel.tensor=2"], 4)],
+    [
+        ([], 1),
+        ([], 16),
+        (["parallel.shard=2", "parallel.replicate=2"], 4),
+        (["parallel.tensor=2"], 4),
+    ],
 )
 def test_ranks_that_fit(tmp_path: Path, sets: list[str], world: int) -> None:
     assert list(world_problems(plan_of(tmp_path, RECIPE, sets), world)) == []
@@ -365,7 +468,11 @@ def free_keys(cls: type = Recipe, where: str = "") -> dict[str, bool]:
 def test_every_key_is_classified() -> None:
     """Beside them: pipeline and context take no value but 1, family has one value, the sizes are tested below."""
     keys = free_keys()
-    assert {k for k, free in keys.items() if free} == {*FREE, "parallel.pipeline", "parallel.context"}
+    assert {k for k, free in keys.items() if free} == {
+        *FREE,
+        "parallel.pipeline",
+        "parallel.context",
+    }
     rest = {"model.family", "model.n_layers", "budget.tokens"}
     rest |= {
         "validation.sequences",
@@ -373,7 +480,8 @@ def test_every_key_is_classified() -> None:
     }  # no part of what is trained, and refused all the same: run/changed.py
     rest |= {"train.spike_sigmas"}
     rest |= {
-        f"guideline.{key}" for key in ("a", "b", "c", "source", "max_parameters", "max_flops")
+        f"guideline.{key}"
+        for key in ("a", "b", "c", "source", "max_parameters", "max_flops")
     }  # in test_timing.py
     assert {k for k, free in keys.items() if not free} == {*DEFINING, *rest}
 
@@ -384,26 +492,41 @@ def hashes(tmp_path: Path, *sets: str, data: str = "data hash") -> dict[str, str
 
 @pytest.mark.parametrize("key", FREE)
 def test_free_keys_leave_the_stage_hashes(tmp_path: Path, key: str) -> None:
-    extra = ("train.compile=true", "parallel.tensor=2") if key == "parallel.async_tensor" else ()
+    extra = (
+        ("train.compile=true", "parallel.tensor=2")
+        if key == "parallel.async_tensor"
+        else ()
+    )
     extra += ("eval.tasks=['paper']",) if key.startswith("eval.") else ()
     assert hashes(tmp_path, f"{key}={FREE[key]}", *extra) == hashes(tmp_path)
 
 
 @pytest.mark.parametrize("key", DEFINING)
 def test_defining_keys_change_every_stage_hash(tmp_path: Path, key: str) -> None:
-    extra = {"base.n_layers": ("model.n_layers=4",), "base.position": ("base.from=elsewhere",)}.get(key, ())
+    extra = {
+        "base.n_layers": ("model.n_layers=4",),
+        "base.position": ("base.from=elsewhere",),
+    }.get(key, ())
     extra = ("train.attention=flex",) if key == "data.document_mask" else extra
-    assert set(hashes(tmp_path, f"{key}={DEFINING[key]}", *extra).values()).isdisjoint(hashes(tmp_path).values())
+    assert set(hashes(tmp_path, f"{key}={DEFINING[key]}", *extra).values()).isdisjoint(
+        hashes(tmp_path).values()
+    )
 
 
-def test_what_is_a_spike_changes_the_hashes_where_its_update_is_left_out(tmp_path: Path) -> None:
+def test_what_is_a_spike_changes_the_hashes_where_its_update_is_left_out(
+    tmp_path: Path,
+) -> None:
     skip, sigmas = "train.on_spike=skip", "train.spike_sigmas=4"
-    assert set(hashes(tmp_path, skip, sigmas).values()).isdisjoint(hashes(tmp_path, skip).values())
+    assert set(hashes(tmp_path, skip, sigmas).values()).isdisjoint(
+        hashes(tmp_path, skip).values()
+    )
     assert hashes(tmp_path, "train.on_spike=stop", sigmas) == hashes(tmp_path)
 
 
 def test_the_data_change_every_stage_hash(tmp_path: Path) -> None:
-    assert set(hashes(tmp_path, data="other").values()).isdisjoint(hashes(tmp_path).values())
+    assert set(hashes(tmp_path, data="other").values()).isdisjoint(
+        hashes(tmp_path).values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -419,20 +542,37 @@ def test_the_data_change_every_stage_hash(tmp_path: Path) -> None:
         ("base.train.beta1=0.8", 0),
     ],
 )
-def test_an_edit_changes_its_stage_and_the_later_ones(tmp_path: Path, assignment: str, first_changed: int) -> None:
-    old, new = list(hashes(tmp_path).items()), list(hashes(tmp_path, assignment).items())
-    assert [a == b for a, b in zip(old, new, strict=True)] == [i < first_changed for i in range(5)]
+def test_an_edit_changes_its_stage_and_the_later_ones(
+    tmp_path: Path, assignment: str, first_changed: int
+) -> None:
+    old, new = (
+        list(hashes(tmp_path).items()),
+        list(hashes(tmp_path, assignment).items()),
+    )
+    assert [a == b for a, b in zip(old, new, strict=True)] == [
+        i < first_changed for i in range(5)
+    ]
 
 
 def test_the_same_model_at_another_position_is_another_stage(tmp_path: Path) -> None:
     assert len(set(hashes(tmp_path).values())) == 5
 
 
-MODEL = {"family": "llama2", "dim": 8, "n_layers": 1, "n_heads": 1, "ffn_dim": 8, "vocab_size": 8}
+MODEL = {
+    "family": "llama2",
+    "dim": 8,
+    "n_layers": 1,
+    "n_heads": 1,
+    "ffn_dim": 8,
+    "vocab_size": 8,
+}
 
 
 def stage_of(tmp_path: Path, steps: int, train: dict[str, Any]) -> TrainStage:
-    sets = [f"budget.tokens={steps * 1024}", *(f"train.{key}={value}" for key, value in train.items())]
+    sets = [
+        f"budget.tokens={steps * 1024}",
+        *(f"train.{key}={value}" for key, value in train.items()),
+    ]
     return plan_of(tmp_path, SCRATCH, sets).train_stages[0]
 
 
@@ -440,11 +580,15 @@ def torchtitan_rates(stage: TrainStage) -> list[float]:
     """The rate of every step from torchtitan's scheduler, driven as its trainer does."""
     torch = pytest.importorskip("torch")
     lr_scheduler = pytest.importorskip("torchtitan.components.lr_scheduler")
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=stage.train.learning_rate)
+    optimizer = torch.optim.AdamW(
+        [torch.nn.Parameter(torch.zeros(1))], lr=stage.train.learning_rate
+    )
     config = lr_scheduler.LRSchedulerConfig(
         warmup_steps=stage.warmup_steps,
         total_steps=stage.horizon_steps,
-        decay_ratio=stage.train.decay_fraction if stage.train.schedule == "wsd" else None,
+        decay_ratio=stage.train.decay_fraction
+        if stage.train.schedule == "wsd"
+        else None,
         decay_type="cosine" if stage.train.schedule == "cosine" else "linear",
         min_lr_factor=stage.train.min_learning_rate / stage.train.learning_rate,
     )
@@ -460,8 +604,15 @@ def torchtitan_rates(stage: TrainStage) -> list[float]:
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 @pytest.mark.parametrize("warmup", [0, 1, 7, 60])
 @pytest.mark.parametrize("horizon", ["stage", "61 steps", "300 steps"])
-def test_learning_rates_are_torchtitans(tmp_path: Path, schedule: str, warmup: int, horizon: str) -> None:
-    train = {"schedule": schedule, "warmup": f"{warmup} steps", "horizon": horizon, "min_learning_rate": 1e-4}
+def test_learning_rates_are_torchtitans(
+    tmp_path: Path, schedule: str, warmup: int, horizon: str
+) -> None:
+    train = {
+        "schedule": schedule,
+        "warmup": f"{warmup} steps",
+        "horizon": horizon,
+        "min_learning_rate": 1e-4,
+    }
     stage = stage_of(tmp_path, 60, train)
     rates = [stage.learning_rate(step) for step in range(1, stage.steps + 1)]
     assert rates == pytest.approx(torchtitan_rates(stage), rel=1e-12, abs=0)
@@ -471,7 +622,11 @@ def test_learning_rates_are_torchtitans(tmp_path: Path, schedule: str, warmup: i
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.01, 0.5, 0.95, 1.0])
 def test_learning_rates_of_any_decay_fraction(tmp_path: Path, fraction: float) -> None:
-    stage = stage_of(tmp_path, 40, {"schedule": "wsd", "warmup": "5 steps", "decay_fraction": fraction})
+    stage = stage_of(
+        tmp_path,
+        40,
+        {"schedule": "wsd", "warmup": "5 steps", "decay_fraction": fraction},
+    )
     rates = [stage.learning_rate(step) for step in range(1, 41)]
     assert rates == pytest.approx(torchtitan_rates(stage), rel=1e-12, abs=0)
     assert min(rates) > 0
@@ -479,7 +634,11 @@ def test_learning_rates_of_any_decay_fraction(tmp_path: Path, fraction: float) -
 
 def test_learning_rate_of_the_papers_schedule(tmp_path: Path) -> None:
     """1e-3 -> 1e-4 over 300k steps, of which 5000 are used: the rate has hardly left its peak."""
-    train = {"warmup": "3000 steps", "horizon": "300000 steps", "min_learning_rate": 1e-4}
+    train = {
+        "warmup": "3000 steps",
+        "horizon": "300000 steps",
+        "min_learning_rate": 1e-4,
+    }
     stage = stage_of(tmp_path, 5000, train)
     assert stage.learning_rate(3000) == 1e-3
     assert stage.learning_rate(5000) == pytest.approx(1e-3, rel=2e-4)
@@ -505,13 +664,17 @@ def test_plans_are_made_without_torch() -> None:
         "took = time.process_time() - start; "
         "print([m for m in ('torch', 'numpy', 'torchtitan') if m in sys.modules], took < 1.0, took)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("[] True"), done.stdout
 
 
 def test_plan_of_a_recipe_made_in_python(tmp_path: Path) -> None:
     """make_plan needs no file: the error then speaks of the recipe."""
-    recipe = dataclasses.replace(recipe_of(tmp_path), train=Train(global_batch_tokens=1000, learning_rate=1e-3))
+    recipe = dataclasses.replace(
+        recipe_of(tmp_path), train=Train(global_batch_tokens=1000, learning_rate=1e-3)
+    )
     with pytest.raises(RecipeError, match=r"^recipe: 1 problem"):
         make_plan(recipe)
     assert isinstance(make_plan(recipe_of(tmp_path)), Plan)
@@ -524,7 +687,10 @@ def test_every_kind_of_stage_answers_what_callers_ask(tmp_path: Path) -> None:
     text = edited(('operator = "stack"\nfactor = 2\ntiming = "20K"', growth))
     plan = plan_of(tmp_path, text, ["base.from=models/llama"])
     imported, base, maps, folded, middle = plan.stages[:5]
-    asked = [(s.trains, s.learns_maps, s.folds_maps, s.imports, s.finds) for s in plan.stages[:5]]
+    asked = [
+        (s.trains, s.learns_maps, s.folds_maps, s.imports, s.finds)
+        for s in plan.stages[:5]
+    ]
     assert asked == [
         (False, False, False, True, str),
         (True, False, False, False, int),
@@ -533,9 +699,21 @@ def test_every_kind_of_stage_answers_what_callers_ask(tmp_path: Path) -> None:
         (True, False, False, False, int),
     ]
     assert [s.output_model.n_layers for s in plan.stages[:5]] == [2, 2, 4, 4, 4]
-    assert [s.output_step for s in plan.stages[:5]] == [None, base.steps, 10, None, middle.steps]  # type: ignore[union-attr]
+    assert [s.output_step for s in plan.stages[:5]] == [
+        None,
+        base.steps,
+        10,
+        None,
+        middle.steps,
+    ]  # type: ignore[union-attr]
     inputs = [plan.inputs(stage) for stage in plan.stages[:5]]
-    assert inputs == [(None, None), (imported, None), (base, None), (base, maps), (folded, None)]
+    assert inputs == [
+        (None, None),
+        (imported, None),
+        (base, None),
+        (base, maps),
+        (folded, None),
+    ]
     assert set(maps.checkpoint_tensors()).isdisjoint(folded.checkpoint_tensors())
     assert plan.own_stages == list(plan.stages[1:])
     assert plan.growths == [folded, plan.stages[5]]

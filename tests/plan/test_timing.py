@@ -19,11 +19,21 @@ OWN = "guideline={a=0.5,b=0.0,c=1.9,source='my sweep',max_parameters=1e5}"
 
 
 def test_a_share_of_the_budget(tmp_path: Path) -> None:
-    assert plan_of(tmp_path, RECIPE, ["growth[0].timing=12.5%"]).train_stages[0].steps == 12  # 12.5K / 1024
-    assert plan_of(tmp_path, RECIPE, ["growth[0].timing=12.50 %"]).recipe.growth[0].timing.percent == 12.5  # type: ignore[union-attr]
+    assert (
+        plan_of(tmp_path, RECIPE, ["growth[0].timing=12.5%"]).train_stages[0].steps
+        == 12
+    )  # 12.5K / 1024
+    assert (
+        plan_of(tmp_path, RECIPE, ["growth[0].timing=12.50 %"])
+        .recipe.growth[0]
+        .timing.percent
+        == 12.5
+    )  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("share", ["0%", "100%", "0.1", "5 percent", "%", "5%%", "1e1%", "-5%"])
+@pytest.mark.parametrize(
+    "share", ["0%", "100%", "0.1", "5 percent", "%", "5%%", "1e1%", "-5%"]
+)
 def test_what_is_no_share(tmp_path: Path, share: str) -> None:
     problems = problems_of(tmp_path, edited(('timing = "20K"', f'timing = "{share}"')))
     assert '"5%" (of budget.tokens)' in problems["growth[0].timing"]
@@ -32,12 +42,18 @@ def test_what_is_no_share(tmp_path: Path, share: str) -> None:
 def test_factor_auto_is_the_papers(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, RECIPE, ["growth[0].factor=auto", "model.n_layers=16"])
     assert [s.model.n_layers for s in plan.train_stages] == [2, 8, 16]
-    assert any("growth[0].factor: 4, which the paper uses throughout" in note for note in plan.notes)
+    assert any(
+        "growth[0].factor: 4, which the paper uses throughout" in note
+        for note in plan.notes
+    )
 
 
 def test_a_factor_beyond_the_papers_best_is_told(tmp_path: Path) -> None:
     notes = plan_of(tmp_path, RECIPE, ["growth[0].factor=8", "model.n_layers=32"]).notes
-    assert any("growth[0].factor: 8 is beyond the best of the paper, 2 to 4" in note for note in notes)
+    assert any(
+        "growth[0].factor: 8 is beyond the best of the paper, 2 to 4" in note
+        for note in notes
+    )
     assert not any("growth[1].factor" in note for note in notes)
 
 
@@ -50,15 +66,25 @@ def test_a_guideline_of_ones_own(tmp_path: Path) -> None:
     (note,) = (note for note in plan.notes if "growth[1].timing" in note)
     assert "my sweep" in note
     assert "extrapolated: fitted up to 100K" in note
-    fixed, unused = (plan_of(tmp_path, RECIPE, ["growth[1].timing=30K", *more]) for more in ([], [OWN]))
-    assert fixed.stage_hashes("x") == unused.stage_hashes("x"), "it enters by what it leads to"
+    fixed, unused = (
+        plan_of(tmp_path, RECIPE, ["growth[1].timing=30K", *more])
+        for more in ([], [OWN])
+    )
+    assert fixed.stage_hashes("x") == unused.stage_hashes("x"), (
+        "it enters by what it leads to"
+    )
 
 
 def test_bounds_are_shown_beforehand(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, RECIPE, [SLOPE])
     base = plan.train_stages[0]
     assert base.until is not None
-    assert (base.until.min_steps, base.until.max_steps, base.steps, base.until.window) == (10, 20, 20, 5)
+    assert (
+        base.until.min_steps,
+        base.until.max_steps,
+        base.steps,
+        base.until.window,
+    ) == (10, 20, 20, 5)
     (note,) = (note for note in plan.notes if "growth[0].timing" in note)
     assert "after 10.2K to 20.5K tokens, step 10 to 20 of stage-0-train-2L" in note
     assert "less than 5 per billion tokens (a line over 5 steps)" in note
@@ -74,13 +100,17 @@ def test_what_a_stage_found_settles_the_later_ones(tmp_path: Path) -> None:
     write_found(StageFolder(run / base.name), before[base.name], 13)
     settled = with_found(plan, RunFolder(run), "data")
     assert [s.steps for s in settled.train_stages] == [13, 27, 57]
-    assert settled.train_stages[0].horizon_steps == 20, "the schedule is that of the latest growth"
+    assert settled.train_stages[0].horizon_steps == 20, (
+        "the schedule is that of the latest growth"
+    )
     after = settled.stage_hashes("data")
     assert after[base.name] == before[base.name], "its own checkpoints remain its own"
     assert all(after[s.name] != before[s.name] for s in (grow, middle, grow_2, last))
     assert settled.tokens <= plan.recipe.budget.tokens < settled.tokens + 1024
     (run / "recipe.toml").write_text(to_toml(plan.recipe), encoding="utf-8")
-    (run / "provenance.json").write_text('{"data": {"manifest_hash": "data"}}', encoding="utf-8")
+    (run / "provenance.json").write_text(
+        '{"data": {"manifest_hash": "data"}}', encoding="utf-8"
+    )
     assert plan_of_run(run).stages == settled.stages
 
 
@@ -96,52 +126,90 @@ def test_slope_of_a_straight_line(tmp_path: Path) -> None:
     stage = plan_of(tmp_path, RECIPE, [SLOPE]).train_stages[0]
     until = stage.until
     assert until is not None
-    losses = {step: 9 - 7 * step * 1024 / 1e9 for step in range(3, 13)} | {2: 1.0, 13: 1.0}
+    losses = {step: 9 - 7 * step * 1024 / 1e9 for step in range(3, 13)} | {
+        2: 1.0,
+        13: 1.0,
+    }
     assert until.fall(losses, stage.batches, 12) == pytest.approx(
         7
     )  # per billion tokens; outside of the window nothing counts
-    assert until.fall({12: 3.0}, stage.batches, 12) == float("inf"), "one loss has no slope"
+    assert until.fall({12: 3.0}, stage.batches, 12) == float("inf"), (
+        "one loss has no slope"
+    )
 
 
 def test_a_base_from_elsewhere(tmp_path: Path) -> None:
     sets = ["base.from=models/llama", "base.position=5", "growth[0].timing=start"]
     plan = plan_of(tmp_path, RECIPE, sets)
-    assert [s.name for s in plan.stages[:3]] == ["stage-0-import-2L", "stage-1-grow", "stage-2-train-4L"]
+    assert [s.name for s in plan.stages[:3]] == [
+        "stage-0-import-2L",
+        "stage-1-grow",
+        "stage-2-train-4L",
+    ]
     assert isinstance(plan.stages[0], ImportStage)
     first = plan.train_stages[0]
     assert (first.start_tokens, first.start_sequences, first.steps) == (0, 5, 40)
     assert plan.tokens == 97 * 1024, "the budget is what this run trains"
     trained = plan_of(tmp_path, RECIPE, sets[:2])
-    assert [s.name for s in trained.stages[:3]] == ["stage-0-import-2L", "stage-1-train-2L", "stage-2-grow"]
-    with_weights = make_plan(trained.recipe, found={"stage-0-import-2L": "weights"}).stage_hashes("data")
-    changed = [name for name, value in trained.stage_hashes("data").items() if with_weights[name] != value]
-    assert changed == [s.name for s in trained.stages[1:]], "the weights define all that follows"
+    assert [s.name for s in trained.stages[:3]] == [
+        "stage-0-import-2L",
+        "stage-1-train-2L",
+        "stage-2-grow",
+    ]
+    with_weights = make_plan(
+        trained.recipe, found={"stage-0-import-2L": "weights"}
+    ).stage_hashes("data")
+    changed = [
+        name
+        for name, value in trained.stage_hashes("data").items()
+        if with_weights[name] != value
+    ]
+    assert changed == [s.name for s in trained.stages[1:]], (
+        "the weights define all that follows"
+    )
 
 
-def test_a_base_outside_the_working_directory_is_named_on_the_command_line(tmp_path: Path) -> None:
+def test_a_base_outside_the_working_directory_is_named_on_the_command_line(
+    tmp_path: Path,
+) -> None:
     text = edited(("[base]\n", '[base]\nfrom = "/models/llama"\n'))
     assert "--set base.from=" in problems_of(tmp_path, text)["base.from"]
 
 
 def test_the_examples_of_the_readme(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[2] / "recipes" / "README.md").read_text(encoding="utf-8")
-    blocks = [dedent(block) for block in re.findall(r"(?:^ {4}.+\n|^\n(?= {4}))+", readme, re.MULTILINE)]
+    readme = (Path(__file__).parents[2] / "recipes" / "REFERENCE.md").read_text(
+        encoding="utf-8"
+    )
+    blocks = [
+        dedent(block)
+        for block in re.findall(r"(?:^ {4}.+\n|^\n(?= {4}))+", readme, re.MULTILINE)
+    ]
     (slope,) = (b for b in blocks if b.lstrip().startswith("timing = {"))
     (own,) = (b for b in blocks if b.lstrip().startswith("[guideline]"))
     (base,) = (b for b in blocks if b.lstrip().startswith("[base]"))
     start, end = RECIPE.index("[base]"), RECIPE.index("[train]")
     grown = RECIPE[:start] + base + own + RECIPE[end:]
     plan = plan_of(tmp_path, grown, ["model.n_layers=44"])
-    assert [s.name for s in plan.stages] == ["stage-0-import-22L", "stage-1-grow", "stage-2-train-44L"]
+    assert [s.name for s in plan.stages] == [
+        "stage-0-import-22L",
+        "stage-1-grow",
+        "stage-2-train-44L",
+    ]
     assert plan.recipe.guideline is not None
     fit = (plan.recipe.guideline.a, plan.recipe.guideline.b, plan.recipe.guideline.c)
     assert fit == guidelines.TIMING
     tokens = ["budget.tokens=750B", "train.global_batch_tokens=1Mi"]
     waits = plan_of(
-        tmp_path, edited(('timing = "20K"', slope.strip()), ('timing = "40 steps"', 'timing = "20B"')), tokens
+        tmp_path,
+        edited(
+            ('timing = "20K"', slope.strip()), ('timing = "40 steps"', 'timing = "20B"')
+        ),
+        tokens,
     )
     assert waits.train_stages[0].until is not None
-    assert waits.train_stages[0].start_tokens + waits.train_stages[0].tokens == pytest.approx(15e9, rel=1e-4)
+    assert waits.train_stages[0].start_tokens + waits.train_stages[
+        0
+    ].tokens == pytest.approx(15e9, rel=1e-4)
 
 
 def test_a_warm_up_of_more_than_a_fifth_of_its_stage_is_noted(tmp_path: Path) -> None:

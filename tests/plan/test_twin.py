@@ -27,7 +27,10 @@ def test_every_shipped_recipe_has_a_twin_of_its_flops_to_the_step(file: Path) ->
     plan = make_plan(load_recipe(file), file)
     twin = scratch_twin(plan)
     (stage,) = twin.train_stages
-    assert abs(twin.flops - plan.flops) <= stage.flops_per_token * stage.train.global_batch_tokens / 2
+    assert (
+        abs(twin.flops - plan.flops)
+        <= stage.flops_per_token * stage.train.global_batch_tokens / 2
+    )
     assert stage.model == plan.recipe.model
     assert twin.tokens == twin.recipe.budget.tokens
     for key in ("seed", "data", "model", "validation", "eval", "checkpoint"):
@@ -49,7 +52,12 @@ def test_it_is_the_twin_that_was_made_by_hand(grown: str, scratch: str) -> None:
 
 
 def test_the_last_stage_s_own_settings_are_the_twin_s(tmp_path: Path) -> None:
-    text = edited(("[train]\n", "[growth.train]\nlearning_rate = 2e-3\n[growth.parallel]\nshard = 2\n\n[train]\n"))
+    text = edited(
+        (
+            "[train]\n",
+            "[growth.train]\nlearning_rate = 2e-3\n[growth.parallel]\nshard = 2\n\n[train]\n",
+        )
+    )
     twin = scratch_twin(plan_of(tmp_path, text))
     assert twin.recipe.train.learning_rate == 2e-3
     assert twin.recipe.parallel.shard == 2
@@ -60,7 +68,9 @@ def test_a_recipe_without_growth_has_none() -> None:
         scratch_twin(shipped("quickstart_scratch.toml"))
 
 
-def test_the_tool_writes_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tool_writes_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(RECIPE, encoding="utf-8")
     assert main([str(file), "--set", "seed=11"]) == 0
@@ -79,8 +89,14 @@ def test_the_tool_writes_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert written.read_bytes() == before
 
 
-def test_a_run_whose_growth_the_loss_decided_has_the_twin_of_what_it_did(tmp_path: Path) -> None:
-    text = edited(('timing = "20K"', 'timing = { loss_slope = 0.5, min = "10K", max = "30K" }'))
+def test_a_run_whose_growth_the_loss_decided_has_the_twin_of_what_it_did(
+    tmp_path: Path,
+) -> None:
+    text = edited(
+        ('timing = "20K"', 'timing = { loss_slope = 0.5, min = "10K", max = "30K" }')
+    )
     latest = plan_of(tmp_path, text)
     found = make_plan(latest.recipe, found={"stage-0-train-2L": 12})
-    assert scratch_twin(found).tokens > scratch_twin(latest).tokens, "a smaller base leaves more to the target"
+    assert scratch_twin(found).tokens > scratch_twin(latest).tokens, (
+        "a smaller base leaves more to the target"
+    )

@@ -30,19 +30,27 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     progress.update(RECORD)
     lines = stream.getvalue().splitlines()
     assert lines[0] == "stage-0-train-2L  step 0/100  validation loss 7.8000"
-    assert lines[1].startswith("stage-0-train-2L  step 50/100 (50%)  tokens 205K  loss 5.2500  val 7.8000  lr 1.00e-03")
+    assert lines[1].startswith(
+        "stage-0-train-2L  step 50/100 (50%)  tokens 205K  loss 5.2500  val 7.8000  lr 1.00e-03"
+    )
     assert "12.3K tok/s  ETA 0:00" in lines[1]
 
 
-def test_what_a_gpu_does_with_its_time_is_said_where_it_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_gpu_does_with_its_time_is_said_where_it_is_worth_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = [100.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
     progress = Progress("stage", 100, enabled=True, stream=stream)
     progress.start(0)
     now[0] += 50 * 2.0  # 2 seconds a step
-    progress.update({**RECORD, "mfu": 0.412, "data_wait": 0.5, "lag": 0.2, "slowest_rank": 13})
-    progress.update({**RECORD, "mfu": 0.45, "data_wait": 0.05, "lag": 0.01, "slowest_rank": 2})
+    progress.update(
+        {**RECORD, "mfu": 0.412, "data_wait": 0.5, "lag": 0.2, "slowest_rank": 13}
+    )
+    progress.update(
+        {**RECORD, "mfu": 0.45, "data_wait": 0.05, "lag": 0.01, "slowest_rank": 2}
+    )
     slow, good = stream.getvalue().splitlines()
     assert "12.3K tok/s  MFU 41%  waits for data 25%  rank 13 late by 10%  ETA" in slow
     assert "12.3K tok/s  MFU 45%  ETA" in good
@@ -65,7 +73,9 @@ def test_the_line_is_never_wider_than_the_terminal(columns: int) -> None:
     reader, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(terminal, "w") as stream:
-        progress = Progress("stage-10-train-24L", 1_000_000, enabled=True, stream=stream)
+        progress = Progress(
+            "stage-10-train-24L", 1_000_000, enabled=True, stream=stream
+        )
         progress.start(0)
         progress.validated(0, 7.8)
         progress.update({**RECORD, "step": 123_456, "tokens": 204_800_000_000})
@@ -86,7 +96,12 @@ def test_training_goes_on_where_nobody_reads_any_more() -> None:
         f"for _ in range(20_000): progress.update({RECORD})\n"
         "import sys; print('all steps made', file=sys.stderr)\n"
     )
-    done = subprocess.run(f'{sys.executable} -c "{program}" | head -1', shell=True, capture_output=True, text=True)
+    done = subprocess.run(
+        f'{sys.executable} -c "{program}" | head -1',
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.count("\n") == 1
     assert done.stderr == "all steps made\n"
 
@@ -102,7 +117,10 @@ def test_other_ranks_are_silent() -> None:
 
 def test_rate_counts_this_sessions_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([0.0, 20.0])
-    monkeypatch.setattr("stackgrow.process.progress.time", SimpleNamespace(monotonic=lambda: next(moments)))
+    monkeypatch.setattr(
+        "stackgrow.process.progress.time",
+        SimpleNamespace(monotonic=lambda: next(moments)),
+    )
     stream = io.StringIO()
     progress = Progress("stage", 100, enabled=True, stream=stream)
     progress.start(40)
@@ -111,4 +129,9 @@ def test_rate_counts_this_sessions_steps_only(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_clock() -> None:
-    assert [clock(s) for s in (0, 59.6, 61, 3725)] == ["0:00", "1:00", "1:01", "1:02:05"]
+    assert [clock(s) for s in (0, 59.6, 61, 3725)] == [
+        "0:00",
+        "1:00",
+        "1:01",
+        "1:02:05",
+    ]

@@ -10,7 +10,9 @@ from stackgrow.errors import DiskError
 from stackgrow.process import ranks
 
 
-def test_what_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_late_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "1")
     late = tmp_path / "late"
     threading.Timer(0.3, late.touch).start()
@@ -18,7 +20,9 @@ def test_what_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monke
     assert late.exists()
 
 
-def test_rank_0_need_not_wait_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_need_not_wait_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "0")
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
@@ -27,8 +31,13 @@ def test_rank_0_need_not_wait_for_itself(tmp_path: Path, monkeypatch: pytest.Mon
     assert slept == []
 
 
-def test_what_never_comes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_never_comes_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ranks, "VISIBLE_SECONDS", 0.2)
     monkeypatch.setenv("RANK", "3")
-    with pytest.raises(DiskError, match=r"never: written by rank 0, .* to rank 3 on .* a file system that all nodes"):
+    with pytest.raises(
+        DiskError,
+        match=r"never: written by rank 0, .* to rank 3 on .* a file system that all nodes",
+    ):
         ranks.wait_for(tmp_path, tmp_path / "never")

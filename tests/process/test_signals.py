@@ -16,8 +16,16 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def start(program: str) -> subprocess.Popen:
-    text = "import os, signal, time\nfrom stackgrow.process import signals\n" + textwrap.dedent(program)
-    process = subprocess.Popen([sys.executable, "-u", "-c", text], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    text = (
+        "import os, signal, time\nfrom stackgrow.process import signals\n"
+        + textwrap.dedent(program)
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", text],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -29,7 +37,9 @@ def rest(process: subprocess.Popen) -> str:
     return process.stdout.read()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]
+)
 def test_one_request_is_noted_and_interrupts_nothing(number: signal.Signals) -> None:
     process = start(
         f"""
@@ -62,7 +72,9 @@ def test_a_second_request_ends_a_process_that_sits_in_c() -> None:
     time.sleep(0.3)
     assert process.poll() is None
     deadline = time.monotonic() + 20
-    while process.poll() is None and time.monotonic() < deadline:  # on a busy machine it may see two as one
+    while (
+        process.poll() is None and time.monotonic() < deadline
+    ):  # on a busy machine it may see two as one
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
     assert process.wait(timeout=1) == 128 + signal.SIGTERM
@@ -104,7 +116,9 @@ def test_a_forked_helper_does_not_report_to_its_parent() -> None:
     assert rest(process) == f"{int(signal.SIGTERM)} None\n"
 
 
-def test_a_closed_terminal_asks_to_stop_and_what_is_printed_then_is_no_error(tmp_path: Path) -> None:
+def test_a_closed_terminal_asks_to_stop_and_what_is_printed_then_is_no_error(
+    tmp_path: Path,
+) -> None:
     """The kernel sends SIGHUP, and from then on writing to the terminal fails."""
     program = f"""
         import sys
@@ -117,7 +131,10 @@ def test_a_closed_terminal_asks_to_stop_and_what_is_printed_then_is_no_error(tmp
         say('saved', stream=sys.stderr)
         open({str(tmp_path / "end")!r}, 'w').write(signals.asked())
         """
-    text = "import os, signal, time\nfrom stackgrow.process import signals\n" + textwrap.dedent(program)
+    text = (
+        "import os, signal, time\nfrom stackgrow.process import signals\n"
+        + textwrap.dedent(program)
+    )
     terminal, inner = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", text], cwd=REPOSITORY, stdin=inner, stdout=inner, stderr=inner,

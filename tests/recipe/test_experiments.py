@@ -30,25 +30,42 @@ def test_a_known_saving_is_found(seeds: int) -> None:
 
     def curve(factor: float, base: float) -> object:
         flops = base + steps * 9e9
-        loss = 2 + 3 * (factor * flops / 1e12) ** -0.2 + 0.005 * draws.standard_normal(len(steps))
+        loss = (
+            2
+            + 3 * (factor * flops / 1e12) ** -0.2
+            + 0.005 * draws.standard_normal(len(steps))
+        )
         return figure.Curve(flops, steps * 4096.0, loss)
 
-    scratch, grown = [curve(1, 0) for _ in range(seeds)], [curve(1.3, 8e11) for _ in range(seeds)]
+    scratch, grown = (
+        [curve(1, 0) for _ in range(seeds)],
+        [curve(1.3, 8e11) for _ in range(seeds)],
+    )
     for saving in figure.savings(scratch, grown, [2e6, 3e6, 4e6]):
         assert saving.seeds == len(saving.each) == seeds
         assert saving.low < saving.mean < saving.high
         assert saving.mean == pytest.approx(0.3, abs=0.03)
         assert saving.high - saving.low < 0.12
     beyond = list(figure.savings(scratch, [curve(0.5, 8e11)] * seeds, [5.9e6]))
-    assert not beyond, "the grown run has never had that loss: there is no number for it"
+    assert not beyond, (
+        "the grown run has never had that loss: there is no number for it"
+    )
 
 
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="Debian's packages need dpkg")
 def test_the_corpus_is_the_chosen_files_wherever_it_lies(tmp_path: Path) -> None:
     source = tmp_path / "tree" / "linux-source-9.9"
     words = "the scheduler picks the next task and the page is written back "
-    files = {"kernel/a.c": words * 40, "mm/b/c.h": words[::-1] * 40, "Documentation/d.rst": words.upper() * 40}
-    for name, text in {**files, "drivers/e.c": "not taken", "kernel/f.S": "not taken"}.items():
+    files = {
+        "kernel/a.c": words * 40,
+        "mm/b/c.h": words[::-1] * 40,
+        "Documentation/d.rst": words.upper() * 40,
+    }
+    for name, text in {
+        **files,
+        "drivers/e.c": "not taken",
+        "kernel/f.S": "not taken",
+    }.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(text, encoding="utf-8")
     package = tmp_path / "package"
@@ -59,8 +76,14 @@ def test_the_corpus_is_the_chosen_files_wherever_it_lies(tmp_path: Path) -> None
         encoding="utf-8",
     )
     archive = package / "usr" / "src" / "linux-source-9.9.tar.xz"
-    subprocess.run(["tar", "-cJf", archive, "-C", source.parent, source.name], check=True)
-    subprocess.run(["dpkg-deb", "-b", package, tmp_path / "linux.deb"], check=True, capture_output=True)
+    subprocess.run(
+        ["tar", "-cJf", archive, "-C", source.parent, source.name], check=True
+    )
+    subprocess.run(
+        ["dpkg-deb", "-b", package, tmp_path / "linux.deb"],
+        check=True,
+        capture_output=True,
+    )
     hashes = []
     for where in ("one", "two"):
         command = [
@@ -72,10 +95,18 @@ def test_the_corpus_is_the_chosen_files_wherever_it_lies(tmp_path: Path) -> None
             "300",
         ]
         place = ["--work", tmp_path / where, "--out", tmp_path / where / "store"]
-        told = subprocess.run([*command, *place], check=True, capture_output=True, text=True).stdout
-        hashes += [line.split()[-1] for line in told.splitlines() if line.startswith("content hash")]
+        told = subprocess.run(
+            [*command, *place], check=True, capture_output=True, text=True
+        ).stdout
+        hashes += [
+            line.split()[-1]
+            for line in told.splitlines()
+            if line.startswith("content hash")
+        ]
         assert "hash is not known" in told
-        listing = json.loads((tmp_path / where / "store" / "sources-00.json").read_text(encoding="utf-8"))["files"]
+        listing = json.loads(
+            (tmp_path / where / "store" / "sources-00.json").read_text(encoding="utf-8")
+        )["files"]
         assert sorted(row[1] for row in listing) == sorted(files)
     assert len(hashes) == 2
     assert len(set(hashes)) == 1

@@ -47,9 +47,28 @@ TABLES = [
     "[data.mix]",
     "parallel",
 ]
-CLASSES = [c for c in vars(keys).values() if dataclasses.is_dataclass(c) and c.__module__ == keys.__name__]
+CLASSES = [
+    c
+    for c in vars(keys).values()
+    if dataclasses.is_dataclass(c) and c.__module__ == keys.__name__
+]
 KEYS = sorted({f.name for c in CLASSES for f in dataclasses.fields(c)})
-BYTES = [b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\n", b'"', b"'", b"[", b"]", b"=", b".", b"#", b"{", b"\\"]
+BYTES = [
+    b"\x00",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\r\n",
+    b"\n",
+    b'"',
+    b"'",
+    b"[",
+    b"]",
+    b"=",
+    b".",
+    b"#",
+    b"{",
+    b"\\",
+]
 
 
 def mutated(chance: random.Random) -> bytes:
@@ -80,7 +99,9 @@ def other_value(text: str, chance: random.Random) -> str:
     if not (found := keys_in(text)):
         return text
     number, match = chance.choice(found)
-    value = chance.choice(VALUES) if chance.random() < 0.6 else chance.choice(found)[1][2]
+    value = (
+        chance.choice(VALUES) if chance.random() < 0.6 else chance.choice(found)[1][2]
+    )
     return replaced(text, number, f"{match[1]} = {value}")
 
 
@@ -91,8 +112,18 @@ def other_amount(text: str, chance: random.Random) -> str:
     number, match = chance.choice(found)
     digits = list(re.finditer(r"\d+", match[2]))
     one = chance.choice(digits)
-    amount = max(0, int(int(one[0]) * chance.choice((0.5, 0.999, 1.001, 2, 3, 10, 1000)) + chance.choice((-1, 0, 1))))
-    return replaced(text, number, f"{match[1]} = {match[2][: one.start()]}{amount}{match[2][one.end() :]}")
+    amount = max(
+        0,
+        int(
+            int(one[0]) * chance.choice((0.5, 0.999, 1.001, 2, 3, 10, 1000))
+            + chance.choice((-1, 0, 1))
+        ),
+    )
+    return replaced(
+        text,
+        number,
+        f"{match[1]} = {match[2][: one.start()]}{amount}{match[2][one.end() :]}",
+    )
 
 
 def one_more_key(text: str, chance: random.Random) -> str:
@@ -132,7 +163,11 @@ def splice(text: str, chance: random.Random) -> str:
         mine[chance.randrange(len(mine))] = chance.choice(theirs)
         return "\n[".join(mine)
     start, length = chance.randrange(len(text) + 1), chance.randrange(200)
-    return text[:start] + other[chance.randrange(len(other)) :][:length] + text[start + length :]
+    return (
+        text[:start]
+        + other[chance.randrange(len(other)) :][:length]
+        + text[start + length :]
+    )
 
 
 def flipped(content: bytes, chance: random.Random) -> bytes:
@@ -140,9 +175,15 @@ def flipped(content: bytes, chance: random.Random) -> bytes:
     for _ in range(chance.choice((1, 1, 4, 32))):
         place, kind = chance.randrange(len(content) + 1), chance.randrange(4)
         if kind == 0:
-            content = content[:place] + bytes([chance.randrange(256)]) + content[place + 1 :]
+            content = (
+                content[:place] + bytes([chance.randrange(256)]) + content[place + 1 :]
+            )
         elif kind == 1:
-            content = content[:place] + chance.choice(BYTES) * chance.choice((1, 1, 3, 3000)) + content[place:]
+            content = (
+                content[:place]
+                + chance.choice(BYTES) * chance.choice((1, 1, 3, 3000))
+                + content[place:]
+            )
         elif kind == 2:
             content = content[:place] + content[place + chance.randrange(50) :]
         else:
@@ -155,16 +196,32 @@ def overrides(chance: random.Random) -> list[str]:
     if chance.random() < 0.8:
         return []
     where = chance.choice(
-        ("model.dim", "growth[0].factor", "growth[9].noise", "train", "base.train.eps", "seed", "a..b", "")
+        (
+            "model.dim",
+            "growth[0].factor",
+            "growth[9].noise",
+            "train",
+            "base.train.eps",
+            "seed",
+            "a..b",
+            "",
+        )
     )
     value = chance.choice(VALUES)
     assignment = f"{where}={value}"
-    return ["--set", assignment if chance.random() < 0.9 else assignment[: chance.randrange(len(assignment) + 1)]]
+    return [
+        "--set",
+        assignment
+        if chance.random() < 0.9
+        else assignment[: chance.randrange(len(assignment) + 1)],
+    ]
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = util.spec_from_file_location("run_recipe", REPOSITORY / "tools" / "run_recipe.py")
+    spec = util.spec_from_file_location(
+        "run_recipe", REPOSITORY / "tools" / "run_recipe.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = util.module_from_spec(spec)
@@ -195,7 +252,8 @@ class Watch:
         if not self.on:
             return
         opened = name == "open" and (
-            set(str(arguments[1])) & set("wax+") or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+            set(str(arguments[1])) & set("wax+")
+            or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
         )
         if opened or name in self.WRITES:
             self.seen.append(f"{name} {arguments}"[:300])
@@ -221,7 +279,10 @@ def at_most(seconds: int) -> Iterator[None]:
 
 
 def outcome(
-    tool: ModuleType, watch: Watch, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+    tool: ModuleType,
+    watch: Watch,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[int, str, str]:
     """Exit code, output and errors of the tool; every exception but the parser's exit passes."""
     monkeypatch.setattr(sys, "argv", ["run_recipe.py", *arguments])
@@ -239,7 +300,11 @@ def outcome(
 
 @pytest.mark.parametrize("share", range(SHARES))
 def test_a_mutated_recipe_is_planned_or_refused(
-    tool: ModuleType, watch: Watch, share: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tool: ModuleType,
+    watch: Watch,
+    share: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # which is a write
@@ -252,13 +317,19 @@ def test_a_mutated_recipe_is_planned_or_refused(
         mode = chance.choice([["--plan"], ["--plan"], ["--plan", "--json"], []])
         started = time.perf_counter()
         try:
-            code, output, errors = outcome(tool, watch, ["recipe.toml", *mode, *overrides(chance)], monkeypatch)
-            assert (code == 0 and output and not errors) or (code == 2 and errors and not output), errors
+            code, output, errors = outcome(
+                tool, watch, ["recipe.toml", *mode, *overrides(chance)], monkeypatch
+            )
+            assert (code == 0 and output and not errors) or (
+                code == 2 and errors and not output
+            ), errors
             assert code == 0 or errors.startswith(("recipe.toml: ", "usage: ")), errors
             assert not watch.seen
             assert list(tmp_path.iterdir()) == [file]
         except BaseException as error:
-            error.add_note(f"case {case} of seed {SEED}:\n{content!r}") if hasattr(error, "add_note") else None
+            error.add_note(f"case {case} of seed {SEED}:\n{content!r}") if hasattr(
+                error, "add_note"
+            ) else None
             raise
         slowest = max(slowest, time.perf_counter() - started)
         codes["planned" if code == 0 else "refused"] += 1

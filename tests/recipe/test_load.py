@@ -91,7 +91,11 @@ NASTY: list[tuple[str, str, str, tuple[str, ...]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("old", "new", "where", "parts"), NASTY, ids=lambda v: v[:30] if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("old", "new", "where", "parts"),
+    NASTY,
+    ids=lambda v: v[:30] if isinstance(v, str) else "",
+)
 def test_one_wrong_value_is_told_with_its_place_and_rule(
     tmp_path: Path, old: str, new: str, where: str, parts: tuple[str, ...]
 ) -> None:
@@ -99,14 +103,21 @@ def test_one_wrong_value_is_told_with_its_place_and_rule(
     assert where in problems, problems
     for part in parts:
         assert part in problems[where]
-    assert all(line.isprintable() and line.isascii() for line in "".join(problems.values()).splitlines())
+    assert all(
+        line.isprintable() and line.isascii()
+        for line in "".join(problems.values()).splitlines()
+    )
 
 
 BROKEN: list[tuple[str, str | bytes, str]] = [
     ("empty", "", "is empty"),
     ("only a comment", "# nothing\n", "is empty"),
     ("binary", bytes(range(256)) * 8, "is not UTF-8 text (byte 128)"),
-    ("invalid UTF-8", RECIPE.encode().replace(b"tiny", b"t\xffny", 1), "is not UTF-8 text (byte 9)"),
+    (
+        "invalid UTF-8",
+        RECIPE.encode().replace(b"tiny", b"t\xffny", 1),
+        "is not UTF-8 text (byte 9)",
+    ),
     ("Latin-1", "# größer\n".encode("latin-1") + RECIPE.encode(), "is not UTF-8 text"),
     ("UTF-16", RECIPE.encode("utf-16"), "is not UTF-8 text"),
     ("NUL byte", RECIPE.replace("tiny", "ti\0ny"), "is not valid TOML"),
@@ -118,19 +129,47 @@ BROKEN: list[tuple[str, str | bytes, str]] = [
     ("nested tables", "x = " + "{a=" * 5000, "nested too deeply"),
     ("key of 5000 parts", ".".join("a" * 5000) + " = 1", "nested too deeply"),
     ("5000 digits", "seed = " + "9" * 5000, "is not valid TOML"),
-    ("unquoted amount", edited(('"100K"', "600K  # tokens")), 'put the value in quotes: tokens = "600K"'),
-    ("unquoted share", edited(('"20K"', "5%")), 'put the value in quotes: timing = "5%"'),
-    ("unquoted steps", edited(('"40 steps"', "3000 steps")), 'put the value in quotes: timing = "3000 steps"'),
-    ("unquoted word", edited(("seed = 7", "seed = 7\norder = stack")), 'put the value in quotes: order = "stack"'),
-    ("unquoted at the end", RECIPE.rstrip().rpartition("\n")[0] + "\nwarmup = 4K", 'quotes: warmup = "4K"'),
-    ("unquoted with CRLF", edited(('"20K"', "5%")).replace("\n", "\r\n"), 'in quotes: timing = "5%"'),
+    (
+        "unquoted amount",
+        edited(('"100K"', "600K  # tokens")),
+        'put the value in quotes: tokens = "600K"',
+    ),
+    (
+        "unquoted share",
+        edited(('"20K"', "5%")),
+        'put the value in quotes: timing = "5%"',
+    ),
+    (
+        "unquoted steps",
+        edited(('"40 steps"', "3000 steps")),
+        'put the value in quotes: timing = "3000 steps"',
+    ),
+    (
+        "unquoted word",
+        edited(("seed = 7", "seed = 7\norder = stack")),
+        'put the value in quotes: order = "stack"',
+    ),
+    (
+        "unquoted at the end",
+        RECIPE.rstrip().rpartition("\n")[0] + "\nwarmup = 4K",
+        'quotes: warmup = "4K"',
+    ),
+    (
+        "unquoted with CRLF",
+        edited(('"20K"', "5%")).replace("\n", "\r\n"),
+        'in quotes: timing = "5%"',
+    ),
     ("Python's True", RECIPE + "compile = True\n", "; write compile = true"),
     ("table and array", RECIPE + "\n[growth]\nfactor = 2\n", "is not valid TOML"),
 ]
 
 
-@pytest.mark.parametrize(("content", "message"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN])
-def test_a_file_that_is_no_toml_is_told_why(tmp_path: Path, content: str | bytes, message: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN]
+)
+def test_a_file_that_is_no_toml_is_told_why(
+    tmp_path: Path, content: str | bytes, message: str
+) -> None:
     assert message in problems_of(tmp_path, content)[""]
 
 
@@ -158,14 +197,21 @@ def test_a_recipe_that_cannot_be_read_is_told_why(tmp_path: Path) -> None:
 def test_growth_must_be_an_array_of_tables(tmp_path: Path) -> None:
     one = RECIPE[: RECIPE.index("[[growth]]")] + RECIPE[RECIPE.index("[train]") :]
     problems = problems_of(tmp_path, one + "\n[growth]\nfactor = 2\n")
-    assert '{"factor": 2} must be an array of tables: write [[growth]]' in problems["growth"]
+    assert (
+        '{"factor": 2} must be an array of tables: write [[growth]]'
+        in problems["growth"]
+    )
     problems = problems_of(tmp_path, "growth = [1, {}]\n" + one)
     assert problems["growth[0]"] == "1 must be a table [[growth]]"
     assert "is missing" in problems["growth[1].timing"]
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
-    text = edited(("seed = 7", "sed = 7"), ("dim = 64", "dim = 0"), ('factor = 2\ntiming = "20K"', "factor = 1"))
+    text = edited(
+        ("seed = 7", "sed = 7"),
+        ("dim = 64", "dim = 0"),
+        ('factor = 2\ntiming = "20K"', "factor = 1"),
+    )
     problems = problems_of(tmp_path, text, ["parallel.tensor=x", "nonsense"])
     assert list(problems) == [
         "--set nonsense", "sed", "seed", "model.dim", "growth[0].timing", "growth[0].factor", "parallel.tensor",
@@ -214,7 +260,9 @@ SETS: list[tuple[str, tuple[str, ...], Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("assignment", "path", "value"), SETS, ids=[s[0] for s in SETS])
+@pytest.mark.parametrize(
+    ("assignment", "path", "value"), SETS, ids=[s[0] for s in SETS]
+)
 def test_set_writes_a_value_where_it_points(
     tmp_path: Path, assignment: str, path: tuple[str | int, ...], value: Any
 ) -> None:
@@ -224,7 +272,9 @@ def test_set_writes_a_value_where_it_points(
     assert node == value
 
 
-def test_paths_of_a_mixture_stay_below_the_working_directory_too(tmp_path: Path) -> None:
+def test_paths_of_a_mixture_stay_below_the_working_directory_too(
+    tmp_path: Path,
+) -> None:
     mix = "[[data.mix]]\npath = '../web'\nweight = 0.7\n[[data.mix]]\npath = 'books'\nweight = 0.3\n"
     text = edited(('path = "data/tiny"\n', ""), ("[model]", f"{mix}[model]"))
     assert "--set data.mix[0].path=" in problems_of(tmp_path, text)["data.mix[0].path"]
@@ -244,12 +294,24 @@ def test_set_may_replace_a_path_that_the_file_may_not_name(tmp_path: Path) -> No
         ("train.compile", "--set train.compile", "section.key=value"),
         ("=1", "--set =1", "section.key=value"),
         ("a..b=1", "--set a..b=1", "section.key=value"),
-        ("growth[2].factor=2", "--set growth[2].factor=2", "no entry [2]: the recipe has 2 there"),
+        (
+            "growth[2].factor=2",
+            "--set growth[2].factor=2",
+            "no entry [2]: the recipe has 2 there",
+        ),
         ("growth[9]=2", "--set growth[9]=2", "no entry [9]"),
         ("growth.factor=2", "--set growth.factor=2", '"factor" cannot be set'),
-        ("growth.factor=2", "--set growth.factor=2", "counted from 0, as in growth[0].factor"),
+        (
+            "growth.factor=2",
+            "--set growth.factor=2",
+            "counted from 0, as in growth[0].factor",
+        ),
         ("timing", "--set timing", "--set growth[0].timing=10B"),
-        ("train.warmup=3000", "train.warmup", "3000 must be an amount of at least 0 with its unit"),
+        (
+            "train.warmup=3000",
+            "train.warmup",
+            "3000 must be an amount of at least 0 with its unit",
+        ),
         ("name.x=2", "--set name.x=2", '"x" cannot be set'),
         ("evil[0].x=2", "--set evil[0].x=2", "no entry [0]: the recipe has 0 there"),
         ("train.compil=true", "train.compil", "did you mean train.compile?"),
@@ -259,14 +321,20 @@ def test_set_may_replace_a_path_that_the_file_may_not_name(tmp_path: Path) -> No
         (f"seed={'9' * 5000}", "seed", "whole number"),
     ],
 )
-def test_a_wrong_set_is_told_with_what_to_write(tmp_path: Path, assignment: str, where: str, part: str) -> None:
+def test_a_wrong_set_is_told_with_what_to_write(
+    tmp_path: Path, assignment: str, where: str, part: str
+) -> None:
     problems = problems_of(tmp_path, RECIPE, [assignment])
     assert part in problems[where], problems
 
 
 def test_a_bad_recipe_is_refused_at_once(tmp_path: Path) -> None:
     """A file within the size limit cannot make the reader slow."""
-    worst = ["[[a]]\n" * 20000, "".join(f"[a{i}]\n" for i in range(10000)), "a = '''" + "x" * 120000 + "'''"]
+    worst = [
+        "[[a]]\n" * 20000,
+        "".join(f"[a{i}]\n" for i in range(10000)),
+        "a = '''" + "x" * 120000 + "'''",
+    ]
     for text in worst:
         file = written(tmp_path, text)
         start = time.monotonic()
@@ -301,15 +369,28 @@ def mutated(draw: st.DrawFn) -> bytes:
         index = draw(st.integers(0, len(lines) - 1))
         other = lines[draw(st.integers(0, len(lines) - 1))]
         key = lines[index].partition("=")[0]
-        value = draw(st.sampled_from(VALUES) | st.integers().map(str) | st.floats().map(repr) | st.just(other))
-        lines[index] = draw(st.sampled_from([f"{key}= {value}", "", f"{other}\n{lines[index]}"]))
+        value = draw(
+            st.sampled_from(VALUES)
+            | st.integers().map(str)
+            | st.floats().map(repr)
+            | st.just(other)
+        )
+        lines[index] = draw(
+            st.sampled_from([f"{key}= {value}", "", f"{other}\n{lines[index]}"])
+        )
     content = bytearray("\n".join(lines).encode())
     for _ in range(draw(st.integers(0, 2))):
         content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
     return bytes(content)
 
 
-@settings(max_examples=400, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=400,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 @given(content=mutated() | st.binary(max_size=64))
 def test_whatever_a_file_holds_is_a_plan_or_a_recipe_error(
     tmp_path_factory: pytest.TempPathFactory, content: bytes

@@ -39,35 +39,96 @@ ACCEPTED: list[tuple[Kind, Any, Any]] = [
 ]
 
 REFUSED: list[tuple[Kind, Any]] = [
-    *((values.integer(), v) for v in (0, -5, 2**63, 10.0, 1e3, True, "10", [1], {}, None)),
+    *(
+        (values.integer(), v)
+        for v in (0, -5, 2**63, 10.0, 1e3, True, "10", [1], {}, None)
+    ),
     (values.integer(also=(-1,)), -2),
     (values.integer(0, 5), 6),
-    *((values.number(), v) for v in (-1e-9, math.nan, math.inf, 10**400, True, "1e-3", [1.0])),
+    *(
+        (values.number(), v)
+        for v in (-1e-9, math.nan, math.inf, 10**400, True, "1e-3", [1.0])
+    ),
     (values.number(above=True), 0.0),
     (values.number(0, 1, below=True), 1.0),
     (values.number(0, 1), 1.1),
     *((values.boolean(), v) for v in (0, 1, "true", None)),
     *((values.choice("a", "b"), v) for v in ("A", "", 1, ["a"])),
-    *((values.name(), v) for v in ("", "a/b", "..", ".a", "a b", "a\u202eb", "a\u200bb", "a" * 65, "a\n", "ä", 7)),
-    *((values.path(), v) for v in ("", "a\0b", "a\nb", "a\u202eb", "a\u200bb", "a" * 4096, 7)),
+    *(
+        (values.name(), v)
+        for v in (
+            "",
+            "a/b",
+            "..",
+            ".a",
+            "a b",
+            "a\u202eb",
+            "a\u200bb",
+            "a" * 65,
+            "a\n",
+            "ä",
+            7,
+        )
+    ),
+    *(
+        (values.path(), v)
+        for v in ("", "a\0b", "a\nb", "a\u202eb", "a\u200bb", "a" * 4096, 7)
+    ),
     *((values.names(), v) for v in ([], "arc_easy", ["a b"], [""], [1], ["a\n"], None)),
-    *((values.tokens(), v) for v in (0, -1, 1.5, True, "", "B", "1.5", "0.0001K", "1e9", "-1B", "1b", "1 GB")),
-    *((values.tokens(), v) for v in ("10 steps", "9" * 400 + ".0", "9" * 5000, 2**63, "9999999T", "1\n", " 1B")),
-    *((values.duration(), v) for v in (3000, "3000.5 steps", "3 epochs", "-1 steps", "_ steps", "", True, [])),
+    *(
+        (values.tokens(), v)
+        for v in (
+            0,
+            -1,
+            1.5,
+            True,
+            "",
+            "B",
+            "1.5",
+            "0.0001K",
+            "1e9",
+            "-1B",
+            "1b",
+            "1 GB",
+        )
+    ),
+    *(
+        (values.tokens(), v)
+        for v in (
+            "10 steps",
+            "9" * 400 + ".0",
+            "9" * 5000,
+            2**63,
+            "9999999T",
+            "1\n",
+            " 1B",
+        )
+    ),
+    *(
+        (values.duration(), v)
+        for v in (3000, "3000.5 steps", "3 epochs", "-1 steps", "_ steps", "", True, [])
+    ),
     (values.duration(1), "0 steps"),
     (values.duration(1), "0B"),
     (values.duration(words=("auto",)), "Auto"),
     (values.duration(), "9" * 5000 + " steps"),
-    *((values.layer_list(), v) for v in ([], [-1], [0.0], [True], ["0"], 0, "0 1", [10**6])),
+    *(
+        (values.layer_list(), v)
+        for v in ([], [-1], [0.0], [True], ["0"], 0, "0 1", [10**6])
+    ),
 ]
 
 
-@pytest.mark.parametrize(("kind", "given", "parsed"), ACCEPTED, ids=range(len(ACCEPTED)))
+@pytest.mark.parametrize(
+    ("kind", "given", "parsed"), ACCEPTED, ids=range(len(ACCEPTED))
+)
 def test_a_value_is_read_as_meant(kind: Kind, given: Any, parsed: Any) -> None:
     value = kind.parse(given)
     assert value == parsed
     assert type(value) is type(parsed)
-    jsonschema.validate(given, kind.schema)  # an editor must not mark what the loader takes
+    jsonschema.validate(
+        given, kind.schema
+    )  # an editor must not mark what the loader takes
 
 
 @pytest.mark.parametrize(("kind", "given"), REFUSED, ids=range(len(REFUSED)))

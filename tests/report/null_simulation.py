@@ -15,7 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stackgrow.report.curves import WINDOW, StageCurve, seed_curve, speed_ups, stage_curve
+from stackgrow.report.curves import (
+    WINDOW,
+    StageCurve,
+    seed_curve,
+    speed_ups,
+    stage_curve,
+)
 
 TOTAL = 1.04e14  # FLOPs of a run
 STEPS = 4000
@@ -44,20 +50,33 @@ CASES = (
     Case("training loss, every 20 steps, rho .5", 20, 0.09, correlation=0.5),
     Case("training loss, every 100 steps", 100, 0.09),
     Case("validation loss, every 250 steps", 250, 0.012, validation=True),
-    Case("validation loss, every 250 steps, rho .5", 250, 0.012, correlation=0.5, validation=True),
+    Case(
+        "validation loss, every 250 steps, rho .5",
+        250,
+        0.012,
+        correlation=0.5,
+        validation=True,
+    ),
 )
 
 
-def correlated_noise(shape: tuple[int, int], correlation: float, rng: np.random.Generator) -> np.ndarray:
+def correlated_noise(
+    shape: tuple[int, int], correlation: float, rng: np.random.Generator
+) -> np.ndarray:
     """Normal numbers of variance 1, [seeds, records], each correlated with the one before of its seed."""
     noise = rng.standard_normal(shape)
     if correlation:
         for i in range(1, shape[1]):
-            noise[:, i] = correlation * noise[:, i - 1] + np.sqrt(1 - correlation**2) * noise[:, i]
+            noise[:, i] = (
+                correlation * noise[:, i - 1]
+                + np.sqrt(1 - correlation**2) * noise[:, i]
+            )
     return noise
 
 
-def simulated(case: Case, seeds: int, start: float, rng: np.random.Generator) -> StageCurve:
+def simulated(
+    case: Case, seeds: int, start: float, rng: np.random.Generator
+) -> StageCurve:
     """A recipe's runs, whose target model is trained from the share ``start`` of the FLOPs on."""
     steps = np.arange(case.interval, STEPS + 1, case.interval)
     window = 0.0 if case.validation else WINDOW
@@ -65,14 +84,18 @@ def simulated(case: Case, seeds: int, start: float, rng: np.random.Generator) ->
     for noise in correlated_noise((seeds, len(steps)), case.correlation, rng):
         total = TOTAL * (1 + FLOPS_SPREAD * rng.uniform(-1, 1))
         flops = total * (start + (1 - start) * steps / STEPS)
-        loss = case.law(flops) + SEED_SPREAD * rng.standard_normal() + case.noise * noise
+        loss = (
+            case.law(flops) + SEED_SPREAD * rng.standard_normal() + case.noise * noise
+        )
         curves.append(seed_curve(flops, flops / 1e7, loss, window))
     curve = stage_curve("stage-0-train-8L", curves)
     assert curve is not None
     return curve
 
 
-def excluded(case: Case, seeds: int, comparisons: int, seed: int = 0) -> tuple[float, int]:
+def excluded(
+    case: Case, seeds: int, comparisons: int, seed: int = 0
+) -> tuple[float, int]:
     """The share of intervals that exclude 0, and how many intervals there were."""
     rng = np.random.default_rng(seed)
     count = wrong = 0
@@ -88,13 +111,20 @@ def excluded(case: Case, seeds: int, comparisons: int, seed: int = 0) -> tuple[f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--comparisons", type=int, default=500)
     arguments = parser.parse_args()
     print(f"{'':44}{'3 seeds':>10}{'5 seeds':>10}{'10 seeds':>10}")
     for case in CASES:
-        shares = [excluded(case, seeds, arguments.comparisons)[0] for seeds in (3, 5, 10)]
-        print(f"{case.name:44}" + "".join(f"{share:>10.1%}" for share in shares), flush=True)
+        shares = [
+            excluded(case, seeds, arguments.comparisons)[0] for seeds in (3, 5, 10)
+        ]
+        print(
+            f"{case.name:44}" + "".join(f"{share:>10.1%}" for share in shares),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,11 @@ SCRATCH = (
 
 
 def written_run(
-    folder: Path, *changes: tuple[str, str], ratio: float = 1.0, floor: float = 1.7, done: bool = True
+    folder: Path,
+    *changes: tuple[str, str],
+    ratio: float = 1.0,
+    floor: float = 1.7,
+    done: bool = True,
 ) -> Path:
     """A run of tests/recipes_for_tests.py's recipe; it needs 1 / ``ratio`` of the FLOPs of ``ratio`` 1 for each loss."""
     folder.mkdir()
@@ -36,7 +40,9 @@ def written_run(
         if done:
             stage_folder.done_file.write_text(json.dumps({"seconds": 75.0}))
         if isinstance(stage, TrainStage):
-            records = [record(stage, step, ratio, floor) for step in range(1, stage.steps + 1)]
+            records = [
+                record(stage, step, ratio, floor) for step in range(1, stage.steps + 1)
+            ]
             write_lines(stage_folder.metrics_file, records)
             write_lines(stage_folder.validation_file, records[::10])
     return folder
@@ -45,7 +51,13 @@ def written_run(
 def record(stage: TrainStage, step: int, ratio: float, floor: float) -> dict[str, Any]:
     place = stage.place(step)
     loss = floor + 2.0 * (ratio * place["flops"] / 1e8) ** -0.15
-    return {**place, "loss": loss, "tps": 1000.0, "lr": stage.learning_rate(step), "grad_norm": 1 / step}
+    return {
+        **place,
+        "loss": loss,
+        "tps": 1000.0,
+        "lr": stage.learning_rate(step),
+        "grad_norm": 1 / step,
+    }
 
 
 def write_lines(file: Path, records: list[dict[str, Any]]) -> None:

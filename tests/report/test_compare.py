@@ -24,15 +24,30 @@ TOOL = Path(__file__).parents[2] / "tools" / "compare_runs.py"
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
     """Scratch, and grown with a speed-up of 50%."""
-    return [written_run(tmp_path / "a", *SCRATCH, NAME), written_run(tmp_path / "b", ratio=1.5)]
+    return [
+        written_run(tmp_path / "a", *SCRATCH, NAME),
+        written_run(tmp_path / "b", ratio=1.5),
+    ]
 
 
-def test_text_states_definition_smoothing_and_the_known_speed_up(runs: list[Path]) -> None:
+def test_text_states_definition_smoothing_and_the_known_speed_up(
+    runs: list[Path],
+) -> None:
     text = render(compare(runs))
-    assert "speed-up = FLOPs(baseline) / FLOPs(run) - 1 at equal smoothed loss, with the base's FLOPs" in text
+    assert (
+        "speed-up = FLOPs(baseline) / FLOPs(run) - 1 at equal smoothed loss, with the base's FLOPs"
+        in text
+    )
     assert "straight lines over the records within 10% of a point's FLOPs" in text
-    assert "tiny (G_stack, 2 growths, 1 seed) against scratch (from scratch, 1 seed)" in text
-    rows = re.findall(r"^ *([0-9.]+) +[0-9.e+]+ +[0-9.e+]+ +([+-][0-9.]+)% .* 1 vs 1$", text, re.MULTILINE)
+    assert (
+        "tiny (G_stack, 2 growths, 1 seed) against scratch (from scratch, 1 seed)"
+        in text
+    )
+    rows = re.findall(
+        r"^ *([0-9.]+) +[0-9.e+]+ +[0-9.e+]+ +([+-][0-9.]+)% .* 1 vs 1$",
+        text,
+        re.MULTILINE,
+    )
     assert len(rows) == 5
     for _, percent in rows:
         assert float(percent) == pytest.approx(50, abs=0.5)
@@ -40,7 +55,9 @@ def test_text_states_definition_smoothing_and_the_known_speed_up(runs: list[Path
     assert losses == sorted(losses, reverse=True)
 
 
-def test_one_seed_has_noise_within_the_run_alone_and_no_interval(runs: list[Path]) -> None:
+def test_one_seed_has_noise_within_the_run_alone_and_no_interval(
+    runs: list[Path],
+) -> None:
     text = render(compare(runs))
     assert "one seed: within-run noise only" in text
     assert "95%" not in text
@@ -57,7 +74,11 @@ def seeds(tmp_path: Path) -> list[Path]:
     for number in range(3):
         seed = ("seed = 7", f"seed = {number}")
         apart = 1 + 0.02 * number
-        runs.append(written_run(tmp_path / f"scratch-{number}", *SCRATCH, NAME, seed, ratio=apart))
+        runs.append(
+            written_run(
+                tmp_path / f"scratch-{number}", *SCRATCH, NAME, seed, ratio=apart
+            )
+        )
         runs.append(written_run(tmp_path / f"tiny-{number}", seed, ratio=1.5 * apart))
     return sorted(runs)
 
@@ -65,11 +86,19 @@ def seeds(tmp_path: Path) -> list[Path]:
 def test_three_seeds_have_intervals_and_a_noise_floor(seeds: list[Path]) -> None:
     comparison = compare(seeds)
     text = render(comparison)
-    assert "tiny (G_stack, 2 growths, 3 seeds) against scratch (from scratch, 3 seeds)" in text
+    assert (
+        "tiny (G_stack, 2 growths, 3 seeds) against scratch (from scratch, 3 seeds)"
+        in text
+    )
     assert "95%: by the spread between seeds (Welch, Student's t)" in text
     assert " 3 vs 3\n" in text
-    assert "noise floor: one seed of scratch over another of the same (3 seeds, all pairs) shows -" in text
-    assert outcome(comparison, comparison.curves[1]).endswith("; 5 of 5 95% intervals exclude 0.")
+    assert (
+        "noise floor: one seed of scratch over another of the same (3 seeds, all pairs) shows -"
+        in text
+    )
+    assert outcome(comparison, comparison.curves[1]).endswith(
+        "; 5 of 5 95% intervals exclude 0."
+    )
     middle = comparison.speed_ups["tiny"][2]
     assert middle.in_flops == pytest.approx(0.5, abs=0.01)
     assert middle.interval
@@ -80,15 +109,30 @@ def test_three_seeds_have_intervals_and_a_noise_floor(seeds: list[Path]) -> None
     json.dumps(as_dict(comparison))
 
 
-def test_a_difference_within_the_spread_between_seeds_is_said_to_be_none(tmp_path: Path) -> None:
+def test_a_difference_within_the_spread_between_seeds_is_said_to_be_none(
+    tmp_path: Path,
+) -> None:
     runs = []
     for number in range(3):
         seed = ("seed = 7", f"seed = {number}")
-        runs.append(written_run(tmp_path / f"scratch-{number}", *SCRATCH, NAME, seed, ratio=1 + 0.1 * number))
-        runs.append(written_run(tmp_path / f"tiny-{number}", seed, ratio=1.05 + 0.1 * number))
+        runs.append(
+            written_run(
+                tmp_path / f"scratch-{number}",
+                *SCRATCH,
+                NAME,
+                seed,
+                ratio=1 + 0.1 * number,
+            )
+        )
+        runs.append(
+            written_run(tmp_path / f"tiny-{number}", seed, ratio=1.05 + 0.1 * number)
+        )
     comparison = compare(sorted(runs))
     sentence = outcome(comparison, comparison.curves[1])
-    assert ": no difference beyond the spread between seeds: speed-up in FLOPs +" in sentence
+    assert (
+        ": no difference beyond the spread between seeds: speed-up in FLOPs +"
+        in sentence
+    )
     assert "; 0 of 5 95% intervals exclude 0." in sentence
 
 
@@ -96,7 +140,9 @@ def test_every_difference_of_the_recipes_is_listed(runs: list[Path]) -> None:
     lines = render(compare(runs)).splitlines()
     assert "  base.n_layers: - -> 2" in lines
     assert "  growth[1].timing: - -> 40 steps" in lines
-    assert not [line for line in lines if line.startswith(("  name", "  seed", "  train."))]
+    assert not [
+        line for line in lines if line.startswith(("  name", "  seed", "  train."))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -104,24 +150,37 @@ def test_every_difference_of_the_recipes_is_listed(runs: list[Path]) -> None:
     [
         (("vocab_size = 256", "vocab_size = 512"), "vocabulary: 256 -> 512"),
         (("seq_len = 64", "seq_len = 128"), "sequence length: 64 -> 128"),
-        (("[train]", "[validation]\nsequences = 3\n\n[train]"), "validation sequences: 64, first -> 3, first"),
+        (
+            ("[train]", "[validation]\nsequences = 3\n\n[train]"),
+            "validation sequences: 64, first -> 3, first",
+        ),
     ],
 )
 def test_runs_whose_losses_are_of_different_things_are_refused(
     runs: list[Path], tmp_path: Path, change: tuple[str, str], reason: str
 ) -> None:
     other = written_run(tmp_path / "c", change, ('name = "tiny"', 'name = "other"'))
-    with pytest.raises(ChangedError, match=rf"cannot be compared: {reason}\. Their losses are of different things"):
+    with pytest.raises(
+        ChangedError,
+        match=rf"cannot be compared: {reason}\. Their losses are of different things",
+    ):
         compare([runs[0], other])
     text = render(compare([runs[0], other], force=True))
     assert f"  NOT COMPARABLE  {reason}" in text.splitlines()
 
 
-@pytest.mark.parametrize(("key", "name"), [("tokenizer_sha256", "tokenizer"), ("validation_hash", "validation data")])
-def test_runs_on_another_tokenizer_or_held_out_text_are_refused(runs: list[Path], key: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("tokenizer_sha256", "tokenizer"), ("validation_hash", "validation data")],
+)
+def test_runs_on_another_tokenizer_or_held_out_text_are_refused(
+    runs: list[Path], key: str, name: str
+) -> None:
     for run, value in zip(runs, ("1" * 64, "2" * 64), strict=True):
         RunFolder(run).provenance_file.write_text(json.dumps({"data": {key: value}}))
-    with pytest.raises(ChangedError, match=f"{name}: SHA-256 111111111111 -> SHA-256 222222222222"):
+    with pytest.raises(
+        ChangedError, match=f"{name}: SHA-256 111111111111 -> SHA-256 222222222222"
+    ):
         compare(runs)
     RunFolder(runs[1]).provenance_file.unlink()
     compare(runs)  # nothing is known against it
@@ -129,8 +188,13 @@ def test_runs_on_another_tokenizer_or_held_out_text_are_refused(runs: list[Path]
 
 def test_other_training_data_are_a_difference(runs: list[Path]) -> None:
     for run, value in zip(runs, ("1" * 64, "2" * 64), strict=True):
-        RunFolder(run).provenance_file.write_text(json.dumps({"data": {"manifest_hash": value}}))
-    assert "  training data: SHA-256 111111111111 -> SHA-256 222222222222" in render(compare(runs)).splitlines()
+        RunFolder(run).provenance_file.write_text(
+            json.dumps({"data": {"manifest_hash": value}})
+        )
+    assert (
+        "  training data: SHA-256 111111111111 -> SHA-256 222222222222"
+        in render(compare(runs)).splitlines()
+    )
 
 
 def test_plain_values_are_exact_and_json(runs: list[Path]) -> None:
@@ -139,7 +203,9 @@ def test_plain_values_are_exact_and_json(runs: list[Path]) -> None:
     found = json.loads(json.dumps(as_dict(compare(runs, losses=[wanted, 0.5]))))
     [speed_up] = found["speed_ups"]["tiny"]
     assert speed_up["loss"] == wanted
-    assert speed_up["speed_up_flops"] == speed_up["baseline_flops"] / speed_up["flops"] - 1
+    assert (
+        speed_up["speed_up_flops"] == speed_up["baseline_flops"] / speed_up["flops"] - 1
+    )
     assert speed_up["speed_up_flops"] == pytest.approx(0.5, abs=0.005)
     assert found["baseline"] == "scratch"
     assert found["verdicts"]["tiny"].startswith("at ")
@@ -154,7 +220,9 @@ def test_validation_loss_is_not_smoothed(runs: list[Path]) -> None:
     assert "validation loss, the mean of the seeds, not smoothed" in render(comparison)
 
 
-def test_a_run_that_has_not_come_to_its_target_model_has_no_speed_up(runs: list[Path]) -> None:
+def test_a_run_that_has_not_come_to_its_target_model_has_no_speed_up(
+    runs: list[Path],
+) -> None:
     shutil.rmtree(sorted(runs[1].glob("stage-*"))[-1])
     for order in (runs, runs[::-1]):
         comparison = compare(order)
@@ -166,7 +234,9 @@ def test_a_run_that_has_not_come_to_its_target_model_has_no_speed_up(runs: list[
         read_run(runs[1], "timing")
 
 
-def test_curves_that_never_meet_are_told_with_their_spans(runs: list[Path], tmp_path: Path) -> None:
+def test_curves_that_never_meet_are_told_with_their_spans(
+    runs: list[Path], tmp_path: Path
+) -> None:
     better = written_run(tmp_path / "c", (NAME[0], 'name = "better"'), floor=0.2)
     text = render(compare([runs[0], better]))
     assert "the curves never meet, so there is no speed-up: scratch from " in text
@@ -179,29 +249,48 @@ def test_benchmarks_are_those_of_the_last_checkpoint(runs: list[Path]) -> None:
     for step, accuracy in ((20, 0.25), (60, 0.5)):
         sciq = {"acc": 0.1, "acc_norm": accuracy, "acc_norm_stderr": 0.05}
         tasks = {"sciq": sciq, "wikitext": {"word_perplexity": 30.0}}
-        record = {"stage": "s", "step": step, "tokens": 1024 * step, "tasks": tasks, "seven_task_mean": None}
+        record = {
+            "stage": "s",
+            "step": step,
+            "tokens": 1024 * step,
+            "tasks": tasks,
+            "seven_task_mean": None,
+        }
         write_evaluation(run.eval_file(f"s-step-{step}"), record)
     comparison = compare(runs)
-    scores = {"sciq acc_norm": Score(0.5, 0.05), "wikitext word_perplexity": Score(30.0)}
+    scores = {
+        "sciq acc_norm": Score(0.5, 0.05),
+        "wikitext word_perplexity": Score(30.0),
+    }
     assert comparison.evaluations == {runs[1].name: scores}
     assert "sciq acc_norm" in render(comparison)
-    assert as_dict(comparison)["evaluations"][runs[1].name]["sciq acc_norm"] == {"value": 0.5, "standard_error": 0.05}
+    assert as_dict(comparison)["evaluations"][runs[1].name]["sciq acc_norm"] == {
+        "value": 0.5,
+        "standard_error": 0.05,
+    }
 
 
-@pytest.mark.parametrize("record", [5, {"tasks": 5}, {"tokens": 1, "step": 1, "tasks": {"sciq": {"acc": "high"}}}])
+@pytest.mark.parametrize(
+    "record",
+    [5, {"tasks": 5}, {"tokens": 1, "step": 1, "tasks": {"sciq": {"acc": "high"}}}],
+)
 def test_results_that_are_none_are_named(runs: list[Path], record: object) -> None:
     run = RunFolder(runs[1])
     run.eval.mkdir()
     run.eval_file("s").write_text(json.dumps(record))
     with pytest.raises(
-        DamagedError, match=r"s\.json (holds no results of benchmarks|is damaged: not a JSON object); restore it or"
+        DamagedError,
+        match=r"s\.json (holds no results of benchmarks|is damaged: not a JSON object); restore it or",
     ):
         compare(runs)
 
 
 def test_benchmarks_stand_beside_their_errors_and_what_guessing_gives() -> None:
     rows = benchmark_rows(
-        {"x": {"mean of seven": Score(0.5)}, "y": {"sciq acc_norm": Score(0.25, 0.01), "own acc": Score(0.75)}}
+        {
+            "x": {"mean of seven": Score(0.5)},
+            "y": {"sciq acc_norm": Score(0.25, 0.01), "own acc": Score(0.75)},
+        }
     )
     assert rows == [
         ("run", "mean of seven", "sciq acc_norm", "own acc"),
@@ -214,18 +303,37 @@ def test_benchmarks_stand_beside_their_errors_and_what_guessing_gives() -> None:
 
 def test_tool_writes_pictures_and_a_page(runs: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    options = ["--figure", tmp_path / "c.png", "--figure", tmp_path / "c.svg", "--html", tmp_path / "c.html", "--json"]
+    options = [
+        "--figure",
+        tmp_path / "c.png",
+        "--figure",
+        tmp_path / "c.svg",
+        "--html",
+        tmp_path / "c.html",
+        "--json",
+    ]
     command = [sys.executable, TOOL, *runs, *options]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["speed_ups"]["tiny"]
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / "c.svg").read_text()
     assert svg.startswith("<svg")
-    assert svg.count('id="axes_') == 4, "loss over FLOPs with the difference below it, over tokens, the speed-up"
+    assert svg.count('id="axes_') == 4, (
+        "loss over FLOPs with the difference below it, over tokens, the speed-up"
+    )
     assert "currentColor" in svg
     assert "#1b1f23" not in svg, "ink is the page's"
     assert len(svg) < 400_000
-    missing = subprocess.run([sys.executable, str(TOOL), "nowhere"], capture_output=True, text=True, timeout=100)
+    missing = subprocess.run(
+        [sys.executable, str(TOOL), "nowhere"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert missing.returncode == 65
-    assert missing.stderr == "compare_runs: nowhere is not a run: it has no recipe.toml\n"
+    assert (
+        missing.stderr == "compare_runs: nowhere is not a run: it has no recipe.toml\n"
+    )

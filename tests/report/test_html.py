@@ -44,9 +44,13 @@ page.srcdoc = %s;
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Scratch, and grown twice, with all that a report can hold."""
     tmp_path = tmp_path_factory.mktemp("runs")
-    scratch = written_run(tmp_path / "scratch", *SCRATCH, ('name = "tiny"', 'name = "scratch"'))
+    scratch = written_run(
+        tmp_path / "scratch", *SCRATCH, ('name = "tiny"', 'name = "scratch"')
+    )
     grown = written_run(
-        tmp_path / "grown", ('path = "data/tiny"', 'path = "data/<script>alert(1)</script>&"'), ratio=1.5
+        tmp_path / "grown",
+        ('path = "data/tiny"', 'path = "data/<script>alert(1)</script>&"'),
+        ratio=1.5,
     )
     session = {
         "started": "2026-01-01T00:00:00+00:00", "world_size": 8, "host": "secret.example", "hardware": {"gpus": ["H<b>100"] * 2},
@@ -54,12 +58,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         "overrides": ["growth[1].timing=40 steps", "seed=7"],
         "ended": {"at": "2026-01-02T03:04:05+00:00", "how": "finished"},
     }  # fmt: skip
-    provenance = {"recipe_hash": "a" * 64, "data": {"manifest_hash": "b" * 64}, "sessions": [session, session]}
+    provenance = {
+        "recipe_hash": "a" * 64,
+        "data": {"manifest_hash": "b" * 64},
+        "sessions": [session, session],
+    }
     folder = RunFolder(grown)
     folder.provenance_file.write_text(json.dumps(provenance))
     sciq = {"acc_norm": 0.5, "acc_norm_stderr": 0.0158}
     tasks = {"sciq": sciq, "a_task_with_quite_a_long_name_of_its_own": {"acc": 0.25}}
-    record = {"stage": "s", "step": 9, "tokens": 9, "tasks": tasks, "seven_task_mean": None}
+    record = {
+        "stage": "s",
+        "step": 9,
+        "tokens": 9,
+        "tasks": tasks,
+        "seven_task_mean": None,
+    }
     write_evaluation(folder.eval_file("s"), record)
     (folder.stage("stage-0-train-2L").quarantine / "step-4.0").mkdir(parents=True)
     return [scratch, grown]
@@ -99,21 +113,32 @@ def test_report_of_a_run_says_what_was_done(page: str) -> None:
     assert page.count("<svg") == 2 * 2 + PICTURES_OF_A_RUN + LAYER_MAPS
 
 
-def test_status_date_seed_and_a_verdict_stand_on_top(runs: list[Path], page: str, compared: str) -> None:
+def test_status_date_seed_and_a_verdict_stand_on_top(
+    runs: list[Path], page: str, compared: str
+) -> None:
     top = page[page.index("<h1>") : page.index("<h3>")]
     assert "finished 2026-01-02 03:04; seed 7; recipe tiny" in top
-    loss = json.loads(RunFolder(runs[1]).stage("stage-4-train-8L").validation_file.read_text().splitlines()[-1])["loss"]
+    loss = json.loads(
+        RunFolder(runs[1])
+        .stage("stage-4-train-8L")
+        .validation_file.read_text()
+        .splitlines()[-1]
+    )["loss"]
     assert f"grown by G_stack, 2 growths: validation loss {loss:.4f} after" in top
     top = compared[compared.index("<h1>") : compared.index("<h2>")]
     assert "<h1>tiny against scratch</h1>" in top
     assert re.search(
-        r"tiny \(G_stack, 2 growths, 1 seed\): speed-up in FLOPs \+49\.[0-9]% to \+50\.[0-9]% at equal", top
+        r"tiny \(G_stack, 2 growths, 1 seed\): speed-up in FLOPs \+49\.[0-9]% to \+50\.[0-9]% at equal",
+        top,
     )
     assert "one seed: within-run noise only" in top
 
 
 def test_keys_that_the_command_line_set_are_marked(page: str) -> None:
-    assert re.findall("<mark>(.*?)</mark>", page) == ["seed = 7", "timing = &#34;40 steps&#34;"]
+    assert re.findall("<mark>(.*?)</mark>", page) == [
+        "seed = 7",
+        "timing = &#34;40 steps&#34;",
+    ]
 
 
 def test_benchmarks_have_errors_and_chance_level(page: str) -> None:
@@ -125,7 +150,9 @@ def test_axes_of_a_picture_are_amounts_that_people_read(compared: str) -> None:
     assert ">20K<" in compared
     assert ">100B<" in compared
     assert "mathdefault" not in compared
-    assert not [svg for svg in re.findall("<svg.*?</svg>", compared, re.DOTALL) if "1e+" in svg]
+    assert not [
+        svg for svg in re.findall("<svg.*?</svg>", compared, re.DOTALL) if "1e+" in svg
+    ]
 
 
 def test_legends_are_the_page_s_and_cover_no_curve(compared: str) -> None:
@@ -136,8 +163,12 @@ def test_legends_are_the_page_s_and_cover_no_curve(compared: str) -> None:
 
 def test_report_needs_nothing_else_and_runs_nothing(compared: str) -> None:
     assert "<script" not in compared
-    assert not re.search(r"<(link|img|iframe|object|embed|base)\b|\bsrc=|@import|url\((?!#)", compared)
-    assert {m for m in re.findall(r'href="([^"]*)"', compared) if not m.startswith("#")} == set()
+    assert not re.search(
+        r"<(link|img|iframe|object|embed|base)\b|\bsrc=|@import|url\((?!#)", compared
+    )
+    assert {
+        m for m in re.findall(r'href="([^"]*)"', compared) if not m.startswith("#")
+    } == set()
     assert "javascript:" not in compared
     assert compared.count("<svg") == PICTURES, "the speed-up too"
     assert len(compared) < 1_000_000
@@ -152,27 +183,55 @@ def test_unfinished_run_is_told(tmp_path: Path) -> None:
     shutil.rmtree(folder.stage("stage-4-train-8L").path)
     write_report([run], folder.report_file)
     text = folder.report_file.read_text()
-    assert "not finished: stage-0-train-2L, stage-1-grow, stage-2-train-4L, stage-3-grow, stage-4-train-8L" in text
+    assert (
+        "not finished: stage-0-train-2L, stage-1-grow, stage-2-train-4L, stage-3-grow, stage-4-train-8L"
+        in text
+    )
     assert "not finished: running, or killed; begun at an unknown time; seed 7" in text
 
 
-def test_runs_that_cannot_be_compared_are_on_one_page_by_force_alone(runs: list[Path], tmp_path: Path) -> None:
-    other = written_run(tmp_path / "c", ("vocab_size = 256", "vocab_size = 512"), ('name = "tiny"', 'name = "other"'))
+def test_runs_that_cannot_be_compared_are_on_one_page_by_force_alone(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    other = written_run(
+        tmp_path / "c",
+        ("vocab_size = 256", "vocab_size = 512"),
+        ('name = "tiny"', 'name = "other"'),
+    )
     with pytest.raises(ChangedError, match="vocabulary: 256 -> 512"):
         write_report([runs[0], other], tmp_path / "report.html")
     write_report([runs[0], other], tmp_path / "report.html", force=True)
-    assert "<li>other: vocabulary: 256 -&gt; 512</li>" in (tmp_path / "report.html").read_text()
+    assert (
+        "<li>other: vocabulary: 256 -&gt; 512</li>"
+        in (tmp_path / "report.html").read_text()
+    )
 
 
 @pytest.mark.parametrize(
     "provenance",
     [
         {"sessions": 5},
-        {"sessions": [5, {"code": 5, "packages": [1], "hardware": {"gpus": 8}, "overrides": 5, "ended": "now"}]},
-        {"data": "data", "sessions": [{"code": {"commit": [1]}}, {"code": {"commit": {}}}]},
+        {
+            "sessions": [
+                5,
+                {
+                    "code": 5,
+                    "packages": [1],
+                    "hardware": {"gpus": 8},
+                    "overrides": 5,
+                    "ended": "now",
+                },
+            ]
+        },
+        {
+            "data": "data",
+            "sessions": [{"code": {"commit": [1]}}, {"code": {"commit": {}}}],
+        },
     ],
 )
-def test_a_provenance_that_holds_anything_is_shown_as_far_as_it_goes(tmp_path: Path, provenance: object) -> None:
+def test_a_provenance_that_holds_anything_is_shown_as_far_as_it_goes(
+    tmp_path: Path, provenance: object
+) -> None:
     folder = RunFolder(written_run(tmp_path / "run"))
     folder.provenance_file.write_text(json.dumps(provenance))
     page = run_page(folder.path)
@@ -181,7 +240,9 @@ def test_a_provenance_that_holds_anything_is_shown_as_far_as_it_goes(tmp_path: P
 
 
 def test_the_template_is_installed_with_the_package() -> None:
-    pyproject = tomli.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    pyproject = tomli.loads(
+        (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    )
     patterns = pyproject["tool"]["setuptools"]["package-data"]["stackgrow"]
     template = Path(html.__file__).parent / html.TEMPLATE
     package = Path(stackgrow.__file__).parent
@@ -200,7 +261,9 @@ def test_without_matplotlib_the_extra_is_named(
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_overflows_in_a_browser(compared: str, tmp_path: Path, width: int) -> None:
+def test_nothing_overflows_in_a_browser(
+    compared: str, tmp_path: Path, width: int
+) -> None:
     page = json.dumps(compared).replace("</", "<\\/")
     frame = f'<!doctype html><iframe id="page" style="width:{width}px;height:800px;border:0"></iframe>'
     (tmp_path / "frame.html").write_text(f"{frame}<script>{MEASURE % page}</script>")

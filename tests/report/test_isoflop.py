@@ -25,21 +25,31 @@ BUDGET = {4.1e8: 2.2e20, 1.1e9: 7e20, 3e9: 1.2e21}  # the paper's sizes and FLOP
 TIMINGS = (1e9, 5e9, 10e9, 20e9, 50e9)
 
 
-def sweep(noise: float, seed: int = 0, curvature: float = 0.08, shift: float = 0.0) -> list[Run]:
+def sweep(
+    noise: float, seed: int = 0, curvature: float = 0.08, shift: float = 0.0
+) -> list[Run]:
     """Runs whose loss is least at the timing of eq. 2 (times 10^shift), each off by one normal number."""
     rng, runs = np.random.default_rng(seed), []
     for n, budget in BUDGET.items():
         for d in TIMINGS:
             C = np.linspace(0.2, 1, 80) * budget
-            best = TRUE["a"] * math.log10(n) + TRUE["b"] / np.log10(C) + TRUE["c"] + shift
-            loss = 2.6 * (C / 1e20) ** -0.05 + curvature * (math.log10(d) - best) ** 2 + rng.normal(0, noise)
+            best = (
+                TRUE["a"] * math.log10(n) + TRUE["b"] / np.log10(C) + TRUE["c"] + shift
+            )
+            loss = (
+                2.6 * (C / 1e20) ** -0.05
+                + curvature * (math.log10(d) - best) ** 2
+                + rng.normal(0, noise)
+            )
             runs.append(Run(f"{n} {d}", n, d, C, loss))
     return runs
 
 
 def test_constants_are_exact_without_noise() -> None:
     fit = fit_timing(valleys(sweep(0.0)))
-    assert fit.values == pytest.approx(TRUE, rel=1e-3)  # the curves are read between their points
+    assert fit.values == pytest.approx(
+        TRUE, rel=1e-3
+    )  # the curves are read between their points
 
 
 def test_constants_are_recovered_within_their_uncertainty() -> None:
@@ -63,7 +73,9 @@ def test_a_sweep_without_a_valley(sets: dict[str, float], problem: str) -> None:
     found = valleys(sweep(0.0, **sets))
     assert {v.problem for v in found} == {problem}
     assert all(v.best is None for v in found)
-    with pytest.raises(DamagedError, match="0 valleys of 0 sizes do not determine a, b and c"):
+    with pytest.raises(
+        DamagedError, match="0 valleys of 0 sizes do not determine a, b and c"
+    ):
         fit_timing(found)
     assert f"no valley: {problem}" in render_fits(found, "0 valleys", {})
 
@@ -112,14 +124,20 @@ def test_scaling_law_is_the_least_squares_of_the_losses() -> None:
     assert abs(b - in_logarithms) > 0.002
     scipy = pytest.importorskip("scipy.optimize")
     start = (a * 1e20**b, b)
-    best, covariance = scipy.curve_fit(lambda c, level, power: level * (c / 1e20) ** power, flops, losses, start)
+    best, covariance = scipy.curve_fit(
+        lambda c, level, power: level * (c / 1e20) ** power, flops, losses, start
+    )
     assert b == pytest.approx(best[1], rel=1e-4)
     assert law.errors["b"] == pytest.approx(math.sqrt(covariance[1, 1]), rel=1e-3)
 
 
 def test_seeds_at_one_timing_are_runs_of_their_own() -> None:
     """Each is off by a number of its own: shifted alike, as one run, their refits would spread more widely."""
-    seeds = [replace(run, name=f"{run.name} {seed}") for seed in range(3) for run in sweep(0.002, seed)]
+    seeds = [
+        replace(run, name=f"{run.name} {seed}")
+        for seed in range(3)
+        for run in sweep(0.002, seed)
+    ]
     fit = fit_timing(valleys(seeds, points=3))
     for name, true in TRUE.items():
         assert abs(fit.values[name] - true) < 3 * fit.errors[name]
@@ -132,9 +150,13 @@ def test_seeds_at_one_timing_are_runs_of_their_own() -> None:
 def test_table_of_a_fit_is_a_recipe_s(tmp_path: Path) -> None:
     found = valleys(sweep(0.0))
     text = render_toml(fit_timing(found), found, 'our "own" sweep')
-    guideline = recipe_of(tmp_path, edited(("[train]\n", f"{text}\n\n[train]\n"), text=RECIPE)).guideline
+    guideline = recipe_of(
+        tmp_path, edited(("[train]\n", f"{text}\n\n[train]\n"), text=RECIPE)
+    ).guideline
     assert guideline is not None
-    assert (guideline.a, guideline.b, guideline.c) == pytest.approx(tuple(TRUE.values()), rel=1e-3)
+    assert (guideline.a, guideline.b, guideline.c) == pytest.approx(
+        tuple(TRUE.values()), rel=1e-3
+    )
     assert (guideline.source, guideline.max_parameters) == ('our "own" sweep', 3e9)
 
 
@@ -143,25 +165,50 @@ def test_tool(tmp_path: Path) -> None:
         writer = csv.writer(stream)
         writer.writerow(["parameters", "timing", "flops", "loss"])
         for run in sweep(0.001):
-            writer.writerows([run.parameters, run.at, *row] for row in zip(run.flops, run.loss, strict=True))
+            writer.writerows(
+                [run.parameters, run.at, *row]
+                for row in zip(run.flops, run.loss, strict=True)
+            )
         for n, budget in BUDGET.items():
-            writer.writerows([n, "", c, 2.8 * (c / 1e20) ** -0.05] for c in np.linspace(0.2, 1, 9) * budget)
-    command = [sys.executable, str(TOOL), "sweep.csv", "--out", "fit.json", "--plot", "fit.svg"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+            writer.writerows(
+                [n, "", c, 2.8 * (c / 1e20) ** -0.05]
+                for c in np.linspace(0.2, 1, 9) * budget
+            )
+    command = [
+        sys.executable,
+        str(TOOL),
+        "sweep.csv",
+        "--out",
+        "fit.json",
+        "--plot",
+        "fit.svg",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     output = done.stdout
     plain = json.loads((tmp_path / "fit.json").read_text())
     for name, true in TRUE.items():
-        assert abs(plain["timing"]["values"][name] - true) < 3 * plain["timing"]["errors"][name]
+        assert (
+            abs(plain["timing"]["values"][name] - true)
+            < 3 * plain["timing"]["errors"][name]
+        )
     assert plain["laws"]["scratch"]["values"]["b"] == pytest.approx(-0.05, abs=2e-3)
-    assert tomli.loads(output[output.index("[guideline]") :])["guideline"]["a"] == plain["timing"]["values"]["a"]
+    assert (
+        tomli.loads(output[output.index("[guideline]") :])["guideline"]["a"]
+        == plain["timing"]["values"]["a"]
+    )
     assert "scratch law" in (tmp_path / "fit.svg").read_text()
 
 
 def test_bad_rows_are_named(tmp_path: Path) -> None:
     file = tmp_path / "sweep.csv"
     file.write_text("parameters,timing,flops,loss\n1e9,1e9,1e20,high\n")
-    with pytest.raises(DamagedError, match=r"sweep.csv:2: .*needs numbers for parameters, timing, flops, loss"):
+    with pytest.raises(
+        DamagedError,
+        match=r"sweep.csv:2: .*needs numbers for parameters, timing, flops, loss",
+    ):
         read_table(file, "timing")
     file.write_text("parameters,flops,loss\n1e9,1e20,2\n")
     with pytest.raises(DamagedError, match=r"sweep.csv:2: 'timing'"):

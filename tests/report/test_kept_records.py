@@ -1,4 +1,4 @@
-"""The records kept in the repository: runs like any other, and what recipes/README.md says of them."""
+"""The records kept in the repository: runs like any other, and what recipes/RESULTS.md says of them."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,12 @@ from stackgrow.run_folder.found import plan_of_run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RESULTS = RECIPES / "experiments" / "results"
-OPERATORS = {"stack": "G_stack", "zero": "G_zero", "random": "G_random", "learn": "G_learn (LiGO)"}
+OPERATORS = {
+    "stack": "G_stack",
+    "zero": "G_zero",
+    "random": "G_random",
+    "learn": "G_learn (LiGO)",
+}
 KEPT = sorted(RESULTS.glob("ratio_8x64_*"))
 
 
@@ -37,12 +42,16 @@ def test_kept_records_have_their_recipe_hashes_and_what_is_known(run: Path) -> N
     assert len(folder.data_hash()) == 64
     assert "Not known" in provenance["kept"]
     for stage in plan.train_stages:
-        records = folder.stage(stage.name).metrics_file.read_text(encoding="utf-8").splitlines()
+        records = (
+            folder.stage(stage.name)
+            .metrics_file.read_text(encoding="utf-8")
+            .splitlines()
+        )
         assert json.loads(records[-1])["tokens"] == stage.start_tokens + stage.tokens
 
 
 def test_the_readme_s_table_is_what_the_records_give(comparison: Comparison) -> None:
-    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    text = (RECIPES / "RESULTS.md").read_text(encoding="utf-8")
     column = {"train": 2, "validation": 4}[comparison.loss]
     for name, method in OPERATORS.items():
         reached = comparison.speed_ups[f"ratio_8x64_{name}"]
@@ -51,14 +60,18 @@ def test_the_readme_s_table_is_what_the_records_give(comparison: Comparison) -> 
         for speed_up in reached:
             assert speed_up.interval is not None
             excluding += speed_up.interval.excludes_0
-        [row] = [line for line in text.splitlines() if line.startswith(f"  | {method} |")]
+        [row] = [
+            line for line in text.splitlines() if line.startswith(f"  | {method} |")
+        ]
         cells = [cell.strip() for cell in row.split("|")]
         assert cells[column] == f"{min(savings):+.0%} to {max(savings):+.0%}"
         assert cells[column + 1] == f"{excluding} of {len(reached)}"
 
 
-def test_the_readme_s_noise_floor_is_what_the_records_give(comparison: Comparison) -> None:
-    text = " ".join((RECIPES / "README.md").read_text(encoding="utf-8").split())
+def test_the_readme_s_noise_floor_is_what_the_records_give(
+    comparison: Comparison,
+) -> None:
+    text = " ".join((RECIPES / "RESULTS.md").read_text(encoding="utf-8").split())
     floor = noise_floor(comparison.baseline.target)
     assert floor is not None
     loss = {"train": "training", "validation": "validation"}[comparison.loss]

@@ -11,7 +11,12 @@ from recipes_for_tests import RECIPE, plan_of
 from stackgrow.data.order import Order
 from stackgrow.data.store import Manifest, Shard, Split
 from stackgrow.recipe.write import recipe_hash
-from stackgrow.report.plan_table import compact_map, plan_dict, render_plan, render_plan_json
+from stackgrow.report.plan_table import (
+    compact_map,
+    plan_dict,
+    render_plan,
+    render_plan_json,
+)
 from stackgrow.text import WIDTH
 
 GIANT = [
@@ -31,7 +36,17 @@ def test_text(tmp_path: Path) -> None:
     )
     assert lines[2] == "data     data/tiny, 1,552 sequences of 64 tokens"
     rows = [line.split() for line in lines]
-    assert ["stage-0-train-2L", "2", "64", "103K", "70K", "20.5K", "20", "16", "0"] in rows
+    assert [
+        "stage-0-train-2L",
+        "2",
+        "64",
+        "103K",
+        "70K",
+        "20.5K",
+        "20",
+        "16",
+        "0",
+    ] in rows
     assert [
         "stage-0-train-2L",
         "1.06e+10",
@@ -45,31 +60,61 @@ def test_text(tmp_path: Path) -> None:
     assert "stage-1-grow   stack, 2 -> 4 layers: 0 1 | 0 1" in lines
     assert "  layer map [0, 1, 0, 1, 0, 1, 2, 3]" not in lines
     assert "  layer map [0, 1, 2, 3, 0, 1, 2, 3]" in lines
-    assert f"- {plan.base_share:.1%} of the FLOPs are spent before the last growth" in lines
+    assert (
+        f"- {plan.base_share:.1%} of the FLOPs are spent before the last growth"
+        in lines
+    )
 
 
 def order(path: str, tokens: int, vocab_size: int = 256) -> Order:
     split = Split(tokens, 1, (Shard("x.npy", tokens, 1, "0" * 64, 2 * tokens),))
-    return Order([Manifest(Path(path), "uint16", vocab_size, 1, "m", "t" * 64, {"train": split}, {})], [1], 64, 7)
+    return Order(
+        [
+            Manifest(
+                Path(path), "uint16", vocab_size, 1, "m", "t" * 64, {"train": split}, {}
+            )
+        ],
+        [1],
+        64,
+        7,
+    )
 
 
 def test_the_plan_says_what_is_in_the_store(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
-    told = {size: render_plan(plan, order("data/tiny", 6401, size)) for size in (256, 250, 100, 300)}
+    told = {
+        size: render_plan(plan, order("data/tiny", 6401, size))
+        for size in (256, 250, 100, 300)
+    }
     start = "           6.4K tokens in 1 documents to train on; vocabulary "
     assert f"{start}256; tokenizer tttttttttttt\n" in told[256]
     assert f"{start}250, padded to 256; tokenizer" in told[250]
     for other in (100, 300):
-        assert f"{start}{other}, which model.vocab_size = 256 does not fit; tokenizer" in told[other]
+        assert (
+            f"{start}{other}, which model.vocab_size = 256 does not fit; tokenizer"
+            in told[other]
+        )
 
 
 def test_epochs_are_stated_where_the_store_is_there(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     text = render_plan(plan, order("data/tiny", 1000 * 64 + 1))
-    assert "  data/tiny: 99.3K tokens, 1.552 epochs, beyond one epoch: its data are seen up to 2 times" in text
-    assert "  data/tiny: 99.3K tokens, 0.776 epochs\n" in render_plan(plan, order("data/tiny", 2000 * 64 + 1))
-    seen = plan_dict(plan, order("data/tiny", 1000 * 64 + 1))["data"]["seen"]["data/tiny"]
-    assert seen == {"tokens": 1552 * 64, "epoch": 1, "epoch_tokens": 552 * 64, "epochs": 1.552}
+    assert (
+        "  data/tiny: 99.3K tokens, 1.552 epochs, beyond one epoch: its data are seen up to 2 times"
+        in text
+    )
+    assert "  data/tiny: 99.3K tokens, 0.776 epochs\n" in render_plan(
+        plan, order("data/tiny", 2000 * 64 + 1)
+    )
+    seen = plan_dict(plan, order("data/tiny", 1000 * 64 + 1))["data"]["seen"][
+        "data/tiny"
+    ]
+    assert seen == {
+        "tokens": 1552 * 64,
+        "epoch": 1,
+        "epoch_tokens": 552 * 64,
+        "epochs": 1.552,
+    }
 
 
 def test_shares_add_up(tmp_path: Path) -> None:
@@ -95,7 +140,9 @@ def test_it_fits_the_width(tmp_path: Path) -> None:
 
 
 def test_notes_are_shown(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, RECIPE, [*GIANT, "growth[1].timing=auto", "growth[0].timing=8B"])
+    plan = plan_of(
+        tmp_path, RECIPE, [*GIANT, "growth[1].timing=auto", "growth[0].timing=8B"]
+    )
     assert plan.notes
     assert plan.notes[0] in " ".join(render_plan(plan).split())
 
@@ -111,7 +158,9 @@ def test_json(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     values = json.loads(render_plan_json(plan))
     assert values == plan_dict(plan)
-    assert [stage["name"] for stage in values["stages"]] == [stage.name for stage in plan.stages]
+    assert [stage["name"] for stage in values["stages"]] == [
+        stage.name for stage in plan.stages
+    ]
     assert values["stages"][3]["layer_map"] == [0, 1, 2, 3, 0, 1, 2, 3]
     assert values["stages"][0]["learning_rate"]["peak"] == 1e-3
 

@@ -15,7 +15,11 @@ from stackgrow.run_folder.folder import RunFolder
 
 def test_the_holder_of_the_lock_is_named(tmp_path: Path) -> None:
     run, holder = RunFolder(tmp_path), f"process {os.getpid()} on "
-    with run_lock(run), pytest.raises(LockedError, match=f"is in use by {holder}"), run_lock(run):
+    with (
+        run_lock(run),
+        pytest.raises(LockedError, match=f"is in use by {holder}"),
+        run_lock(run),
+    ):
         pytest.fail("two hold it")
     with run_lock(run):
         assert run.lock_file.read_text(encoding="utf-8").startswith(holder)

@@ -15,7 +15,11 @@ from stackgrow.recipe.load import RecipeError
 from stackgrow.run.preflight import unchecked
 from stackgrow.run_folder.folder import RunFolder
 
-TINY = edited(("seq_len = 64", "seq_len = 8"), ("vocab_size = 256", "vocab_size = 1000"), ("data/tiny", "store"))
+TINY = edited(
+    ("seq_len = 64", "seq_len = 8"),
+    ("vocab_size = 256", "vocab_size = 1000"),
+    ("data/tiny", "store"),
+)
 TINY += "\n[validation]\nsequences = 4\n"
 
 
@@ -27,9 +31,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_good_recipe_is_checked_and_nothing_is_made(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_good_recipe_is_checked_and_nothing_is_made(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["tiny.toml", "--check"]) == 0
-    assert capsys.readouterr().out.startswith("nothing is wrong with tiny.toml on 1 ranks")
+    assert capsys.readouterr().out.startswith(
+        "nothing is wrong with tiny.toml on 1 ranks"
+    )
     assert {path.name for path in here.iterdir()} == {"store", "tiny.toml"}
 
 
@@ -47,25 +55,33 @@ def test_a_good_recipe_is_checked_and_nothing_is_made(here: Path, capsys: pytest
 def test_what_the_run_would_refuse_is_refused(
     here: Path, capsys: pytest.CaptureFixture[str], sets: list[str], where: str
 ) -> None:
-    arguments = ["tiny.toml", *(word for assignment in sets for word in ("--set", assignment))]
+    arguments = [
+        "tiny.toml",
+        *(word for assignment in sets for word in ("--set", assignment)),
+    ]
     assert main([*arguments, "--plan"]) == 0, "a plan is made all the same"
     capsys.readouterr()
     assert main([*arguments, "--check"]) == RecipeError.exit_code
     assert where in capsys.readouterr().err
 
 
-def test_a_folder_with_another_recipe_s_run_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_another_recipe_s_run_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = RunFolder(here / "runs" / "tiny")
     stage = run.stage("stage-0-train-2L")
     stage.path.mkdir(parents=True)
     stage.stage_file.write_text(
-        json.dumps({"stage_hash": "other", "seed": 7, "stage": {"steps": 19}}), encoding="utf-8"
+        json.dumps({"stage_hash": "other", "seed": 7, "stage": {"steps": 19}}),
+        encoding="utf-8",
     )
     assert main(["tiny.toml", "--check"]) == ChangedError.exit_code
     assert "was made by another recipe" in capsys.readouterr().err
 
 
-def test_a_plan_says_what_it_did_not_check(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_says_what_it_did_not_check(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["tiny.toml", "--plan", "--set", "train.attention=flex"]) == 0
     text = capsys.readouterr().out
     _, _, left = text.partition("not checked by --plan, but by --check:")
@@ -75,8 +91,20 @@ def test_a_plan_says_what_it_did_not_check(here: Path, capsys: pytest.CaptureFix
     assert "flex" not in str(json.loads(capsys.readouterr().out)["unchecked"])
 
 
-def test_tasks_and_a_base_from_elsewhere_are_among_what_a_plan_leaves(tmp_path: Path) -> None:
-    sets = ["base.from=models/base", "eval.tasks=['piqa']", "eval.include=my_tasks", "train.precision=float8"]
+def test_tasks_and_a_base_from_elsewhere_are_among_what_a_plan_leaves(
+    tmp_path: Path,
+) -> None:
+    sets = [
+        "base.from=models/base",
+        "eval.tasks=['piqa']",
+        "eval.include=my_tasks",
+        "train.precision=float8",
+    ]
     left = "\n".join(unchecked(plan_of(tmp_path, RECIPE, sets)))
-    for part in ("the base model in models/base", "lm-eval: piqa", "task files in my_tasks", '"float8"'):
+    for part in (
+        "the base model in models/base",
+        "lm-eval: piqa",
+        "task files in my_tasks",
+        '"float8"',
+    ):
         assert part in left

@@ -38,7 +38,12 @@ def test_a_resume_drops_what_comes_after_the_checkpoint(path: Path) -> None:
     sealed = second.sealed()
     second.close()
     assert sealed == file_records(path.parent, [path.name])[path.name]
-    assert [(r["step"], r["loss"]) for r in read_records(path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.1)]
+    assert [(r["step"], r["loss"]) for r in read_records(path)] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 1 / 3),
+        (4, 0.1),
+    ]
 
 
 def test_without_a_checkpoint_the_records_begin_anew(path: Path) -> None:
@@ -53,22 +58,34 @@ def edit_a_loss(content: bytes) -> bytes:
 
 DAMAGES = {
     "edited": (edit_a_loss, "its first [0-9]+ bytes were changed"),
-    "first half lost": (lambda content: content[len(content) // 2 :], "it has [0-9]+ bytes, [0-9]+ were sealed"),
+    "first half lost": (
+        lambda content: content[len(content) // 2 :],
+        "it has [0-9]+ bytes, [0-9]+ were sealed",
+    ),
     "a line lost": (lambda content: content.split(b"\n", 1)[1], "bytes were changed"),
-    "200 NUL bytes inside": (lambda content: content[:10] + b"\0" * 200 + content[210:], "bytes were changed"),
-    "a byte 0xff": (lambda content: content[:10] + b"\xff" + content[11:], "bytes were changed"),
+    "200 NUL bytes inside": (
+        lambda content: content[:10] + b"\0" * 200 + content[210:],
+        "bytes were changed",
+    ),
+    "a byte 0xff": (
+        lambda content: content[:10] + b"\xff" + content[11:],
+        "bytes were changed",
+    ),
     "empty": (lambda content: b"", "it has 0 bytes, [0-9]+ were sealed"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_records_that_are_not_what_was_sealed_are_never_gone_on_from(path: Path, damage: str) -> None:
+def test_records_that_are_not_what_was_sealed_are_never_gone_on_from(
+    path: Path, damage: str
+) -> None:
     sealed = written(path, seal_after=4)
     change, message = DAMAGES[damage]
     path.write_bytes(change(path.read_bytes()))
     before = path.read_bytes()
     with pytest.raises(
-        DamagedError, match=rf"metrics\.jsonl is not what it was when .* {message}\. Restore it, or move "
+        DamagedError,
+        match=rf"metrics\.jsonl is not what it was when .* {message}\. Restore it, or move ",
     ):
         RecordWriter(path, sealed)
     assert path.read_bytes() == before, "it is left as it is"
@@ -91,7 +108,17 @@ def test_a_torn_last_line_is_left_out(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    [b"{", b"5", b"[]", b'{"loss": 1}', b'{"step": "1"}', b'{"step": true}', b"\xff", b"\0" * 200, b"[" * 100_000],
+    [
+        b"{",
+        b"5",
+        b"[]",
+        b'{"loss": 1}',
+        b'{"step": "1"}',
+        b'{"step": true}',
+        b"\xff",
+        b"\0" * 200,
+        b"[" * 100_000,
+    ],
 )
 def test_a_line_that_is_no_record_is_named(path: Path, line: bytes) -> None:
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
@@ -110,7 +137,10 @@ def test_an_endless_line_is_not_read_whole(path: Path) -> None:
 
 
 def test_text_of_any_language_is_read(path: Path) -> None:
-    path.write_text(json.dumps({"step": 1, "data": {"größe": 1}}, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"step": 1, "data": {"größe": 1}}, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
     assert read_records(path) == [{"step": 1, "data": {"größe": 1}}]
 
 

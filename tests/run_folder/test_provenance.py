@@ -22,16 +22,29 @@ from stackgrow.run_folder.requirements import requirements
 @pytest.fixture
 def order(tmp_path: Path) -> Order:
     splits = {name: Split(1000, 1, ()) for name in ("train", "validation")}
-    return Order([Manifest(tmp_path, "uint16", 256, 0, "tokenizer.model", "ab" * 32, splits, {})], [1.0], 64, seed=7)
+    return Order(
+        [
+            Manifest(
+                tmp_path, "uint16", 256, 0, "tokenizer.model", "ab" * 32, splits, {}
+            )
+        ],
+        [1.0],
+        64,
+        seed=7,
+    )
 
 
 def read(run: Path) -> dict:
     return json.loads((RunFolder(run).provenance_file).read_text(encoding="utf-8"))
 
 
-def test_sessions_are_appended_and_tell_how_they_ended(tmp_path: Path, order: Order) -> None:
+def test_sessions_are_appended_and_tell_how_they_ended(
+    tmp_path: Path, order: Order
+) -> None:
     plan, file = plan_of(tmp_path), str(written(tmp_path, RECIPE))
-    with provenance.session(RunFolder(tmp_path), plan, file, ["log.interval=5 steps"], order) as first:
+    with provenance.session(
+        RunFolder(tmp_path), plan, file, ["log.interval=5 steps"], order
+    ) as first:
         provenance.add(RunFolder(tmp_path), "stage-0-train-2L", start_step=0)
         running = read(tmp_path)["sessions"][0]
 
@@ -48,20 +61,27 @@ def test_sessions_are_appended_and_tell_how_they_ended(tmp_path: Path, order: Or
     assert provenance.identity(running) == provenance.identity(one) == first
     assert two["previous"] == provenance.link(one, provenance.CHAIN)
     for name in ("stages", "ended", "started"):
-        assert two["previous"] != provenance.link({**one, name: "edited"}, provenance.CHAIN)
+        assert two["previous"] != provenance.link(
+            {**one, name: "edited"}, provenance.CHAIN
+        )
     assert one["previous"] is None
     assert (one["overrides"], two["overrides"]) == (["log.interval=5 steps"], [])
-    assert (one["ended"]["how"], two["ended"]["how"]) == ("finished", "ValueError: stopped in the middle")
+    assert (one["ended"]["how"], two["ended"]["how"]) == (
+        "finished",
+        "ValueError: stopped in the middle",
+    )
     assert two["stages"] == {"stage-0-train-2L": {"start_step": 12}}
     assert record["texts"][two["texts"]["recipe_file"]] == RECIPE
     assert len(record["texts"]) == 4, "what did not change is written once"
-    assert record["texts"][two["texts"]["packages"]] == (RunFolder(tmp_path).requirements_file).read_text(
-        encoding="utf-8"
-    )
+    assert record["texts"][two["texts"]["packages"]] == (
+        RunFolder(tmp_path).requirements_file
+    ).read_text(encoding="utf-8")
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_every_fact_known_at_the_start_is_part_of_the_identity(tmp_path: Path, order: Order) -> None:
+def test_every_fact_known_at_the_start_is_part_of_the_identity(
+    tmp_path: Path, order: Order
+) -> None:
     plan, file = plan_of(tmp_path), str(written(tmp_path, RECIPE))
     with provenance.session(RunFolder(tmp_path), plan, file, [], order) as identity:
         pass
@@ -71,20 +91,47 @@ def test_every_fact_known_at_the_start_is_part_of_the_identity(tmp_path: Path, o
 
 
 def test_no_secret_of_the_environment_is_written_down() -> None:
-    matter = {"NCCL_DEBUG": "INFO", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7"}
-    others = {"HF_TOKEN": "x", "TORCH_HUB_TOKEN": "x", "NCCL_SECRET": "x", "AWS_ACCESS_KEY_ID": "x", "HOME": "/root"}
+    matter = {
+        "NCCL_DEBUG": "INFO",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "OMP_NUM_THREADS": "1",
+        "SLURM_JOB_ID": "7",
+    }
+    others = {
+        "HF_TOKEN": "x",
+        "TORCH_HUB_TOKEN": "x",
+        "NCCL_SECRET": "x",
+        "AWS_ACCESS_KEY_ID": "x",
+        "HOME": "/root",
+    }
     assert provenance.environment({**others, **matter}) == matter
 
 
-def test_lock_file_states_what_is_installed_in_a_form_that_pip_takes(tmp_path: Path) -> None:
+def test_lock_file_states_what_is_installed_in_a_form_that_pip_takes(
+    tmp_path: Path,
+) -> None:
     lock = requirements()
     assert f"torch=={metadata.version('torch')}" in lock.splitlines()
     (RunFolder(tmp_path).requirements_file).write_text(lock)
-    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-index", "-r", "requirements.lock"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--no-deps",
+        "--no-index",
+        "-r",
+        "requirements.lock",
+    ]
     done = subprocess.run(pip, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "Would install" not in done.stdout, "every line is satisfied by what is there"
-    pinned = [line for line in lock.splitlines() if line and not line.startswith(("#", "--"))]
+    assert "Would install" not in done.stdout, (
+        "every line is satisfied by what is there"
+    )
+    pinned = [
+        line for line in lock.splitlines() if line and not line.startswith(("#", "--"))
+    ]
     assert done.stdout.count("Requirement already satisfied") == len(pinned) > 30
 
 
@@ -96,7 +143,11 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "stackgrow" / "code.py").write_text("x = 1\n", encoding="utf-8")
     (tmp_path / ".gitignore").write_text("__pycache__\n", encoding="utf-8")
     who = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
-    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "first"]):
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        [*who, "commit", "-q", "-m", "first"],
+    ):
         subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
     monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
     return tmp_path
@@ -110,7 +161,11 @@ def test_the_code_is_the_commit_and_all_that_differs_from_it(checkout: Path) -> 
     (checkout / "stackgrow" / "__pycache__" / "code.pyc").write_bytes(b"x")
     assert provenance.code_version() == clean
     hashes = []
-    for name, text in (("new.py", "y = 1\n"), ("new.py", "y = 2\n"), ("code.py", "x = 2\n")):
+    for name, text in (
+        ("new.py", "y = 1\n"),
+        ("new.py", "y = 2\n"),
+        ("code.py", "x = 2\n"),
+    ):
         (checkout / "stackgrow" / name).write_text(text, encoding="utf-8")
         hashes.append(provenance.code_version()["dirty_sha256"])
     assert len(set(hashes)) == 3

@@ -61,10 +61,14 @@ def test_links_and_pipes_are_not_read(sealed: Path) -> None:
     manifest = json.loads((sealed / seal.MANIFEST).read_text())
     for name in ("__0_0.distcp", "__1_0.distcp"):
         manifest["files"][name]["bytes"] = 0
-    assert seal.damage(sealed, manifest) == [f"__{i}_0.distcp is no plain file" for i in (0, 1)]
+    assert seal.damage(sealed, manifest) == [
+        f"__{i}_0.distcp is no plain file" for i in (0, 1)
+    ]
 
 
-@pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.EIO, True)])
+@pytest.mark.parametrize(
+    ("number", "fails"), [(errno.EINVAL, False), (errno.EIO, True)]
+)
 def test_a_file_system_that_syncs_no_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fails: bool
 ) -> None:
@@ -91,14 +95,25 @@ def test_a_sample_checks_every_size_and_some_hashes(sealed: Path) -> None:
     content[0] ^= 1
     (sealed / "__0_0.distcp").write_bytes(content)
     assert seal.damage(sealed, manifest, hashes=0) == []
-    assert {bool(seal.damage(sealed, manifest, hashes=1)) for _ in range(100)} == {True, False}
-    assert seal.damage(sealed, manifest, hashes=3) == ["__0_0.distcp is damaged (SHA-256 differs)"]
+    assert {bool(seal.damage(sealed, manifest, hashes=1)) for _ in range(100)} == {
+        True,
+        False,
+    }
+    assert seal.damage(sealed, manifest, hashes=3) == [
+        "__0_0.distcp is damaged (SHA-256 differs)"
+    ]
     (sealed / ".metadata").write_bytes(b"short")
     assert seal.damage(sealed, manifest, hashes=0) == [".metadata has the wrong size"]
 
 
 @pytest.mark.parametrize(
-    "manifest", ['{"step": 4}', '{"files": []}', '{"files": {"a": 1}}', '{"files": {}, "tensors": 3}']
+    "manifest",
+    [
+        '{"step": 4}',
+        '{"files": []}',
+        '{"files": {"a": 1}}',
+        '{"files": {}, "tensors": 3}',
+    ],
 )
 def test_a_manifest_of_another_form_is_told(sealed: Path, manifest: str) -> None:
     (sealed / seal.MANIFEST).write_text(manifest)
@@ -120,7 +135,11 @@ def test_only_exact_sealed_step_folders_count(sealed: Path) -> None:
     (sealed.parent / "old-step-99" / seal.MANIFEST).write_text("{}")
     assert seal.sealed_steps(sealed.parent) == [4]
     moved = seal.quarantine_unsealed(sealed.parent)
-    assert sorted(p.name for p in moved) == ["old-step-99.0", "step-50.tmp.0", "step-9.0"]
+    assert sorted(p.name for p in moved) == [
+        "old-step-99.0",
+        "step-50.tmp.0",
+        "step-9.0",
+    ]
     assert [p.name for p in sealed.parent.iterdir()] == ["step-4"]
 
 
@@ -158,7 +177,9 @@ def test_purge_does_not_count_what_is_damaged(sealed: Path) -> None:
     assert seal.sealed_steps(sealed.parent) == [8, 12]
 
 
-def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_is_replaced_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "facts.json"
     seal.write_json(path, {"a": 1})
 
@@ -185,7 +206,9 @@ def test_a_pipe_in_place_of_a_file_is_told(tmp_path: Path) -> None:
         seal.read_json(tmp_path / "DONE")
 
 
-def test_a_file_that_the_disk_does_not_give_is_damaged_and_named(sealed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_the_disk_does_not_give_is_damaged_and_named(
+    sealed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """EIO, after which the checkpoint before it is used."""
     original = Path.open
 
@@ -194,7 +217,11 @@ def test_a_file_that_the_disk_does_not_give_is_damaged_and_named(sealed: Path, m
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def opened(path: Path, *arguments: str, **keywords: str) -> object:
-        return Broken() if path.name == "__0_0.distcp" else original(path, *arguments, **keywords)
+        return (
+            Broken()
+            if path.name == "__0_0.distcp"
+            else original(path, *arguments, **keywords)
+        )
 
     monkeypatch.setattr(Path, "open", opened)
     assert damage(sealed) == ["__0_0.distcp cannot be read (Input/output error)"]

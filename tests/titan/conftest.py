@@ -21,4 +21,12 @@ def process_group() -> Iterator[None]:
 @pytest.fixture
 def small() -> Model:
     """Grouped-query attention, and an FFN width that no multiple of 256 gives."""
-    return Model(family="llama2", dim=64, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=176, vocab_size=97)
+    return Model(
+        family="llama2",
+        dim=64,
+        n_layers=3,
+        n_heads=4,
+        n_kv_heads=2,
+        ffn_dim=176,
+        vocab_size=97,
+    )

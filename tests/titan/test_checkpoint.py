@@ -12,13 +12,21 @@ from stackgrow.recipe.keys import Model
 from stackgrow.titan.checkpoint import check_same_tensors
 
 
-def weights(model: Model, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    return {name: torch.zeros(shape, dtype=dtype) for name, shape in model.tensors().items()}
+def weights(
+    model: Model, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.zeros(shape, dtype=dtype) for name, shape in model.tensors().items()
+    }
 
 
 @pytest.fixture
 def saved(small: Model, tmp_path: Path) -> Path:
-    state = {**weights(small), "optimizer": {"state.norm.weight.step": torch.tensor(3.0)}, "train_state": {"step": 3}}
+    state = {
+        **weights(small),
+        "optimizer": {"state.norm.weight.step": torch.tensor(3.0)},
+        "train_state": {"step": 3},
+    }
     dcp.save(state, checkpoint_id=str(tmp_path / "step-3"))
     return tmp_path / "step-3"
 
@@ -28,7 +36,9 @@ def test_equal_tensors_pass(small: Model, saved: Path) -> None:
 
 
 def test_the_trap_itself(small: Model, saved: Path) -> None:
-    dcp.load(weights(dataclasses.replace(small, n_layers=2)), checkpoint_id=str(saved))  # raises nothing
+    dcp.load(
+        weights(dataclasses.replace(small, n_layers=2)), checkpoint_id=str(saved)
+    )  # raises nothing
 
 
 @pytest.mark.parametrize(
@@ -39,7 +49,9 @@ def test_the_trap_itself(small: Model, saved: Path) -> None:
         ({"ffn_dim": 177}, r"feed_forward.w1.weight is \(\(176, 64\)"),
     ],
 )
-def test_other_geometry_is_refused(small: Model, saved: Path, change: dict, message: str) -> None:
+def test_other_geometry_is_refused(
+    small: Model, saved: Path, change: dict, message: str
+) -> None:
     with pytest.raises(DamagedError, match=message):
         check_same_tensors(saved, weights(dataclasses.replace(small, **change)))
 

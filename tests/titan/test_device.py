@@ -38,11 +38,15 @@ from torchtitan.tools import utils
 assert utils.device_type == "meta_accelerator", utils.device_type
 assert utils.device_module is torch.meta_accelerator
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
-def test_float8_is_refused_where_it_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float8_is_refused_where_it_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = plan_of(tmp_path, RECIPE, ["growth[1].train.precision=float8"])
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
     if torch.cuda.is_available():

@@ -25,22 +25,35 @@ def losses(n: int) -> list[float]:
 
 
 def run(one: StepGuard, values: list[float], first: int = 1) -> list[Verdict]:
-    return [one.check(first + i, torch.tensor(value), FINITE) for i, value in enumerate(values)]
+    return [
+        one.check(first + i, torch.tensor(value), FINITE)
+        for i, value in enumerate(values)
+    ]
 
 
 def test_noise_is_no_event() -> None:
     verdicts = run(guard(), losses(300))
-    assert all(v.update and not v.event and not v.error and not v.asked_to_stop for v in verdicts)
+    assert all(
+        v.update and not v.event and not v.error and not v.asked_to_stop
+        for v in verdicts
+    )
 
 
 @pytest.mark.parametrize(
-    ("action", "updated", "ends"), [("record", True, False), ("skip", False, False), ("stop", False, True)]
+    ("action", "updated", "ends"),
+    [("record", True, False), ("skip", False, False), ("stop", False, True)],
 )
-def test_a_spike(action: str, updated: bool, ends: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_spike(
+    action: str, updated: bool, ends: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     one = guard(on_spike=action)
     run(one, losses(100))
     (verdict,) = run(one, [4.5], first=101)
-    assert (verdict.event["event"], verdict.event["action"], verdict.update) == ("spike", action, updated)
+    assert (verdict.event["event"], verdict.event["action"], verdict.update) == (
+        "spike",
+        action,
+        updated,
+    )
     assert 10 < verdict.event["sigmas"] < 20
     assert isinstance(verdict.error, DivergedError) is ends
     told = str(verdict.error) if ends else caplog.text
@@ -57,15 +70,26 @@ def test_a_falling_loss_and_a_short_history_are_no_spike() -> None:
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite(loss: float) -> None:
-    stop, skip = (run(guard(on_nonfinite=action), [3.0, loss, 3.0]) for action in ("stop", "skip"))
-    assert (stop[1].event, stop[1].update) == ({"event": "nonfinite", "action": "stop"}, False)
+    stop, skip = (
+        run(guard(on_nonfinite=action), [3.0, loss, 3.0]) for action in ("stop", "skip")
+    )
+    assert (stop[1].event, stop[1].update) == (
+        {"event": "nonfinite", "action": "stop"},
+        False,
+    )
     assert "--set train.on_nonfinite=skip" in str(stop[1].error)
-    assert (skip[1].event, skip[1].update, skip[1].error) == ({"event": "nonfinite", "action": "skip"}, False, None)
+    assert (skip[1].event, skip[1].update, skip[1].error) == (
+        {"event": "nonfinite", "action": "skip"},
+        False,
+        None,
+    )
     assert skip[2].update
 
 
 def test_a_gradient_that_is_not_finite() -> None:
-    verdict = guard(on_nonfinite="skip").check(1, torch.tensor(3.0), torch.tensor(math.inf))
+    verdict = guard(on_nonfinite="skip").check(
+        1, torch.tensor(3.0), torch.tensor(math.inf)
+    )
     assert (verdict.event["event"], verdict.update) == ("nonfinite", False)
 
 
@@ -84,5 +108,11 @@ def test_a_resumed_guard_decides_as_an_undisturbed_one() -> None:
         start = run(first, values[:stop])
         second.recent = first.recent.clone()
         both = [*start, *run(second, values[stop:], first=stop + 1)]
-        assert list(map(repr, map(dataclasses.asdict, both))) == list(map(repr, map(dataclasses.asdict, whole)))
-    assert [i for i, v in enumerate(whole) if not v.update] == [WINDOW + 20, WINDOW + 21, len(values) - 1]
+        assert list(map(repr, map(dataclasses.asdict, both))) == list(
+            map(repr, map(dataclasses.asdict, whole))
+        )
+    assert [i for i, v in enumerate(whole) if not v.update] == [
+        WINDOW + 20,
+        WINDOW + 21,
+        len(values) - 1,
+    ]

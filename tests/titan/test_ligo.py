@@ -20,7 +20,15 @@ from stackgrow.seal.tensors import fingerprint
 from stackgrow.titan.ligo import LigoArgs, LigoLlama
 from stackgrow.titan.model import model_args
 
-SOURCE = Model(family="llama2", dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=97)
+SOURCE = Model(
+    family="llama2",
+    dim=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_dim=48,
+    vocab_size=97,
+)
 TARGETS = {
     "depth": replace(SOURCE, n_layers=5),
     "width": replace(SOURCE, dim=64, n_heads=8, n_kv_heads=4, ffn_dim=112),
@@ -37,13 +45,17 @@ def sealed(state: dict[str, torch.Tensor], folder: Path) -> Path:
     return folder
 
 
-def build(target: Model, folder: Path, precision: str = "float32", maps: str = "paper") -> LigoLlama:
+def build(
+    target: Model, folder: Path, precision: str = "float32", maps: str = "paper"
+) -> LigoLlama:
     """On the weights of ``weights(SOURCE)``, as the Trainer builds it."""
     checkpoint = folder / "source"
     if not checkpoint.exists():
         sealed(weights(SOURCE), checkpoint)
     models = {"source": SOURCE, "target": target, "llama": model_args(target, 0)}
-    args = LigoArgs(**models, maps=maps, checkpoint=str(checkpoint), seed=4, precision=precision)
+    args = LigoArgs(
+        **models, maps=maps, checkpoint=str(checkpoint), seed=4, precision=precision
+    )
     args.llama.max_seq_len = 32
     with torch.device("meta"):
         model = LigoLlama(args)
@@ -55,19 +67,25 @@ def build(target: Model, folder: Path, precision: str = "float32", maps: str = "
 def train(model: LigoLlama, steps: int = 3) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
-        torch.nn.functional.cross_entropy(model(TOKENS).flatten(0, 1).float(), TOKENS.flatten()).backward()
+        torch.nn.functional.cross_entropy(
+            model(TOKENS).flatten(0, 1).float(), TOKENS.flatten()
+        ).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("maps", ["paper", "official"])
 @pytest.mark.parametrize("case", TARGETS)
-def test_the_folded_checkpoint_computes_the_same(case: str, maps: str, tmp_path: Path) -> None:
+def test_the_folded_checkpoint_computes_the_same(
+    case: str, maps: str, tmp_path: Path
+) -> None:
     target = TARGETS[case]
     model = build(target, tmp_path, maps=maps)
     before = model(TOKENS)
     train(model)
-    network = read_network(sealed(dict(model.state_dict()), tmp_path / "learned"), SOURCE, target, maps)
+    network = read_network(
+        sealed(dict(model.state_dict()), tmp_path / "learned"), SOURCE, target, maps
+    )
     folded = apply(learned_rules(SOURCE, target, network, maps), weights(SOURCE))
     with torch.no_grad():
         expected, found = model(TOKENS), llama(target, folded)(TOKENS)
@@ -85,10 +103,14 @@ def test_an_untrained_depth_map_is_g_stack(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["depth", "width"])
-def test_the_official_maps_are_of_both_directions_and_begin_where_the_papers_do(case: str, tmp_path: Path) -> None:
+def test_the_official_maps_are_of_both_directions_and_begin_where_the_papers_do(
+    case: str, tmp_path: Path
+) -> None:
     """The official code also trains B, from the identity, where only the depth grows, and D where only widths grow."""
     with torch.no_grad():
-        paper, official = (build(TARGETS[case], tmp_path, maps=maps) for maps in ("paper", "official"))
+        paper, official = (
+            build(TARGETS[case], tmp_path, maps=maps) for maps in ("paper", "official")
+        )
         assert torch.equal(official(TOKENS), paper(TOKENS))
     names = {name for name, _ in official.named_parameters()}
     assert {name.split(".")[0] for name in names} == {"widths", "depths"}
@@ -99,16 +121,24 @@ def test_the_official_maps_are_of_both_directions_and_begin_where_the_papers_do(
     train(official, 1)
     network = dict(official.named_parameters())
     start = dict(build(TARGETS[case], tmp_path, maps="official").named_parameters())
-    assert all((network[name] != start[name]).any() for name in names), "every one of them is trained"
+    assert all((network[name] != start[name]).any() for name in names), (
+        "every one of them is trained"
+    )
 
 
 @pytest.mark.parametrize("case", TARGETS)
-def test_every_map_gets_a_gradient_in_all_its_rows_and_moves(case: str, tmp_path: Path) -> None:
+def test_every_map_gets_a_gradient_in_all_its_rows_and_moves(
+    case: str, tmp_path: Path
+) -> None:
     model = build(TARGETS[case], tmp_path)
-    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    start = {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters()
+    }
     needed = shapes(SOURCE, TARGETS[case])
     assert len(start) == len(needed["widths"]) + len(needed["depths"])
-    assert sum(tensor.numel() for tensor in start.values()) == parameters(SOURCE, TARGETS[case])
+    assert sum(tensor.numel() for tensor in start.values()) == parameters(
+        SOURCE, TARGETS[case]
+    )
     model(TOKENS).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -123,14 +153,26 @@ def test_gradients_are_those_of_the_folded_weights(tmp_path: Path) -> None:
     """dL/dD[i, j] = <dL/dW'_i, W_j>, with dL/dW' from an ordinary model that has the folded weights."""
     target, model = TARGETS["depth"], build(TARGETS["depth"], tmp_path)
     model(TOKENS).logsumexp(-1).sum().backward()
-    plain = llama(target, {name: weight.detach() for name, weight in model.target_weights().items()})
+    plain = llama(
+        target,
+        {name: weight.detach() for name, weight in model.target_weights().items()},
+    )
     plain(TOKENS).logsumexp(-1).sum().backward()
-    source, gradients = weights(SOURCE), {name: p.grad for name, p in plain.named_parameters()}
+    source, gradients = (
+        weights(SOURCE),
+        {name: p.grad for name, p in plain.named_parameters()},
+    )
     for kind in ("attention.wq", "feed_forward.w2", "ffn_norm"):
         have = model.depths[kind.replace(".", "_")].grad
         want = torch.tensor(
             [
-                [(gradients[f"layers.{i}.{kind}.weight"] * source[f"layers.{j}.{kind}.weight"]).sum() for j in range(2)]
+                [
+                    (
+                        gradients[f"layers.{i}.{kind}.weight"]
+                        * source[f"layers.{j}.{kind}.weight"]
+                    ).sum()
+                    for j in range(2)
+                ]
                 for i in range(5)
             ]
         )
@@ -143,16 +185,22 @@ def test_the_stated_flops_are_those_torch_counts(case: str, tmp_path: Path) -> N
     with FlopCounterMode(display=False) as counter:
         sum(weight.sum() for weight in model.target_weights().values()).backward()
     # torch counts no matrix-vector product (RMSNorm weights), and counts the spreading of B_V to heads as one.
-    assert abs(mapping_flops(SOURCE, TARGETS[case]) / counter.get_total_flops() - 1) < 0.02
+    assert (
+        abs(mapping_flops(SOURCE, TARGETS[case]) / counter.get_total_flops() - 1) < 0.02
+    )
 
 
 def test_maps_stay_float32_and_the_target_computes_in_bf16(tmp_path: Path) -> None:
     model = build(TARGETS["both"], tmp_path, precision="bfloat16")
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # as torchtitan does on one rank, and not under FSDP2
+    with torch.autocast(
+        "cpu", dtype=torch.bfloat16
+    ):  # as torchtitan does on one rank, and not under FSDP2
         on_one_rank = model(TOKENS)
     assert on_one_rank.dtype == torch.bfloat16
     assert torch.equal(on_one_rank, model(TOKENS))
-    assert {weight.dtype for weight in model.target_weights().values()} == {torch.float32}
+    assert {weight.dtype for weight in model.target_weights().values()} == {
+        torch.float32
+    }
     exact = build(TARGETS["both"], tmp_path)(TOKENS)
     assert 1e-5 < deviation(model(TOKENS).float(), exact) < 5e-2
 
@@ -173,7 +221,9 @@ def test_a_damaged_source_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_network_of_another_growth_is_refused(tmp_path: Path) -> None:
-    folder = sealed(dict(build(TARGETS["depth"], tmp_path).state_dict()), tmp_path / "learned")
+    folder = sealed(
+        dict(build(TARGETS["depth"], tmp_path).state_dict()), tmp_path / "learned"
+    )
     assert isinstance(read_network(folder, SOURCE, TARGETS["depth"]), HyperNetwork)
     with pytest.raises(CheckpointError, match=r"has no tensor widths\.emb"):
         read_network(folder, SOURCE, TARGETS["both"])

@@ -26,7 +26,11 @@ def inputs(device: str = "cpu") -> tuple[nn.Linear, Tensor, Tensor]:
     head.weight.data.normal_(generator=draw)
     labels = torch.randint(0, V, (B, T), generator=draw)
     labels[1, 3:9] = IGNORE_INDEX
-    return head.to(device), torch.randn(B, T, D, generator=draw).to(device), labels.to(device)
+    return (
+        head.to(device),
+        torch.randn(B, T, D, generator=draw).to(device),
+        labels.to(device),
+    )
 
 
 def gradients(head: nn.Linear, hidden: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +41,9 @@ def gradients(head: nn.Linear, hidden: Tensor, loss: Tensor) -> tuple[Tensor, Te
     return head.weight.grad, hidden.grad
 
 
-def check_chunks_equal_the_whole(chunk: int, dtype: torch.dtype, device: str = "cpu") -> None:
+def check_chunks_equal_the_whole(
+    chunk: int, dtype: torch.dtype, device: str = "cpu"
+) -> None:
     """``tests/gpu`` runs the same on a GPU."""
     head, hidden, labels = inputs(device)
     hidden.requires_grad_()
@@ -45,11 +51,15 @@ def check_chunks_equal_the_whole(chunk: int, dtype: torch.dtype, device: str = "
         whole = cross_entropy_loss(head(hidden), labels)
         expected = gradients(head, hidden, whole)
         chunk_head(head, chunk)
-        assert torch.equal(head(hidden), F.linear(hidden, head.weight)), "logits where no labels are given"
+        assert torch.equal(head(hidden), F.linear(hidden, head.weight)), (
+            "logits where no labels are given"
+        )
         found = head(hidden, labels)
     assert found.dtype == torch.float32
     assert abs(found / whole - 1) < 1e-6
-    for name, have, want in zip(("weight", "hidden"), gradients(head, hidden, found), expected, strict=True):
+    for name, have, want in zip(
+        ("weight", "hidden"), gradients(head, hidden, found), expected, strict=True
+    ):
         assert have.dtype == want.dtype
         assert (have - want).abs().max() < ROUNDING[dtype] * want.abs().max(), name
     if dtype == torch.float32:
@@ -74,13 +84,17 @@ def test_equal_to_torchs_own_chunked_loss() -> None:
     )  # fmt: skip
     expected = gradients(head, hidden, theirs)
     chunk_head(head, 16)
-    for have, want in zip(gradients(head, hidden, head(hidden, labels)), expected, strict=True):
+    for have, want in zip(
+        gradients(head, hidden, head(hidden, labels)), expected, strict=True
+    ):
         assert (have - want).abs().max() < ROUNDING[torch.float32] * want.abs().max()
 
 
 def test_an_inner_gradient_reaches_every_parameter_of_the_model(small: Model) -> None:
     draw = torch.Generator().manual_seed(1)
-    tokens, labels = (torch.randint(0, small.vocab_size, (2, 16), generator=draw) for _ in range(2))
+    tokens, labels = (
+        torch.randint(0, small.vocab_size, (2, 16), generator=draw) for _ in range(2)
+    )
     gradient: dict[int, list[Tensor]] = {}
     for chunk in (0, 5):
         args = model_args(small, 0, loss_chunk=chunk)
@@ -88,7 +102,11 @@ def test_an_inner_gradient_reaches_every_parameter_of_the_model(small: Model) ->
         model = Llama(args)
         with torch.no_grad():
             model.init_weights()
-        loss = model(tokens, labels=labels) if chunk else cross_entropy_loss(model(tokens), labels)
+        loss = (
+            model(tokens, labels=labels)
+            if chunk
+            else cross_entropy_loss(model(tokens), labels)
+        )
         loss.backward()
         gradient[chunk] = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(gradient[0]) == len(small.tensors())
@@ -101,9 +119,16 @@ class Largest(TorchDispatchMode):
 
     elements = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+        self.elements = max(
+            [
+                self.elements,
+                *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)),
+            ]
+        )
         return out
 
 

@@ -20,17 +20,29 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def test_every_single_bit_counts() -> None:
     before = fingerprints(tensors())
-    for name, index, bit in [("matrix", 0, 0), ("matrix", 59, 31), ("vector", 7, 22), ("odd", 14, 1)]:
+    for name, index, bit in [
+        ("matrix", 0, 0),
+        ("matrix", 59, 31),
+        ("vector", 7, 22),
+        ("odd", 14, 1),
+    ]:
         changed = tensors()
-        changed[name].view(-1).view(torch.int32)[index] ^= -(2**31) if bit == 31 else 1 << bit
+        changed[name].view(-1).view(torch.int32)[index] ^= (
+            -(2**31) if bit == 31 else 1 << bit
+        )
         after = fingerprints(changed)
         assert {n for n in before if before[n] != after[n]} == {name}
 
 
-@pytest.mark.parametrize("change", [lambda m: m.flip(0), lambda m: m.roll(1, 1), lambda m: -m, lambda m: m * 2])
+@pytest.mark.parametrize(
+    "change",
+    [lambda m: m.flip(0), lambda m: m.roll(1, 1), lambda m: -m, lambda m: m * 2],
+)
 def test_moved_and_scaled_values_count(change) -> None:  # type: ignore[no-untyped-def]
     matrix = tensors()["matrix"]
-    assert fingerprints({"m": matrix}) != fingerprints({"m": change(matrix).contiguous()})
+    assert fingerprints({"m": matrix}) != fingerprints(
+        {"m": change(matrix).contiguous()}
+    )
 
 
 def test_whole_tensors_need_no_process_group() -> None:
@@ -61,6 +73,19 @@ dist.destroy_process_group()
 def test_equal_for_every_sharding(tmp_path: Path) -> None:
     script = tmp_path / "shards.py"
     script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(script)]
-    done = subprocess.run([*launch, str(Path(__file__).parent)], capture_output=True, text=True, timeout=200)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "4",
+        str(script),
+    ]
+    done = subprocess.run(
+        [*launch, str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr

@@ -43,14 +43,24 @@ SEQ_LEN, BATCH, VOCABULARY = 2048, 8, 4096
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each loader (default: 5)")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of one turn (default: 1.5)")
-    parser.add_argument("--megabytes", type=int, default=90, help="of text to prepare (default: 90)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns of each loader (default: 5)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1.5, help="of one turn (default: 1.5)"
+    )
+    parser.add_argument(
+        "--megabytes", type=int, default=90, help="of text to prepare (default: 90)"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if importlib.util.find_spec("litdata") is None:
-        parser.error("litdata is not installed here: `make bench-data` makes an environment for it")
+        parser.error(
+            "litdata is not installed here: `make bench-data` makes an environment for it"
+        )
     texts = stdlib_texts()
     with tempfile.TemporaryDirectory() as folder:
         report: dict[str, Any] = {
@@ -86,10 +96,17 @@ def write_rows(texts: list[str], file: Path) -> None:
     file.write_bytes(rows)
 
 
-def loading(texts: list[str], folder: Path, rounds: int, seconds: float) -> dict[str, float]:
+def loading(
+    texts: list[str], folder: Path, rounds: int, seconds: float
+) -> dict[str, float]:
     write_rows(texts, folder / "rows" / "a.jsonl")
     tokenizer = byte_level(texts, folder / "hf")
-    prepare([Source(str(folder / "rows"))], folder / "store", tokenizer=tokenizer, validation=0)
+    prepare(
+        [Source(str(folder / "rows"))],
+        folder / "store",
+        tokenizer=tokenizer,
+        validation=0,
+    )
     store = TokenStore.open(folder / "store")
     contestants = {
         "stackgrow": stackgrow_batches(store),
@@ -104,9 +121,15 @@ def loading(texts: list[str], folder: Path, rounds: int, seconds: float) -> dict
     for _ in range(rounds):
         for name, batches in contestants.items():
             rates[name].append(rate(batches, seconds))
-    report = {f"loading, {name}, tokens per second": statistics.median(values) for name, values in rates.items()}
+    report = {
+        f"loading, {name}, tokens per second": statistics.median(values)
+        for name, values in rates.items()
+    }
     for peer in ("torchtitan", "litdata", "memmap"):
-        ratios = [ours / theirs for ours, theirs in zip(rates["stackgrow"], rates[peer], strict=True)]
+        ratios = [
+            ours / theirs
+            for ours, theirs in zip(rates["stackgrow"], rates[peer], strict=True)
+        ]
         report[f"loading, stackgrow / {peer}"] = statistics.median(ratios)
     return report
 
@@ -128,7 +151,9 @@ def stackgrow_batches(store: TokenStore) -> Batches:
     from stackgrow.data.loader import TokenLoader, WindowDataset
 
     data = WindowDataset([store], [1.0], SEQ_LEN, seed=1)
-    loader = TokenLoader(data, global_batch=BATCH, micro_batch=BATCH, dp_rank=0, dp_world_size=1)
+    loader = TokenLoader(
+        data, global_batch=BATCH, micro_batch=BATCH, dp_rank=0, dp_world_size=1
+    )
     return (inputs["input"] for inputs, _ in loader)
 
 
@@ -157,15 +182,24 @@ def torchtitan_batches(folder: Path) -> Batches:
     from torchtitan.hf_datasets import DatasetConfig, text_datasets
 
     def load(path: str) -> Any:
-        return load_dataset("json", data_files=f"{path}/a.jsonl", split="train", cache_dir=str(folder / "cache"))
+        return load_dataset(
+            "json",
+            data_files=f"{path}/a.jsonl",
+            split="train",
+            cache_dir=str(folder / "cache"),
+        )
 
-    text_datasets.DATASETS["bench"] = DatasetConfig(str(folder / "rows"), load, lambda row: row["text"])
+    text_datasets.DATASETS["bench"] = DatasetConfig(
+        str(folder / "rows"), load, lambda row: row["text"]
+    )
     job = JobConfig()
     job.training.dataset = "bench"
     job.training.dataset_path = None
     job.training.local_batch_size = BATCH
     job.training.seq_len = SEQ_LEN
-    loader = text_datasets.build_text_dataloader(1, 0, HuggingFaceTokenizer(str(folder / "hf")), job)
+    loader = text_datasets.build_text_dataloader(
+        1, 0, HuggingFaceTokenizer(str(folder / "hf")), job
+    )
     return (inputs["input"] for inputs, _ in loader)
 
 
@@ -175,8 +209,17 @@ def litdata_batches(store: TokenStore, folder: Path) -> Batches:
     part = 1 << 18
     inputs = list(range(0, store.n_tokens - part, part))
     parts = TokenParts(store, part)
-    optimize(parts, inputs, str(folder), chunk_size=(SEQ_LEN + 1) * 8192, item_loader=TokensLoader(), num_workers=1)
-    data = StreamingDataset(str(folder), item_loader=TokensLoader(block_size=SEQ_LEN + 1), shuffle=True)
+    optimize(
+        parts,
+        inputs,
+        str(folder),
+        chunk_size=(SEQ_LEN + 1) * 8192,
+        item_loader=TokensLoader(),
+        num_workers=1,
+    )
+    data = StreamingDataset(
+        str(folder), item_loader=TokensLoader(block_size=SEQ_LEN + 1), shuffle=True
+    )
     loader = StreamingDataLoader(data, batch_size=BATCH, num_workers=0, drop_last=True)
     while True:
         for batch in loader:
@@ -193,12 +236,21 @@ class TokenParts:
     def __call__(self, start: int) -> Iterator[Tensor]:
         import torch
 
-        yield torch.from_numpy(self.store.tokens(start, start + self.size).astype(np.int64))
+        yield torch.from_numpy(
+            self.store.tokens(start, start + self.size).astype(np.int64)
+        )
 
 
 def byte_level(texts: list[str], folder: Path) -> Path:
     """A tokenizer that torchtitan reads, too."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -210,7 +262,9 @@ def byte_level(texts: list[str], folder: Path) -> Path:
         show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
-    model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    model.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     folder.mkdir()
     model.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -218,14 +272,18 @@ def byte_level(texts: list[str], folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def preparing(texts: list[str], folder: Path, megabytes: int, rounds: int = 2) -> dict[str, float]:
+def preparing(
+    texts: list[str], folder: Path, megabytes: int, rounds: int = 2
+) -> dict[str, float]:
     workers = os.cpu_count() or 1
     model = folder / "tokenizer.model"
     model.write_bytes(train_tokenizer(texts, VOCABULARY).model)
     size = sum(len(text) for text in texts)
     repeats = max(workers, round(megabytes * 1e6 / size))
     for i in range(repeats):
-        for part in range(4):  # in tasks of about the same size, as those of a large corpus are
+        for part in range(
+            4
+        ):  # in tasks of about the same size, as those of a large corpus are
             rows = [f"# {i}\n{text}" for text in texts[part::4]]
             write_rows(rows, folder / "corpus" / f"{i:03d}-{part}.jsonl.zst")
     limit = []
@@ -234,7 +292,10 @@ def preparing(texts: list[str], folder: Path, megabytes: int, rounds: int = 2) -
         limit.append(sentencepiece_alone(texts, repeats, model, workers))
         began = time.perf_counter()
         manifest, _ = prepare(
-            [Source(str(folder / "corpus"))], folder / f"prepared-{i}", tokenizer=model, workers=workers
+            [Source(str(folder / "corpus"))],
+            folder / f"prepared-{i}",
+            tokenizer=model,
+            workers=workers,
         )
         assert manifest is not None
         tokens = sum(split.tokens for split in manifest.splits.values())
@@ -257,14 +318,18 @@ class Encoded:
     ended: float
 
 
-def sentencepiece_alone(texts: list[str], repeats: int, model: Path, workers: int) -> float:
+def sentencepiece_alone(
+    texts: list[str], repeats: int, model: Path, workers: int
+) -> float:
     """Tokens per second of all processes together, from the first call to the last."""
     shares = [repeats // workers] * workers
     for worker in range(repeats % workers):
         shares[worker] += 1
     with ProcessPoolExecutor(workers) as pool:
         list(pool.map(time.sleep, [0.2] * workers))  # they are there
-        parts = list(pool.map(encode_all, [texts] * workers, shares, [str(model)] * workers))
+        parts = list(
+            pool.map(encode_all, [texts] * workers, shares, [str(model)] * workers)
+        )
     tokens = sum(part.tokens for part in parts)
     seconds = max(part.ended for part in parts) - min(part.began for part in parts)
     return tokens / seconds

@@ -33,20 +33,49 @@ from shapes import MODES, SHAPES, Case, stage_of
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--kernels", nargs="+", choices=("sdpa", "flash_attn", "flex"), default=["sdpa", "flash_attn"])
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        choices=("sdpa", "flash_attn", "flex"),
+        default=["sdpa", "flash_attn"],
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--precision", choices=("bf16", "float8"), default="bf16")
-    parser.add_argument("--activation-checkpoint", choices=("none", "selective", "full"), default="none")
+    parser.add_argument(
+        "--activation-checkpoint", choices=("none", "selective", "full"), default="none"
+    )
     parser.add_argument("--loss-chunk", type=int, default=0, metavar="TOKENS")
-    parser.add_argument("--micro-batch", type=int, default=16, help="sequences, at most (default: 16)")
-    parser.add_argument("--step-tokens", type=int, default=2**16, help="in one optimizer step (default: 65536)")
-    parser.add_argument("--steps", type=int, default=10, help="measured, after three others (default: 10)")
-    parser.add_argument("--pair", action="store_true", help="plain torchtitan beside each case")
-    parser.add_argument("--small", action="store_true", help="a tiny shape instead of the paper's")
-    parser.add_argument("--out", type=Path, help="JSON file, written anew after every case")
-    parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)  # one case, in this process
+    parser.add_argument(
+        "--micro-batch", type=int, default=16, help="sequences, at most (default: 16)"
+    )
+    parser.add_argument(
+        "--step-tokens",
+        type=int,
+        default=2**16,
+        help="in one optimizer step (default: 65536)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=10,
+        help="measured, after three others (default: 10)",
+    )
+    parser.add_argument(
+        "--pair", action="store_true", help="plain torchtitan beside each case"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="a tiny shape instead of the paper's"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="JSON file, written anew after every case"
+    )
+    parser.add_argument(
+        "--work", type=json.loads, help=argparse.SUPPRESS
+    )  # one case, in this process
     arguments = parser.parse_args()
     if arguments.pair and arguments.steps < 2:
         parser.error("--pair needs --steps of at least 2, for quartiles")
@@ -54,7 +83,11 @@ def main() -> int:
         print(json.dumps(measure(Case(**arguments.work))))
         return 0
 
-    report: dict[str, Any] = {"date": datetime.date.today().isoformat(), "command": " ".join(sys.argv), "cases": []}
+    report: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(sys.argv),
+        "cases": [],
+    }
     for case in cases(arguments):
         result = measure_in_fresh_process(case)
         report |= result.pop("machine", {})
@@ -62,7 +95,9 @@ def main() -> int:
         report["cases"].append(record)
         print(json.dumps(record), file=sys.stderr, flush=True)
         if arguments.out:
-            arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            arguments.out.write_text(
+                json.dumps(report, indent=1) + "\n", encoding="utf-8"
+            )
     print(render(report))
     return 0
 
@@ -92,13 +127,20 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
                 )
                 yield case
                 if arguments.pair:
-                    yield dataclasses.replace(case, pair=True)  # with the micro-batch that fitted
+                    yield dataclasses.replace(
+                        case, pair=True
+                    )  # with the micro-batch that fitted
 
 
 def measure_in_fresh_process(case: Case) -> dict[str, Any]:
     """The result; ``case.micro_batch`` is halved as long as memory is what the case lacks."""
     while True:
-        command = [sys.executable, __file__, "--work", json.dumps(dataclasses.asdict(case))]
+        command = [
+            sys.executable,
+            __file__,
+            "--work",
+            json.dumps(dataclasses.asdict(case)),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             return json.loads(done.stdout.splitlines()[-1])
@@ -124,8 +166,12 @@ def measure(case: Case) -> dict[str, Any]:
     from stackgrow.titan import device, session
 
     with tempfile.TemporaryDirectory() as folder:
-        plan, stage = stage_of(case, steps=WARM_UP + case.steps + 1, folder=Path(folder))
-        for where, problem in device.problems(dataclasses.replace(plan, stages=(stage,))):
+        plan, stage = stage_of(
+            case, steps=WARM_UP + case.steps + 1, folder=Path(folder)
+        )
+        for where, problem in device.problems(
+            dataclasses.replace(plan, stages=(stage,))
+        ):
             raise SystemExit(f"{where}: {problem}")
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
@@ -133,12 +179,21 @@ def measure(case: Case) -> dict[str, Any]:
         job = job_of(plan, stage, Path(folder))
         if case.pair:
             compared = compare(job)
-            result = {"ratio": compared["ratio"], "ratio_quartiles": compared["ratio_quartiles"]}
+            result = {
+                "ratio": compared["ratio"],
+                "ratio_quartiles": compared["ratio_quartiles"],
+            }
         else:
             trainer = run(job, {"stackgrow": TimedStage})["stackgrow"]
-            rate = stage.train.global_batch_tokens / statistics.median(trainer.seconds[WARM_UP:])
+            rate = stage.train.global_batch_tokens / statistics.median(
+                trainer.seconds[WARM_UP:]
+            )
             flops = stage.flops_per_token + stage.attention_flops / stage.tokens
-            result = {"tokens_per_second": round(rate, 1), "flops_per_token": flops, "mfu": None}
+            result = {
+                "tokens_per_second": round(rate, 1),
+                "flops_per_token": flops,
+                "mfu": None,
+            }
             if torch.cuda.is_available():
                 result["mfu"] = rate * flops / get_peak_flops(device_name())
             result["peak_gib"] = round(trainer.peak_gib, 2)
@@ -149,7 +204,11 @@ def measure(case: Case) -> dict[str, Any]:
 def machine(case: Case) -> dict[str, str]:
     import torch
 
-    facts = {"device": device_name(), "torch": torch.__version__, "torchtitan": version("torchtitan")}
+    facts = {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "torchtitan": version("torchtitan"),
+    }
     if case.kernel == "flash_attn":
         facts["flash_attn"] = version("flash-attn")
     return facts
@@ -164,7 +223,9 @@ def render(report: dict[str, Any]) -> str:
     ratios = {}
     for case in report["cases"]:
         if case["pair"]:
-            ratios[case["shape"], case["kernel"], case["mode"]] = case.get("ratio", case.get("error"))
+            ratios[case["shape"], case["kernel"], case["mode"]] = case.get(
+                "ratio", case.get("error")
+            )
     for case in report["cases"]:
         if not case["pair"]:
             ratio = ratios.get((case["shape"], case["kernel"], case["mode"]), "")
@@ -176,7 +237,13 @@ def render(report: dict[str, Any]) -> str:
 
 
 def table_cells(case: dict[str, Any], ratio: float | str) -> list[Any]:
-    name = [case["shape"], case["precision"], case["kernel"], case["mode"], case["micro_batch"]]
+    name = [
+        case["shape"],
+        case["precision"],
+        case["kernel"],
+        case["mode"],
+        case["micro_batch"],
+    ]
     if "error" in case:
         return [*name, case["error"], "", "", ""]
     mfu = f"{case['mfu']:.1%}" if case["mfu"] else ""

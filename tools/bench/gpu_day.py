@@ -69,10 +69,21 @@ def jobs(out: Path) -> list[Job]:
     code = out / "code"
     kernel = REPOSITORY / "data" / "kernel"
     python_files = ["--input", sysconfig.get_paths()["purelib"], "--pattern", "**/*.py"]
-    prepare_code = ["tools/prepare_data.py", *python_files, "--train-tokenizer", "8192", "--out", str(code)]
+    prepare_code = [
+        "tools/prepare_data.py",
+        *python_files,
+        "--train-tokenizer",
+        "8192",
+        "--out",
+        str(code),
+    ]
     experiments = []
     for operator in ("scratch", "stack", "zero", "random", "learn"):
-        experiments.append(experiment(f"ratio_8x256_{operator}", out, code, "the job data_code makes it"))
+        experiments.append(
+            experiment(
+                f"ratio_8x256_{operator}", out, code, "the job data_code makes it"
+            )
+        )
     for operator in ("scratch", "stack", "interleave", "zero", "random", "learn"):
         remedy = "python recipes/experiments/prepare_kernel.py"
         experiments.append(experiment(f"deep_24x64_{operator}", out, kernel, remedy))
@@ -82,7 +93,16 @@ def jobs(out: Path) -> list[Job]:
         bench("1.1B_loss_chunk", 3, *compiled, "--loss-chunk", "2048"),
         bench("1.1B_selective", 3, *compiled, "--activation-checkpoint", "selective"),
         bench("1.1B_float8", 4, *compiled, "--precision", "float8"),
-        bench("1.1B_flash_attn", 4, "--shapes", "1.1B", "--kernels", "flash_attn", "--modes", "compiled"),
+        bench(
+            "1.1B_flash_attn",
+            4,
+            "--shapes",
+            "1.1B",
+            "--kernels",
+            "flash_attn",
+            "--modes",
+            "compiled",
+        ),
         bench("410M", 4, "--shapes", "410M", "--kernels", "sdpa", "--pair"),
         bench("1.9B", 6, "--shapes", "1.9B", "--kernels", "sdpa", "--pair"),
         bench("3B", 6, "--shapes", "3B", "--kernels", "sdpa", "--pair"),
@@ -105,18 +125,31 @@ def jobs(out: Path) -> list[Job]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the results")
-    parser.add_argument("--minutes", type=float, default=FIRST_ROUND_MINUTES, help="of this round (default: 25)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-results"), help="folder of the results"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=FIRST_ROUND_MINUTES,
+        help="of this round (default: 25)",
+    )
     parser.add_argument("--jobs", nargs="+", metavar="NAME", help="these alone")
-    parser.add_argument("--list", action="store_true", help="what there is, and what has a result")
+    parser.add_argument(
+        "--list", action="store_true", help="what there is, and what has a result"
+    )
     arguments = parser.parse_args()
     out = arguments.out.absolute()
     chosen = jobs(out)
     if arguments.jobs:
         unknown = set(arguments.jobs) - {job.name for job in chosen}
         if unknown:
-            parser.error(f"no such job: {', '.join(sorted(unknown))}; --list names them")
+            parser.error(
+                f"no such job: {', '.join(sorted(unknown))}; --list names them"
+            )
         chosen = [job for job in chosen if job.name in arguments.jobs]
     if arguments.list:
         for job in chosen:
@@ -146,8 +179,12 @@ def main() -> int:
 
 
 def machine_facts() -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-c", MACHINE], check=True, capture_output=True, text=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MACHINE], check=True, capture_output=True, text=True
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
+    )
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     facts["python"] = sys.version.split()[0]
     facts["commit"] = commit.stdout.strip()
@@ -158,7 +195,9 @@ def in_order(chosen: list[Job], out: Path) -> list[Job]:
     """What has no result yet, then what was stopped at its limit, then what failed."""
     ranked = {"waits": 0, "unfinished": 1, "failed": 2}
     left = [job for job in chosen if state(result_of(job, out)) != "done"]
-    return sorted(left, key=lambda job: ranked[state(result_of(job, out)).split(":")[0]])
+    return sorted(
+        left, key=lambda job: ranked[state(result_of(job, out)).split(":")[0]]
+    )
 
 
 def state(result: dict[str, Any] | None) -> str:
@@ -181,12 +220,21 @@ def run(job: Job, machine: dict[str, Any], seconds: float) -> dict[str, Any]:
     result: dict[str, Any] = {
         "job": job.name,
         "command": shlex.join(["python", *job.command]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(
+            timespec="seconds"
+        ),
         **machine,
     }
     if job.needs and not Path(job.needs).exists():
         message = f"{job.needs} is not there: {job.remedy}"
-        return {**result, "exit_code": 2, "timed_out": False, "seconds": 0.0, "last_line": message, "output": ""}
+        return {
+            **result,
+            "exit_code": 2,
+            "timed_out": False,
+            "seconds": 0.0,
+            "last_line": message,
+            "output": "",
+        }
     started = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, *job.command],
@@ -234,7 +282,12 @@ def table(all_jobs: list[Job], out: Path) -> str:
         if result is None:
             continue
         facts = f"{result['device']}, torch {result['torch']}, torchtitan {result['torchtitan']}, {result['date']}"
-        parts += [f"## {job.name}: {state(result)}", "", f"`{result['command']}` ({facts})", ""]
+        parts += [
+            f"## {job.name}: {state(result)}",
+            "",
+            f"`{result['command']}` ({facts})",
+            "",
+        ]
         rows = [line for line in result["output"].splitlines() if line.startswith("|")]
         parts += rows or [result["last_line"]]
         parts.append("")

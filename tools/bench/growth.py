@@ -33,9 +33,27 @@ from stackgrow.growth.operators import growth_rules
 from stackgrow.growth.rules import Alias, Rules
 from stackgrow.recipe.keys import Model
 
-WIDE = Model(family="llama2", dim=4096, n_layers=8, n_heads=32, ffn_dim=11008, vocab_size=32000)  # 1.88B
-ONE_B = Model(family="llama2", dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, ffn_dim=5632, vocab_size=32000)  # 1.10B
-SMALL = Model(family="llama2", dim=128, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=352, vocab_size=512)
+WIDE = Model(
+    family="llama2", dim=4096, n_layers=8, n_heads=32, ffn_dim=11008, vocab_size=32000
+)  # 1.88B
+ONE_B = Model(
+    family="llama2",
+    dim=2048,
+    n_layers=22,
+    n_heads=32,
+    n_kv_heads=4,
+    ffn_dim=5632,
+    vocab_size=32000,
+)  # 1.10B
+SMALL = Model(
+    family="llama2",
+    dim=128,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_dim=352,
+    vocab_size=512,
+)
 
 
 @dataclass(frozen=True)
@@ -54,27 +72,51 @@ CASES = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--small", action="store_true", help="models of test size")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the temporary folder)")
-    parser.add_argument("--runs", type=int, default=3, help="of each growth, and of cp (default: 3)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="on the disk to measure (default: the temporary folder)",
+    )
+    parser.add_argument(
+        "--runs", type=int, default=3, help="of each growth, and of cp (default: 3)"
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--work", choices=["generate", "grow"], help=argparse.SUPPRESS)  # one fresh process
+    parser.add_argument(
+        "--work", choices=["generate", "grow"], help=argparse.SUPPRESS
+    )  # one fresh process
     arguments = parser.parse_args()
     if arguments.work == "generate":
-        generate(growth_of(arguments.cases[0], arguments.small).source, arguments.folder)
+        generate(
+            growth_of(arguments.cases[0], arguments.small).source, arguments.folder
+        )
         return 0
     if arguments.work == "grow":
-        print(json.dumps(grow(growth_of(arguments.cases[0], arguments.small).rules, arguments.folder)))
+        print(
+            json.dumps(
+                grow(
+                    growth_of(arguments.cases[0], arguments.small).rules,
+                    arguments.folder,
+                )
+            )
+        )
         return 0
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         need = max(disk_bytes(case, arguments.small) for case in arguments.cases)
         free = shutil.disk_usage(folder).free
         if free < need:
-            print(f"bench/growth: {folder} has {free / 1e9:.1f} GB free, and {need / 1e9:.1f} GB are needed")
+            print(
+                f"bench/growth: {folder} has {free / 1e9:.1f} GB free, and {need / 1e9:.1f} GB are needed"
+            )
             return 1
-        report = [measure(case, arguments.small, Path(folder), arguments.runs) for case in arguments.cases]
+        report = [
+            measure(case, arguments.small, Path(folder), arguments.runs)
+            for case in arguments.cases
+        ]
     print(json.dumps(report, indent=1) if arguments.json else render(report))
     return 0
 
@@ -98,12 +140,19 @@ class Growth:
 def growth_of(name: str, small: bool) -> Growth:
     case = CASES[name]
     source = SMALL if small else case.source
-    widths = {width: case.wider * getattr(source, width) for width in ("dim", "n_heads", "n_kv_heads", "ffn_dim")}
-    target = dataclasses.replace(source, n_layers=case.deeper * source.n_layers, **widths)
+    widths = {
+        width: case.wider * getattr(source, width)
+        for width in ("dim", "n_heads", "n_kv_heads", "ffn_dim")
+    }
+    target = dataclasses.replace(
+        source, n_layers=case.deeper * source.n_layers, **widths
+    )
     layer_map = None
     if case.deeper > 1:
         layer_map = stack_map(source.n_layers, target.n_layers)
-    return Growth(source, target, growth_rules(case.operator, source, target, layer_map))
+    return Growth(
+        source, target, growth_rules(case.operator, source, target, layer_map)
+    )
 
 
 def disk_bytes(case: str, small: bool) -> int:
@@ -129,8 +178,14 @@ def measure(case: str, small: bool, folder: Path, runs: int) -> dict[str, Any]:
         records.append(record)
         weights = record["bytes_written"] - record["metadata_bytes"]
         if weights:
-            written = [file for file in (folder / "grown").iterdir() if file.name not in record["linked_files"]]
-            copies.append(copy(written, folder / "copy", times=round(growth.made_bytes / weights)))
+            written = [
+                file
+                for file in (folder / "grown").iterdir()
+                if file.name not in record["linked_files"]
+            ]
+            copies.append(
+                copy(written, folder / "copy", times=round(growth.made_bytes / weights))
+            )
 
     report = {
         "case": case,
@@ -155,7 +210,16 @@ def measure(case: str, small: bool, folder: Path, runs: int) -> dict[str, Any]:
 
 def in_fresh_process(work: str, case: str, small: bool, folder: Path) -> str:
     """What it prints. ``folder`` is the source's, to "generate" or to "grow"."""
-    command = [sys.executable, __file__, "--work", work, "--folder", str(folder), "--cases", case]
+    command = [
+        sys.executable,
+        __file__,
+        "--work",
+        work,
+        "--folder",
+        str(folder),
+        "--cases",
+        case,
+    ]
     if small:
         command.append("--small")
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -202,7 +266,8 @@ def grow(rules: Rules, source_folder: Path) -> dict[str, Any]:
         "bytes_written": record["bytes_written"],
         "linked_files": record["linked_files"],
         "metadata_bytes": (grown / ".metadata").stat().st_size,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * 1024,  # Linux counts in KiB
     }
 
 

@@ -35,15 +35,28 @@ BASE_STEPS = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", help="a recipe with one growth")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--sequences", type=int, default=8, help="in one step, and in one micro-batch of it at most")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the temporary folder)")
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        default=8,
+        help="in one step, and in one micro-batch of it at most",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="on the disk to measure (default: the temporary folder)",
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        report = measure(arguments.recipe, arguments.set, arguments.sequences, Path(folder))
+        report = measure(
+            arguments.recipe, arguments.set, arguments.sequences, Path(folder)
+        )
     if arguments.json:
         print(json.dumps(report, indent=1))
         return
@@ -124,7 +137,9 @@ class Stopwatch:
 
     def split(self) -> dict[str, float]:
         """Seconds of each part, from the end of the last base step on."""
-        base_steps = [i for i, event in enumerate(self.events[:-1]) if event.name == "step"]
+        base_steps = [
+            i for i, event in enumerate(self.events[:-1]) if event.name == "step"
+        ]
         last_base_step = base_steps[-1]
         total = self.events[-1].ended - self.events[last_base_step].ended
         parts = dict.fromkeys(("save", "grow", "build", "load", "step"), 0.0)

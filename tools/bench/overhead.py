@@ -25,20 +25,31 @@ from stackgrow.titan import session
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="recipes/quickstart.toml", help="its last stage's model and batch are used")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe",
+        default="recipes/quickstart.toml",
+        help="its last stage's model and batch are used",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, default=60, help="steps of each trainer")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.steps < 2:
         parser.error("--steps must be at least 2, for quartiles")
-    plan = make_plan(load_recipe(arguments.recipe, [*arguments.set, "validation.sequences=0"]), arguments.recipe)
+    plan = make_plan(
+        load_recipe(arguments.recipe, [*arguments.set, "validation.sequences=0"]),
+        arguments.recipe,
+    )
     with tempfile.TemporaryDirectory() as folder:
         session.start(plan.recipe, Path(folder))
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-        stage = dataclasses.replace(plan.train_stages[-1], steps=WARM_UP + arguments.steps + 1)
+        stage = dataclasses.replace(
+            plan.train_stages[-1], steps=WARM_UP + arguments.steps + 1
+        )
         report = compare(job_of(plan, stage, Path(folder)))
         if dist.get_rank() == 0:
             print(json.dumps(report, indent=1) if arguments.json else render(report))
@@ -47,7 +58,9 @@ def main() -> None:
 
 
 def render(report: dict[str, Any]) -> str:
-    return "\n".join(f"{name.replace('_', ' '):<34}{value}" for name, value in report.items())
+    return "\n".join(
+        f"{name.replace('_', ' '):<34}{value}" for name, value in report.items()
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,11 @@ def random_store(folder: Path, vocabulary: int, tokens: int) -> None:
         ids = np.random.default_rng(seed).integers(0, vocabulary, tokens)
         file = folder / f"{split}-00000.npy"
         np.save(file, ids.astype(np.uint16))
-        splits[split] = {"tokens": tokens, "documents": 1, "shards": [_shard_record(file, tokens)]}
+        splits[split] = {
+            "tokens": tokens,
+            "documents": 1,
+            "shards": [_shard_record(file, tokens)],
+        }
     (folder / TOKENIZER_FILE).write_bytes(b"")
     manifest = {
         "format": 1,
@@ -26,7 +30,10 @@ def random_store(folder: Path, vocabulary: int, tokens: int) -> None:
         "vocab_size": vocabulary,
         "bos_id": 1,
         "splits": splits,
-        "tokenizer": {"file": TOKENIZER_FILE, "sha256": hashlib.sha256(b"").hexdigest()},
+        "tokenizer": {
+            "file": TOKENIZER_FILE,
+            "sha256": hashlib.sha256(b"").hexdigest(),
+        },
     }
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 

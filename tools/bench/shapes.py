@@ -19,7 +19,15 @@ SHAPES = {
     "3B": ("paper/3b_300b_scratch", 0),
     "1.9B": ("paper/7b_300b_gstack", 0),  # the 7B's base
 }
-SMALL = Model(family="llama2", dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=176, vocab_size=512)
+SMALL = Model(
+    family="llama2",
+    dim=64,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_dim=176,
+    vocab_size=512,
+)
 MODES = {"eager": False, "compiled": True}
 
 
@@ -44,7 +52,11 @@ def stage_of(case: Case, steps: int, folder: Path) -> tuple[Plan, TrainStage]:
     """The stage that trains the case's shape for ``steps`` steps, on random tokens that are put into ``folder``."""
     name, index = SHAPES.get(case.shape, SHAPES["410M"])
     file = RECIPES / f"{name}.toml"
-    sets = [f"data.path={folder / 'store'}", "validation.sequences=0", "log.interval=10 steps"]
+    sets = [
+        f"data.path={folder / 'store'}",
+        "validation.sequences=0",
+        "log.interval=10 steps",
+    ]
     if case.shape == "small":
         sets.append("data.seq_len=64")
     plan = make_plan(load_recipe(file, sets), file)
@@ -62,5 +74,7 @@ def stage_of(case: Case, steps: int, folder: Path) -> tuple[Plan, TrainStage]:
     stage = dataclasses.replace(stage, steps=steps, train=train)
     if case.shape == "small":
         stage = dataclasses.replace(stage, model=SMALL)
-    random_store(folder / "store", stage.model.vocab_size, max(2**20, 4 * stage.seq_len))
+    random_store(
+        folder / "store", stage.model.vocab_size, max(2**20, 4 * stage.seq_len)
+    )
     return plan, stage

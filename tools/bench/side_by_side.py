@@ -34,9 +34,13 @@ WARM_UP = 3  # steps before the clock starts
 
 def job_of(plan: Plan, stage: TrainStage, folder: Path) -> StageJob:
     """The stage by itself, from random weights and the first token on."""
-    alone = dataclasses.replace(stage, index=0, start_tokens=0, start_sequences=0, start_flops=0.0, mask=None)
+    alone = dataclasses.replace(
+        stage, index=0, start_tokens=0, start_sequences=0, start_flops=0.0, mask=None
+    )
     data = WindowDataset.open(plan.recipe.data, plan.recipe.seed)
-    return StageJob(recipe=plan.recipe, stage=alone, stage_hash="bench", folder=folder, data=data)
+    return StageJob(
+        recipe=plan.recipe, stage=alone, stage_hash="bench", folder=folder, data=data
+    )
 
 
 def compare(job: StageJob) -> dict[str, Any]:
@@ -52,14 +56,18 @@ def compare(job: StageJob) -> dict[str, Any]:
         "device": device_name(),
         "ranks": dist.get_world_size(),
         "steps": len(ratios),
-        "torchtitan_tokens_per_second": round(step_tokens / statistics.median(theirs), 1),
+        "torchtitan_tokens_per_second": round(
+            step_tokens / statistics.median(theirs), 1
+        ),
         "stackgrow_tokens_per_second": round(step_tokens / statistics.median(ours), 1),
         "ratio": round(median, 4),
         "ratio_quartiles": [round(lower, 4), round(upper, 4)],
     }
 
 
-def run(job: StageJob, kinds: dict[str, "type[PlainTrainer] | type[TimedStage]"]) -> dict[str, "Timed"]:
+def run(
+    job: StageJob, kinds: dict[str, "type[PlainTrainer] | type[TimedStage]"]
+) -> dict[str, "Timed"]:
     """Trains the job to the step before its last, which would write the final checkpoint, once by each kind."""
     turns = Turns()
     failures: list[BaseException] = []
@@ -69,13 +77,18 @@ def run(job: StageJob, kinds: dict[str, "type[PlainTrainer] | type[TimedStage]"]
             torch.cuda.set_device(trainer.device)  # a new thread's is the first
         try:
             trainer.train()
-        except BaseException as failure:  # of a thread: raised below, when the other has had its turn
+        except (
+            BaseException
+        ) as failure:  # of a thread: raised below, when the other has had its turn
             failures.append(failure)
             turns.leave(trainer)
 
     with contextlib.redirect_stdout(io.StringIO()):
         trainers = {name: kind(job, turns) for name, kind in kinds.items()}
-        threads = [threading.Thread(target=train, args=[trainer]) for trainer in trainers.values()]
+        threads = [
+            threading.Thread(target=train, args=[trainer])
+            for trainer in trainers.values()
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -165,7 +178,12 @@ class PlainTrainer(Timed):
 
     def __init__(self, job: StageJob, turns: Turns):
         config = job_config(job)
-        plain = JobConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(JobConfig)})
+        plain = JobConfig(
+            **{
+                field.name: getattr(config, field.name)
+                for field in dataclasses.fields(JobConfig)
+            }
+        )
         plain.model = dataclasses.replace(plain.model, name="plain")
         plain.checkpoint = dataclasses.replace(checkpoint_config(job), folder="plain")
         train_spec._extra_train_specs["plain"] = dataclasses.replace(
@@ -189,8 +207,14 @@ class InMemory:
         self.config = config
 
     def build(self, *, dp_world_size: int, dp_rank: int, **_: Any) -> "InMemory":
-        batches = iter(build_loader(dp_world_size=dp_world_size, dp_rank=dp_rank, job_config=self.config))
-        per_step = self.job.stage.batch_sequences // (self.job.micro_batch * dp_world_size)
+        batches = iter(
+            build_loader(
+                dp_world_size=dp_world_size, dp_rank=dp_rank, job_config=self.config
+            )
+        )
+        per_step = self.job.stage.batch_sequences // (
+            self.job.micro_batch * dp_world_size
+        )
         self.batches = [next(batches) for _ in range(self.job.stage.steps * per_step)]
         return self
 

@@ -79,16 +79,24 @@ class TensorProperties:
 
 def record(owner, name, fields):
     return of(owner)(
-        dataclasses.make_dataclass(name, fields, eq=name == "MetadataIndex", frozen=name == "MetadataIndex")
+        dataclasses.make_dataclass(
+            name, fields, eq=name == "MetadataIndex", frozen=name == "MetadataIndex"
+        )
     )
 
 
-Metadata = record(meta, "Metadata", ["state_dict_metadata", "planner_data", "storage_data", "storage_meta", "version"])
+Metadata = record(
+    meta,
+    "Metadata",
+    ["state_dict_metadata", "planner_data", "storage_data", "storage_meta", "version"],
+)
 Index = record(meta, "MetadataIndex", ["fqn", "offset", "index"])
 Tensor = record(meta, "TensorStorageMetadata", ["properties", "size", "chunks"])
 Chunk = record(meta, "ChunkStorageMetadata", ["offsets", "sizes"])
 Bytes = record(meta, "BytesStorageMetadata", [])
-StorageMeta = record(meta, "StorageMeta", ["checkpoint_id", "save_id", "load_id", "modules"])
+StorageMeta = record(
+    meta, "StorageMeta", ["checkpoint_id", "save_id", "load_id", "modules"]
+)
 Info = record(filesystem, "_StorageInfo", ["relative_path", "offset", "length"])
 
 metadata = Metadata(
@@ -96,17 +104,25 @@ metadata = Metadata(
         "a.weight": Tensor(
             properties=TensorProperties(),
             size=Size((4, 3)),
-            chunks=[Chunk(Size((0, 0)), Size((2, 3))), Chunk(Size((2, 0)), Size((2, 3)))],
+            chunks=[
+                Chunk(Size((0, 0)), Size((2, 3))),
+                Chunk(Size((2, 0)), Size((2, 3))),
+            ],
         ),
         "train_state.log_steps": Bytes(),
     },
-    planner_data={"a.weight": ("a.weight",), "train_state.log_steps": ("train_state", "log_steps")},
+    planner_data={
+        "a.weight": ("a.weight",),
+        "train_state.log_steps": ("train_state", "log_steps"),
+    },
     storage_data={
         Index("a.weight", Size((0, 0)), 0): Info("__0_0.distcp", 0, 1000),
         Index("a.weight", Size((2, 0)), 1): Info("__1_0.distcp", 0, 1000),
         Index("train_state.log_steps", None, None): Info("__0_0.distcp", 1000, 500),
     },
-    storage_meta=StorageMeta(pathlib.Path("/runs/a/checkpoint/step-3"), "5ed1", None, []),
+    storage_meta=StorageMeta(
+        pathlib.Path("/runs/a/checkpoint/step-3"), "5ed1", None, []
+    ),
     version="1.0.0",
 )
 file = pathlib.Path(__file__).with_name(f"metadata-{platform.python_version()}.pickle")

@@ -9,7 +9,11 @@ from typing import Any
 
 from datasets import Dataset
 
-LINES = [line for line in Path(json.__file__).with_name("decoder.py").read_text().split("\n") if len(line) > 30]
+LINES = [
+    line
+    for line in Path(json.__file__).with_name("decoder.py").read_text().split("\n")
+    if len(line) > 30
+]
 
 
 def choices(**_: Any) -> dict[str, Dataset]:
@@ -17,13 +21,23 @@ def choices(**_: Any) -> dict[str, Dataset]:
     rows = []
     for i, line in enumerate(LINES[:30]):
         ends = [LINES[(i + k) % len(LINES)][15:] for k in range(4)]
-        rows.append({"question": line[:15], "choices": ends, "answer": 0, "unused": random.random()})
+        rows.append(
+            {
+                "question": line[:15],
+                "choices": ends,
+                "answer": 0,
+                "unused": random.random(),
+            }
+        )
     return {"test": Dataset.from_list(rows)}
 
 
 def texts(**_: Any) -> dict[str, Dataset]:
     """Texts of one line to many, the last longer than any context here."""
-    rows = [{"text": " ".join(LINES[i : i + n])} for i, n in enumerate([1, 2, 1, 3, 1, 8, 1, 60])]
+    rows = [
+        {"text": " ".join(LINES[i : i + n])}
+        for i, n in enumerate([1, 2, 1, 3, 1, 8, 1, 60])
+    ]
     return {"test": Dataset.from_list(rows)}
 
 

@@ -18,9 +18,17 @@ from stackgrow.run_folder.state import FINISHED, STOPPED, state_of
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.skipif(not slurm.is_installed(), reason="apt-get install slurm-wlm; run as root"),
+    pytest.mark.skipif(
+        not slurm.is_installed(), reason="apt-get install slurm-wlm; run as root"
+    ),
 ]
-SMALL = ["--nodes=1", "--gpus-per-node=1", "--cpus-per-task=2", "--mem=1000", "--oversubscribe"]
+SMALL = [
+    "--nodes=1",
+    "--gpus-per-node=1",
+    "--cpus-per-task=2",
+    "--mem=1000",
+    "--oversubscribe",
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +49,22 @@ def checkout(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> 
     (folder / "tiny.toml").write_bytes((workplace.folder / "tiny.toml").read_bytes())
     activate = folder / ".venv" / "bin" / "activate"
     activate.parent.mkdir(parents=True)
-    activate.write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n', encoding="utf-8")
+    activate.write_text(
+        f'export PATH="{Path(sys.executable).parent}:$PATH"\n', encoding="utf-8"
+    )
     return folder
 
 
-def submit(cluster: dict[str, str], checkout: Path, options: list[str], arguments: list[str]) -> str:
-    words = ["sbatch", f"--chdir={checkout}", *options, str(REPOSITORY / "tools/cluster/slurm.sbatch"), *arguments]
+def submit(
+    cluster: dict[str, str], checkout: Path, options: list[str], arguments: list[str]
+) -> str:
+    words = [
+        "sbatch",
+        f"--chdir={checkout}",
+        *options,
+        str(REPOSITORY / "tools/cluster/slurm.sbatch"),
+        *arguments,
+    ]
     before = os.getcwd()  # noqa: PTH109
     os.chdir(checkout)
     try:
@@ -66,14 +84,28 @@ def test_a_preempted_run_saves_is_requeued_and_finishes(
     cluster: dict[str, str], checkout: Path, reference: Path
 ) -> None:
     run = checkout / "run"
-    job = submit(cluster, checkout, [*SMALL, "--time=20", "--exclusive"], ["tiny.toml", "--set", "run.folder=run"])
+    job = submit(
+        cluster,
+        checkout,
+        [*SMALL, "--time=20", "--exclusive"],
+        ["tiny.toml", "--set", "run.folder=run"],
+    )
     deadline = time.monotonic() + 300
     while not RunFolder(run).stage("stage-0-train-2L").sealed_steps():
         log = checkout / f"stackgrow-{job}.log"
-        assert time.monotonic() < deadline, log.read_text() if log.exists() else "no log"
+        assert time.monotonic() < deadline, (
+            log.read_text() if log.exists() else "no log"
+        )
         time.sleep(0.2)
 
-    urgent = slurm.ask(cluster, "sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    urgent = slurm.ask(
+        cluster,
+        "sbatch",
+        "--partition=high",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 5",
+    )
     assert "Submitted" in urgent
     slurm.wait_for_state(cluster, job, {"COMPLETED"}, 600)
     log = (checkout / f"stackgrow-{job}.log").read_text(encoding="utf-8")
@@ -86,7 +118,9 @@ def test_a_preempted_run_saves_is_requeued_and_finishes(
     assert_audited(run)
 
 
-def test_a_run_that_fails_after_the_time_limits_signal_is_not_requeued(cluster: dict[str, str], checkout: Path) -> None:
+def test_a_run_that_fails_after_the_time_limits_signal_is_not_requeued(
+    cluster: dict[str, str], checkout: Path
+) -> None:
     arguments = ["tiny.toml", "--set", "run.folder=failing", "--set", "data.path=gone"]
     job = submit(cluster, checkout, [*SMALL, "--time=20"], arguments)
     slurm.wait_for_state(cluster, job, {"RUNNING"}, 60)
@@ -95,9 +129,16 @@ def test_a_run_that_fails_after_the_time_limits_signal_is_not_requeued(cluster: 
     assert "Restarts=0" in slurm.ask(cluster, "scontrol", "show", "job", job)
 
 
-def test_a_run_that_is_cancelled_saves_and_stays_away(cluster: dict[str, str], checkout: Path) -> None:
+def test_a_run_that_is_cancelled_saves_and_stays_away(
+    cluster: dict[str, str], checkout: Path
+) -> None:
     run = checkout / "cancelled"
-    job = submit(cluster, checkout, [*SMALL, "--time=20"], ["tiny.toml", "--set", "run.folder=cancelled"])
+    job = submit(
+        cluster,
+        checkout,
+        [*SMALL, "--time=20"],
+        ["tiny.toml", "--set", "run.folder=cancelled"],
+    )
     deadline = time.monotonic() + 300
     while steps_of(run) < 2:
         assert time.monotonic() < deadline
