@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 
 import pytest
-from house import PACKAGE, ROOMS, Import, circles, imports, modules, upward
+from house import PACKAGE, ROOMS, Import, circles, figures, imports, modules, upward
 
 
 def test_nothing_stands_outside_of_a_room() -> None:
@@ -49,3 +49,10 @@ def test_a_room_says_what_it_is_for(room: str) -> None:
     assert text is not None
     assert "\nMay import: " in text
     assert "\nMust never know: " in text
+
+
+def test_the_code_is_not_dense() -> None:
+    """As torchtitan, mergekit and nanochat, which have 4.2 to 5.1 tokens per line, at their width of lines."""
+    total = figures()
+    assert total.tokens_per_line <= 5.8
+    assert total.per_100_lines(total.nested_comprehensions) <= 0.1
