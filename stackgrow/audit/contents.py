@@ -123,7 +123,7 @@ def _inside(case: Case, stage: Stage, checkpoint: Sealed) -> Iterator[str]:
 def _due_place(case: Case, stage: Stage, path: Path) -> dict[str, Any]:
     """The step that a checkpoint must state, and the sequences of the data that were consumed by then."""
     if isinstance(stage, TrainStage):
-        place = stage.place(int(path.name.removeprefix("step-")))
+        place = stage.place(seal.step_of(path))
         return {"step": place["step"], "position": place["position"]}
     if isinstance(stage, ImportStage):
         return {"step": 0, "position": stage.position}

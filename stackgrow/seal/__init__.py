@@ -21,6 +21,7 @@ from stackgrow.seal.files import (
     sealed_steps,
     sha256,
     step_name,
+    step_of,
     sync_folder,
     write_json,
     write_text,

@@ -210,6 +210,13 @@ def step_name(step: int) -> str:
     return f"step-{step}"
 
 
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder named by ``step_name``."""
+    match = _STEP.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
 def sealed_steps(folder: Path) -> list[int]:
     """The steps of all sealed ``step-N`` folders in ``folder``, ascending."""
     if not folder.is_dir():

@@ -38,7 +38,9 @@ def wide_fsdp(workplace: Workplace) -> Path:
     return workplace.folder / "learn_fsdp"
 
 
-def test_depth(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
+def test_learned_depth_begins_as_stacking_and_folds_what_was_trained(
+    workplace: Workplace, reference: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     output = workplace.run(*SETS, f"run.folder={run}")
     assert "learn 2 -> 4 layers" in output

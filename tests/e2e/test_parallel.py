@@ -20,7 +20,9 @@ def worst(run: Path, reference: Path, name: str = "metrics.jsonl") -> float:
     return max(abs(found[k] / expected[k] - 1) for k in common)
 
 
-def test_fsdp(reference: Path, reference_fsdp: Path) -> None:
+def test_two_fsdp_ranks_have_the_losses_of_one_process(
+    reference: Path, reference_fsdp: Path
+) -> None:
     assert worst(reference_fsdp, reference) < SUMMATION_ORDER
     assert worst(reference_fsdp, reference, "validation.jsonl") < SUMMATION_ORDER
     assert [r["position"] for r in records(reference_fsdp).values()] == [
@@ -44,7 +46,7 @@ def test_fsdp(reference: Path, reference_fsdp: Path) -> None:
         (["parallel.tensor=2", "parallel.loss_parallel=false"], 2),
     ],
 )
-def test_layout(
+def test_every_layout_has_the_losses_of_one_process(
     workplace: Workplace, reference: Path, tmp_path: Path, sets: list[str], ranks: int
 ) -> None:
     workplace.run(*sets, SHORT, f"run.folder={tmp_path}/run", warm_ranks=ranks)
@@ -52,7 +54,9 @@ def test_layout(
     assert worst(tmp_path / "run", reference, "validation.jsonl") < SUMMATION_ORDER
 
 
-def test_hsdp(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
+def test_replicated_shards_have_the_losses_of_one_process(
+    workplace: Workplace, reference: Path, tmp_path: Path
+) -> None:
     workplace.run(
         SHORT,
         "parallel.replicate=2",
@@ -72,7 +76,9 @@ def test_fsdp_with_tensor_parallel(
     assert worst(tmp_path / "run", reference) < SUMMATION_ORDER
 
 
-def test_compile(workplace: Workplace, reference: Path, tmp_path: Path) -> None:
+def test_compiled_blocks_have_the_losses_of_eager_ones(
+    workplace: Workplace, reference: Path, tmp_path: Path
+) -> None:
     workplace.run(SHORT, "train.compile=true", f"run.folder={tmp_path}/run")
     assert worst(tmp_path / "run", reference) < SUMMATION_ORDER
 

@@ -202,7 +202,7 @@ REFUSED = [
     REFUSED,
     ids=[row[3][:25] for row in REFUSED],
 )
-def test_refusals(
+def test_an_undefined_growth_is_refused(
     name: str, target: Model, layer_map: list[int] | None, message: str
 ) -> None:
     with pytest.raises(GrowthError, match=message):

@@ -272,7 +272,9 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("change", "message"), REFUSED, ids=[message[:30] for _, message in REFUSED]
 )
-def test_refusals(change: dict[str, float], message: str) -> None:
+def test_a_width_that_cannot_be_split_is_refused(
+    change: dict[str, float], message: str
+) -> None:
     with pytest.raises(GrowthError, match=message):
         split_rules(BIG, replace(TWICE, **change), 0)  # type: ignore[arg-type]
 

@@ -109,7 +109,7 @@ def test_a_schedule_goes_on_over_learned_maps(tmp_path: Path) -> None:
     assert after.schedule == Continued(before.steps)
 
 
-def test_freezing(tmp_path: Path) -> None:
+def test_frozen_steps_follow_the_growths(tmp_path: Path) -> None:
     plan = plan_of(
         tmp_path, RECIPE, ["growth[0].freeze=8 steps", "growth[1].freeze=10Ki"]
     )
@@ -171,7 +171,7 @@ def test_the_recipe_is_read_back(tmp_path: Path) -> None:
                   "growth[0].model={dim=32, n_heads=2}"], "growth[1].freeze", ("where widths grow", "remove it")),
     ],
 )  # fmt: skip
-def test_refusals(
+def test_what_a_growth_cannot_carry_over_is_refused(
     tmp_path: Path, text: str, sets: list[str], where: str, parts: tuple[str, ...]
 ) -> None:
     problems = problems_of(tmp_path, text, sets)

@@ -227,7 +227,7 @@ def test_checkpoints_failures_and_hangs_by_hand() -> None:
     assert added(best) < min(added(0.9 * best), added(1.1 * best)), "it is the minimum"
 
 
-def test_money() -> None:
+def test_a_price_per_gpu_hour_is_added_up() -> None:
     cost = estimate(shipped("7b_gstack"), Cluster(256, "h100"))
     text = render_cost(cost, assumed=Assumed(price=2.0, currency="EUR"))
     assert "128.0 GPU-hours = 256 EUR each" in text

@@ -38,7 +38,7 @@ def test_fitted_range() -> None:
     assert not guidelines.in_fitted_range(3e9, 1.3e21)
 
 
-def test_flops() -> None:
+def test_flops_are_6_n_d_and_attention_apart() -> None:
     assert guidelines.training_flops(7e9, 300e9) == 6 * 7e9 * 300e9
     # Forward: scores and values, 2 products x 2 S D FLOPs per token and layer; backward twice that.
     assert guidelines.attention_flops(32, 4096, 2048, 1) == 3 * 2 * 2 * 2048 * 4096 * 32

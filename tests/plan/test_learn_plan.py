@@ -21,7 +21,7 @@ LEARN = edited(
 )
 
 
-def test_stages(tmp_path: Path) -> None:
+def test_maps_are_learned_in_a_stage_of_their_own(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, LEARN)
     names = [
         "stage-0-train-2L",
@@ -53,7 +53,7 @@ def test_stages(tmp_path: Path) -> None:
     }
 
 
-def test_cost(tmp_path: Path) -> None:
+def test_learning_costs_the_mixing_of_layers_too(tmp_path: Path) -> None:
     """Depth alone: 6 N D, and 2 L l P for mixing each step, twice: forward, and the gradient of D."""
     _, learn, _, middle = plan_of(tmp_path, LEARN).stages[:4]
     layer = 4 * 64 * 64 + 3 * 64 * 96 + 2 * 64
@@ -112,7 +112,7 @@ def test_hash_depends_on_the_learning(tmp_path: Path) -> None:
         ([('timing = "20K"', 'timing = "20K"\nmodel = { dim = 72 }')], "growth[0]", "head width 16 -> 18 is no whole factor"),
     ],
 )  # fmt: skip
-def test_contradictions(
+def test_keys_that_learning_cannot_have_are_refused(
     tmp_path: Path, changes: list[tuple[str, str]], where: str, part: str
 ) -> None:
     problems = problems_of(tmp_path, edited(*changes, text=LEARN))

@@ -30,7 +30,7 @@ TWO_BATCHES = edited(
 SCRATCH = RECIPE[: RECIPE.index("[base]")] + RECIPE[RECIPE.index("[train]") :]
 
 
-def test_stages(tmp_path: Path) -> None:
+def test_stages_share_the_budget_to_the_step(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     assert [s.name for s in plan.stages] == [
         "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L", "stage-3-grow", "stage-4-train-8L",
@@ -253,7 +253,7 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     CONTRADICTIONS,
     ids=[" ".join(c[0])[:60] for c in CONTRADICTIONS],
 )
-def test_contradictions(
+def test_contradictory_keys_are_told_with_their_place(
     tmp_path: Path, sets: tuple[str, ...], where: str, parts: tuple[str, ...]
 ) -> None:
     with pytest.raises(RecipeError) as caught:
@@ -301,7 +301,7 @@ def test_a_base_that_is_never_trained_is_not_laid_out(tmp_path: Path) -> None:
     ] == [4, 4]
 
 
-def test_limits(tmp_path: Path) -> None:
+def test_one_step_per_stage_is_enough(tmp_path: Path) -> None:
     """One step per stage is enough, and warm-up may fill a stage."""
     plan = plan_of(
         tmp_path,

@@ -128,7 +128,7 @@ def test_rate_counts_this_sessions_steps_only(monkeypatch: pytest.MonkeyPatch) -
     assert "ETA 1:40" in stream.getvalue()
 
 
-def test_clock() -> None:
+def test_seconds_are_told_as_a_clock_does() -> None:
     assert [clock(s) for s in (0, 59.6, 61, 3725)] == [
         "0:00",
         "1:00",

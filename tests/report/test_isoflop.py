@@ -160,7 +160,7 @@ def test_table_of_a_fit_is_a_recipe_s(tmp_path: Path) -> None:
     assert (guideline.source, guideline.max_parameters) == ('our "own" sweep', 3e9)
 
 
-def test_tool(tmp_path: Path) -> None:
+def test_the_tool_fits_a_sweep_from_a_table(tmp_path: Path) -> None:
     with (tmp_path / "sweep.csv").open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["parameters", "timing", "flops", "loss"])

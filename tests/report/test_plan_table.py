@@ -26,7 +26,7 @@ GIANT = [
 ]  # fmt: skip
 
 
-def test_text(tmp_path: Path) -> None:
+def test_a_plan_as_text_has_budget_data_and_stages(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     text = render_plan(plan)
     lines = text.splitlines()
@@ -154,7 +154,7 @@ def test_scratch_has_no_growth(tmp_path: Path) -> None:
     assert "before the last growth" not in text
 
 
-def test_json(tmp_path: Path) -> None:
+def test_a_plan_as_json_has_the_same_values(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     values = json.loads(render_plan_json(plan))
     assert values == plan_dict(plan)

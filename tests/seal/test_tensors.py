@@ -23,7 +23,9 @@ def definition(tensor: torch.Tensor) -> str:
     "shape", [(3,), (5, 7), (2, CPU_CHUNK + 3), (CPU_CHUNK + 1, 2), (2, 3, 4)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_a_fingerprint_equals_its_definition(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert fingerprint(tensor) == definition(tensor)
 

@@ -24,7 +24,9 @@ def test_torchtitan_sees_the_cpu() -> None:
 def test_barrier_accepts_the_current_device() -> None:
     from torchtitan.tools import utils
 
-    torch.distributed.barrier(device_ids=[utils.device_module.current_device()])
+    device = utils.device_module.current_device()
+    torch.distributed.barrier(device_ids=[device])
+    assert device == 0
 
 
 def test_inert_when_torch_has_an_accelerator() -> None:
