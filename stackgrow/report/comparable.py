@@ -43,7 +43,7 @@ def _basis(run: Path) -> dict[str, str]:
 
 
 def _data_hash(run: Path, name: str) -> str:
-    data = RunFolder(run).provenance().get("data")
+    data = RunFolder(run).stated_provenance().get("data")
     value = data.get(name) if isinstance(data, dict) else None
     return f"SHA-256 {value[:12]}" if isinstance(value, str) else UNKNOWN
 

@@ -251,7 +251,7 @@ def _identity(run: Path, recipe: dict[str, Any]) -> str:
     """What runs have in common that differ in the seed alone."""
     for key in ("name", "seed", "run", "log", "parallel"):
         recipe.pop(key, None)
-    data = RunFolder(run).provenance().get("data")
+    data = RunFolder(run).stated_provenance().get("data")
     if not isinstance(data, dict):
         data = {}
     hashes = {

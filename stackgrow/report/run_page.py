@@ -94,7 +94,7 @@ def run_page(run: Path) -> RunPage:
     """What is known of the run in folder ``run``."""
     plan = plan_of_run(run)
     folder = RunFolder(run)
-    provenance = folder.provenance()
+    provenance = folder.stated_provenance()
     recipe = list(_recipe_lines(folder, _overridden(provenance)))
     rows = [_stage_row(folder.stage(stage.name), stage) for stage in plan.train_stages]
     maps = [_layer_map(stage) for stage in plan.grow_stages if stage.layer_map]

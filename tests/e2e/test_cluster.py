@@ -143,7 +143,8 @@ def test_nodes_end_together_where_one_is_refused(
             for n in nodes:
                 n.kill()
     told = "".join(log.read_text(encoding="utf-8") for log in logs)
-    assert told.count("is in use by process") == 1
+    # Once by rank 0, and once more at the very end of its torchrun's own traceback.
+    assert told.count("is in use by process") == 2
     assert "exitcode  : 73" in told, (
         told
     )  # of one node or both: torchelastic may end the other first

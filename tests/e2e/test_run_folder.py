@@ -169,6 +169,6 @@ def test_a_run_is_a_point_of_a_sweep(reference: Path) -> None:
         "total"
     ]["flops"]
     assert timing.flops[-1] == pytest.approx(
-        spent * timing.parameters / (timing.parameters - 512 * 64)
+        spent * timing.parameters / (timing.parameters + 512 * 64)  # N without the head
     )
     assert timing.loss[-1] < timing.loss[0]
