@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,6 @@ from stackgrow import seal
 from stackgrow.audit.report import WrongRequest
 from stackgrow.errors import DamagedError, LockedError
 from stackgrow.plan.stages import Plan, Stage
-from stackgrow.process.ranks import lock
 from stackgrow.run_folder.folder import (
     DONE,
     FOUND,
@@ -27,6 +25,7 @@ from stackgrow.run_folder.folder import (
     StageFolder,
 )
 from stackgrow.run_folder.found import plan_of_run
+from stackgrow.run_folder.state import holder_of
 
 MAX_BYTES = 1 << 26  # of a file that is read as a whole
 READ_AS_A_WHOLE = (
@@ -125,16 +124,9 @@ def _with_stores(run: Path, plan: Plan, stores: Sequence[Path]) -> Plan:
 
 
 def _refuse_running(run: RunFolder) -> None:
-    if not run.lock_file.is_file():
-        return
-    with run.lock_file.open(encoding="utf-8") as stream:
-        try:
-            lock(stream, fcntl.LOCK_SH)
-        except BlockingIOError:
-            holder = stream.read(200).strip()
-            raise LockedError(
-                f"{run.path} is in use by {holder}; audit it afterwards"
-            ) from None
+    holder = holder_of(run)
+    if holder is not None:
+        raise LockedError(f"{run.path} is in use by {holder}; audit it afterwards")
 
 
 def _unplain(run: Path) -> Iterator[str]:

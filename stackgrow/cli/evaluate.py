@@ -7,7 +7,6 @@ python tools/evaluate.py runs/quickstart/stage-1-grow/checkpoint --tasks arc_eas
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +14,13 @@ from pathlib import Path
 from stackgrow.cli.options import (
     add_set,
     add_trust,
+    count,
     parser_of,
     quiet_at_closed_pipe,
     tell,
 )
 from stackgrow.errors import RunError
 from stackgrow.growth import own
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
-    return int(text)
 
 
 @quiet_at_closed_pipe

@@ -60,6 +60,13 @@ def add_set(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def count(text: str) -> int:
+    """A command line's number of things, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+    return int(text)
+
+
 def tell(error: RunError) -> int:
     """One message for the whole job, from the rank that is to tell it, or for each node; returns the exit code."""
     rank = "LOCAL_RANK" if error.teller is None else "RANK"

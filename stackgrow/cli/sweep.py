@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stackgrow.cli.options import add_set, parser_of, quiet_at_closed_pipe, tell
+from stackgrow.cli.options import add_set, count, parser_of, quiet_at_closed_pipe, tell
 from stackgrow.errors import RunError
 from stackgrow.recipe.load import load_recipe
 from stackgrow.recipe.shipped import find_recipe
@@ -36,12 +36,6 @@ def values_of(text: str) -> tuple[str, list[str]]:
             f"{text!r} must be KEY=VALUE,VALUE,..., such as seed=1,2,3"
         )
     return key.strip(), [part.strip() for part in values.split(",")]
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
 
 
 @quiet_at_closed_pipe
@@ -63,21 +57,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--side-by-side",
-        type=positive,
+        type=count,
         default=1,
         metavar="K",
         help="runs at a time (default: 1)",
     )
     parser.add_argument(
         "--ranks",
-        type=positive,
+        type=count,
         default=1,
         metavar="N",
         help="ranks of each run (default: 1)",
     )
     parser.add_argument(
         "--threads",
-        type=positive,
+        type=count,
         default=1,
         metavar="N",
         help="threads of each rank (default: 1)",

@@ -62,7 +62,7 @@ def state_of(folder: Path) -> RunState:
                 last = stage
         if run.ledger_file.is_file():
             state, why = FINISHED, ""
-        elif is_locked(run):
+        elif holder_of(run) is not None:
             state, why = RUNNING, ""
         else:
             state = STOPPED
@@ -111,16 +111,16 @@ def _last_record(stage: StageFolder) -> tuple[int, int, float | None]:
     return int(newest["step"]), int(newest["tokens"]), float(newest["loss"])
 
 
-def is_locked(run: RunFolder) -> bool:
-    """Whether a process works in the run folder, on this machine or on one that shares its locks."""
+def holder_of(run: RunFolder) -> str | None:
+    """Who works in the run folder, on this machine or on one that shares its locks; None if nobody does."""
     if not run.lock_file.is_file():
-        return False
+        return None
     with run.lock_file.open(encoding="utf-8") as file:
         try:
             lock(file, fcntl.LOCK_SH)
         except BlockingIOError:
-            return True
-    return False
+            return file.read(200).strip()
+    return None
 
 
 def bytes_in(folder: Path) -> int:
@@ -143,7 +143,7 @@ def spare(folder: Path) -> Iterator[Path]:
         LockedError: the run is running.
     """
     run = RunFolder(folder)
-    if is_locked(run):
+    if holder_of(run) is not None:
         raise LockedError(f"{folder} is running; wait for it or stop it first")
     for stage in run.stages():
         if stage.quarantine.is_dir():
