@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from launch import environment
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -86,14 +87,13 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stackgrow(
     installed: Path, folder: Path, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
-    environment = {
-        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
-    }
+    shell = environment()
+    del shell["PYTHONPATH"]  # the wheel's modules, not the checkout's
     command = [str(installed / "bin" / "stackgrow"), *arguments]
     return subprocess.run(
         command,
         cwd=folder,
-        env=environment,
+        env=shell,
         capture_output=True,
         text=True,
         timeout=300,

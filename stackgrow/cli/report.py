@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from stackgrow.report.html import write_report
 
+        # The page shows a provenance as far as it goes; who asks for the page is told that it is damaged.
+        for run in arguments.runs:
+            RunFolder(run).provenance()
         write_report(arguments.runs, target, arguments.force)
     except RunError as error:
         print(f"report: {error}", file=sys.stderr)

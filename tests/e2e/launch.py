@@ -22,6 +22,14 @@ from stackgrow.run_folder.lines import read_records
 FAULTY = Path(__file__).with_name("faulty.py")
 RUN_RECIPE = str(REPOSITORY / "tools" / "run_recipe.py")
 VOCABULARY = 512
+PROCESS_GROUP = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 BASE, GROW, TARGET = "stage-0-train-2L", "stage-1-grow", "stage-2-train-4L"
 
 # 20 base steps, growth, 20 target steps; a checkpoint every 4 steps, so that kills fall between checkpoints.
@@ -165,15 +173,9 @@ def run_tool(
 
 def environment() -> dict[str, str]:
     """A user's shell: without what a process group in the tests' own process has set."""
-    ours = (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    )
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    kept = {
+        name: value for name, value in os.environ.items() if name not in PROCESS_GROUP
+    }
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from launch import REPOSITORY, Workplace, losses
+from launch import PROCESS_GROUP, REPOSITORY, Workplace, losses
 
 import stackgrow
 
@@ -40,14 +40,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for name in (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    ):
+    for name in PROCESS_GROUP:
         monkeypatch.delenv(name, raising=False)
     # It works in a folder beside recipes/, as examples/ is.
     shutil.copytree(
