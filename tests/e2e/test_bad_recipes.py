@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import RUN_RECIPE, environment
+from launch import RUN_RECIPE, environment, run_tool
 from recipes_for_tests import RECIPE, edited
 from test_load import BROKEN, NASTY
 from test_stages import CONTRADICTIONS
@@ -27,22 +27,25 @@ def test_refused_on_the_command_line(tmp_path: Path, case: str) -> None:
     (tmp_path / "bad.toml").write_bytes(
         content if isinstance(content, bytes) else content.encode()
     )
-    done = run(tmp_path, "bad.toml", *(a for s in sets for a in ("--set", s)))
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("bad.toml: ")
-    assert "Traceback" not in done.stderr + done.stdout
+    arguments = ["bad.toml"]
+    for assignment in sets:
+        arguments += ["--set", assignment]
+    code, output = run_tool("run_recipe", *arguments, cwd=tmp_path)
+    assert code == 2, output
+    assert output.startswith("bad.toml: ")
+    assert "Traceback" not in output
     assert [p.name for p in tmp_path.iterdir()] == ["bad.toml"]
 
 
 def test_a_directory_and_no_file_at_all(tmp_path: Path) -> None:
     for name in (".", "absent.toml"):
-        done = run(tmp_path, name)
+        done = run_cold(tmp_path, name)
         assert done.returncode == 2
         assert done.stderr.startswith(f"{name}: ")
     assert not list(tmp_path.iterdir())
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_cold(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, RUN_RECIPE, *arguments]
     return subprocess.run(
         command,

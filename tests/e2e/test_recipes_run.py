@@ -1,4 +1,7 @@
-"""Every shipped recipe, its layers, growths, schedule and precision as they are, trained for a few steps at tiny widths."""
+"""Every shipped recipe, its layers, growths, schedule and precision as they are, trained for a few steps at tiny widths.
+
+Learning rates, weight decay and seed are the same for all, so that recipes which differ in these alone share a run.
+"""
 
 import json
 import math
@@ -16,11 +19,17 @@ from stackgrow.recipe.load import load_recipe
 RECIPES = REPOSITORY / "recipes"
 BATCH, STEPS = 64, 2  # tokens per step, steps per stage
 REDUCED = (
+    "seed=1", "train.learning_rate=1e-3", "train.min_learning_rate=1e-4", "train.weight_decay=0.1",
     "data.path=store", "data.seq_len=16", f"model.vocab_size={VOCABULARY}",
     "model.dim=32", "model.n_heads=4", "model.ffn_dim=88", f"train.global_batch_tokens={BATCH}",
     "train.warmup=1 steps", "train.compile=false", "validation.sequences=4", "log.interval=1 steps",
     "log.tensorboard=false",
 )  # fmt: skip
+SAME_IN_EVERY_STAGE = {
+    "warmup": "1 steps",
+    "learning_rate": "1e-3",
+    "min_learning_rate": "1e-4",
+}
 NARROW = ("base.model.dim=16", "base.model.n_heads=2", "base.model.ffn_dim=44")
 
 
@@ -51,11 +60,15 @@ def reduced(file: Path) -> list[str]:
     ]
     if recipe.base and recipe.base.model:
         sets += NARROW
-    if recipe.base and "warmup" in recipe.base.train:
-        sets.append("base.train.warmup=1 steps")
-    for i, growth in enumerate(recipe.growth):
-        if "warmup" in growth.train:
-            sets.append(f"growth[{i}].train.warmup=1 steps")
+    own_tables = [
+        (f"growth[{i}]", growth.train) for i, growth in enumerate(recipe.growth)
+    ]
+    if recipe.base:
+        own_tables.append(("base", recipe.base.train))
+    for table, train in own_tables:
+        for key, value in SAME_IN_EVERY_STAGE.items():
+            if key in train:
+                sets.append(f"{table}.train.{key}={value}")
     if recipe.model.n_kv_heads:
         sets.append("model.n_kv_heads=2")
     return sets
