@@ -1,4 +1,4 @@
-"""What an audit looked at, what it found and what it rests on, as plain values and as text."""
+"""What an audit looked at, what it found and what it rests on, as plain values as text and as a page."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 from stackgrow.errors import LockedError, RunError
 from stackgrow.recipe.load import Problem
+from stackgrow.report.page import page
+from stackgrow.run_folder.provenance import now
 from stackgrow.text import printable
 
 NEVER_LOOKED_AT = (
@@ -113,6 +115,12 @@ class Audit:
         lines += [f"  rests on  {what}" for what in self.rests_on]
         lines.append(f"  never looked at  {NEVER_LOOKED_AT}")
         return "\n".join(lines)
+
+
+def audit_page(audit: Audit) -> str:
+    """The same as a page for people: it says when it was made, as a run can change after it."""
+    values = {"audit": audit, "date": now(), "never_looked_at": NEVER_LOOKED_AT}
+    return page("audit/page.html.jinja", values)
 
 
 def numbered(count: int, thing: str, things: str = "") -> str:

@@ -22,9 +22,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from stackgrow import seal
 from stackgrow.audit.case import Case, open_case
 from stackgrow.audit.chain import audit_run
-from stackgrow.audit.report import Look
+from stackgrow.audit.report import Look, audit_page
 from stackgrow.audit.same import same_run
 from stackgrow.cli.options import add_trust, parser_of, quiet_at_closed_pipe, tell
 from stackgrow.errors import DamagedError, RunError
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return tell(DamagedError(error))
     except RunError as error:
         return tell(error)
+    if arguments.html:
+        seal.write_text(arguments.html, audit_page(audit))
     print(json.dumps(audit.to_dict(), indent=1) if arguments.json else audit.render())
     return DamagedError.exit_code if audit.findings else 0
 
@@ -89,6 +92,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="OTHER",
         help="whether another run folder holds the same run",
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the verdict as a page, too"
     )
     add_trust(parser)
     parser.add_argument("--json", action="store_true", help="for machines")

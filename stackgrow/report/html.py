@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
@@ -26,11 +25,12 @@ from stackgrow.report.compare import (
 )
 from stackgrow.report.curves import DEFINITION, has_records
 from stackgrow.report.figure import color_of, panel_svg, panels_of
+from stackgrow.report.page import page
 from stackgrow.report.run_page import run_page
 from stackgrow.run_folder.folder import RunFolder
 from stackgrow.text import short
 
-TEMPLATE = "page.html.jinja"
+TEMPLATE = "report/page.html.jinja"
 TITLES = {"train": "Training loss", "validation": "Validation loss"}
 
 
@@ -105,21 +105,7 @@ def write_report(runs: Sequence[Path], target: Path, force: bool = False) -> Non
         else None,
         "runs": [run_page(run) for run in runs],
     }
-    seal.write_text(target, _rendered(values))
-
-
-def _rendered(values: dict[str, Any]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    loader = PackageLoader("stackgrow.report", ".")
-    environment = Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(TEMPLATE).render(values)
+    seal.write_text(target, page(TEMPLATE, values))
 
 
 def finish_report(run: Path) -> str:

@@ -238,6 +238,22 @@ def audit(run: Path) -> Audit:
     return found
 
 
+def test_the_verdict_is_a_page_too(run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "audit.html"
+    code, output = run_tool("audit_run", run, "--html", page, cwd=Path.cwd())
+    assert code == 0, output
+    text = page.read_text(encoding="utf-8")
+    assert "PASSED, BUT NOT CHECKED: losses: no step was trained again" in text
+    assert "no signature is looked at" in text
+
+    edit(RunFolder(run).recipe_file, 'name = "tiny"', 'name = "<b>tiny"')
+    code, output = run_tool("audit_run", run, "--html", page, cwd=Path.cwd())
+    assert code == 65, output
+    text = page.read_text(encoding="utf-8")
+    assert "FAILED: " in text
+    assert "<b>" not in text, "what a run says is escaped"
+
+
 def test_the_run_itself_has_no_finding(run: Path) -> None:
     found = audit_run(run, full=True)
     assert not found.findings, found.render()

@@ -239,14 +239,16 @@ def test_a_provenance_that_holds_anything_is_shown_as_far_as_it_goes(
     assert dict(page.facts)["data"] == "SHA-256 unknown"
 
 
-def test_the_template_is_installed_with_the_package() -> None:
+def test_templates_are_installed_with_the_package() -> None:
     pyproject = tomli.loads(
         (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     )
     patterns = pyproject["tool"]["setuptools"]["package-data"]["stackgrow"]
-    template = Path(html.__file__).parent / html.TEMPLATE
     package = Path(stackgrow.__file__).parent
-    assert any(template in package.glob(pattern) for pattern in patterns)
+    installed = {file for pattern in patterns for file in package.glob(pattern)}
+    templates = {*package.rglob("*.jinja"), *package.rglob("*.css")}
+    assert package / html.TEMPLATE in templates
+    assert templates <= installed
 
 
 def test_without_matplotlib_the_extra_is_named(
