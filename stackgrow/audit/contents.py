@@ -188,6 +188,8 @@ def _due_steps(case: Case, stage: TrainStage, name: str) -> set[int]:
             return set()
         every = range(0, stage.steps, stage.every(recipe.validation.interval))
         return {0, *every, stage.steps}
+    if not stage.steps:
+        return set()
     interval = stage.every(recipe.log.interval)
     due = {1, *range(interval, stage.steps, interval), stage.steps}
     if stage.until:

@@ -74,7 +74,7 @@ def fit(arguments: argparse.Namespace) -> None:
             runs.append(read_run(source, arguments.variable))
         else:
             runs.extend(read_table(source, arguments.variable))
-    grown = [run for run in runs if run.at]
+    grown = [run for run in runs if run.at is not None]
     laws = {}
     for name, group in (
         ("scratch", [run for run in runs if run.at is None]),

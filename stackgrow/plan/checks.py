@@ -234,6 +234,8 @@ def _kernel_problems(part: Part) -> Iterator[Problem]:
 
 def schedule_problems(stage: TrainStage, part: Part) -> Iterator[Problem]:
     """What [train] and the growth before have in ``stage`` must fit, also where the loss decides how long it takes."""
+    if not stage.steps:  # nothing is scheduled
+        return
     until = stage.until
     shortest = until.min_steps if until else stage.steps
     longest = until.max_steps if until else stage.steps

@@ -146,7 +146,8 @@ def stage_disk(plan: Plan, stage: Stage) -> tuple[int, int]:
             per_parameter = CHECKPOINT_BYTES if stage.optimizer else FP32
             size = per_parameter * stage.target.parameters()
         return size, size
-    written = math.ceil(stage.steps / stage.every(plan.recipe.checkpoint.interval))
+    intervals = stage.steps / stage.every(plan.recipe.checkpoint.interval)
+    written = max(1, math.ceil(intervals))  # the last always
     kept = min(plan.recipe.checkpoint.keep, written)
     most = min(kept + 1, written)
     return kept * stage.checkpoint_bytes, most * stage.checkpoint_bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from stackgrow.plan.cost import Cluster, StageCost
+from stackgrow.plan.cost import Cluster, Cost, StageCost
 from stackgrow.recipe.keys import Recipe
 
 BANDWIDTH = 10e9  # bytes per second of all ranks to and from shared storage, assumed
@@ -44,6 +44,17 @@ class StageReliability:
     best_steps: int
     failures: float
     added: float
+
+
+def reliabilities(cost: Cost, machine: Machine) -> list[StageReliability]:
+    """Of every stage that has steps."""
+    found = []
+    for stage_cost in cost.stages:
+        if stage_cost.stage.steps:
+            found.append(
+                reliability(stage_cost, cost.plan.recipe, cost.cluster, machine)
+            )
+    return found
 
 
 def reliability(

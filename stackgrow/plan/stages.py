@@ -56,7 +56,8 @@ class Freeze:
 @dataclass(frozen=True)
 class TrainStage:
     """Trains one model for ``steps`` optimizer steps from data position ``start_sequences`` on; where ``until`` is
-    given, ``steps`` are the most until the stage has found its end itself."""
+    given, ``steps`` are the most until the stage has found its end itself. 0 steps: it saves the model as it is
+    initialised, for a growth of an untrained base."""
 
     index: int
     model: Model

@@ -113,7 +113,7 @@ class Timeline:
     def add_train(self, part: Part) -> bool:
         """Adds the train stage of ``part``; False where there is no room for it."""
         stage = self._train_stage(part)
-        if stage.steps < 1:
+        if stage.steps < 1 and not self._grows_untrained(part):
             self.problems.append(self._no_room(part))
             return False
         if self.grown and not part.learns:
@@ -121,6 +121,14 @@ class Timeline:
         self.problems.extend(schedule_problems(stage, part))
         self.stages.append(stage)
         return True
+
+    def _grows_untrained(self, part: Part) -> bool:
+        """Whether ``part`` is the base of a run whose first growth is at 0 tokens: its stage of no steps saves the
+        model as it is initialised."""
+        if self.stages or part.hop is None:
+            return False
+        timing = part.hop.growth.timing
+        return isinstance(timing, Duration) and timing.amount == 0
 
     def _train_stage(self, part: Part) -> TrainStage:
         """Up to the growth (nearest step) or to the end of the budget (never beyond it); its steps are below 1 where

@@ -50,7 +50,10 @@ def shown(recipe: Recipe, hop: Hop) -> str:
 
 
 def timing_note(recipe: Recipe, hop: Hop) -> Iterator[str]:
-    """What "auto" comes to, where from, and whether it is used beyond what it was fitted on."""
+    """What "auto" comes to, where from, and whether it is used beyond what it was fitted on; and what 0 means."""
+    timing = hop.growth.timing
+    if isinstance(timing, Duration) and timing.amount == 0:
+        yield f"{hop.where}.timing: 0, the base grows as it is initialised, without a step of training (d = 0)"
     if hop.growth.timing != "auto":
         return
     n = hop.target.non_embedding_parameters()
@@ -74,6 +77,8 @@ def timing_note(recipe: Recipe, hop: Hop) -> Iterator[str]:
 def warmup_note(stage: TrainStage) -> Iterator[str]:
     """Whether a stage is over soon after its learning rate has risen. Maps that LiGO learns are left out: half of their
     steps are warm-up by its author's settings."""
+    if not stage.steps:
+        return
     share = stage.warmup_steps / stage.steps
     if stage.schedule is None and not stage.learns_maps and share > LONG_WARMUP:
         steps = f"{stage.warmup_steps:,} of its {stage.steps:,} steps"

@@ -444,9 +444,9 @@ class Growth:
     )
     # When, and to how many layers.
     timing: Duration | Share | str | LossSlope = key(
-        values.duration(1, words=("auto", "start"), share=True),
-        'tokens since the start of the run at this growth; "auto": guideline; "start": at once, with base.from; or a '
-        "table, below",
+        values.duration(words=("auto", "start"), share=True),
+        'tokens since the start of the run at this growth, "0B": the base as it is initialised; "auto": guideline; '
+        '"start": at once, with base.from; or a table, below',
         or_table=LossSlope,
     )
     factor: int | str | None = key(

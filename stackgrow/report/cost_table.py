@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stackgrow.plan.cost import Cost, StageCost, model_flops, stage_disk
-from stackgrow.plan.reliability import Machine, hang_gpu_hours, reliability
+from stackgrow.plan.reliability import Machine, hang_gpu_hours, reliabilities
 from stackgrow.plan.saving import Saving
 from stackgrow.plan.search import NETWORK, Choice
 from stackgrow.plan.stages import TrainStage
@@ -193,8 +193,7 @@ def _memory_table(stages: Sequence[StageCost]) -> list[tuple[str, ...]]:
 
 def _reliability_table(cost: Cost, machine: Machine) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [RELIABILITY_HEAD]
-    for stage_cost in cost.stages:
-        stage = reliability(stage_cost, cost.plan.recipe, cost.cluster, machine)
+    for stage in reliabilities(cost, machine):
         row = (
             stage.name,
             f"{stage.step:.3g}",
@@ -308,10 +307,6 @@ def cost_dict(
     seconds."""
     assumed = assumed or Assumed()
     gpu_hours = cost.hours * cost.cluster.gpus
-    stages = [
-        reliability(stage, cost.plan.recipe, cost.cluster, assumed.machine)
-        for stage in cost.stages
-    ]
     plain = {
         "name": cost.plan.recipe.name,
         "cluster": dataclasses.asdict(cost.cluster),
@@ -323,7 +318,9 @@ def cost_dict(
         "disk": cost.disk,
         "peak_disk": cost.peak_disk,
         "machine": dataclasses.asdict(assumed.machine),
-        "reliability": [dataclasses.asdict(stage) for stage in stages],
+        "reliability": [
+            dataclasses.asdict(stage) for stage in reliabilities(cost, assumed.machine)
+        ],
         "hang_gpu_hours": hang_gpu_hours(cost.plan.recipe, cost.cluster),
         "epochs": cost.epochs,
         "saving": dataclasses.asdict(cost.saving) if cost.saving else None,

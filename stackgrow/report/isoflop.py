@@ -82,13 +82,17 @@ def read_run(folder: Path, variable: str) -> Run:
         raise DamagedError(f"{folder} has not come to its target model; let it finish")
     recipe = load_recipe(RunFolder(folder).recipe_file, trusted=True)
 
-    # The steps of a learn stage are the growth's own.
-    learning = {stage.name for stage in plan_of_run(folder).stages if stage.learns_maps}
+    # The steps of a learn stage are the growth's own. A base that grows untrained has no curve.
+    plan = plan_of_run(folder)
+    learning = {stage.name for stage in plan.stages if stage.learns_maps}
+    untrained = plan.train_stages[0].steps == 0
     bases = [stage for stage in curve.stages[:-1] if stage.stage not in learning]
     at = None
     if bases and variable == "timing":
         at = float(bases[-1].tokens[-1])
-    elif bases:
+    elif untrained and variable == "timing":
+        at = 0.0
+    elif bases or untrained:
         layers = (
             recipe.base.n_layers
             if recipe.base and recipe.base.n_layers

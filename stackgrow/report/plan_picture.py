@@ -28,7 +28,8 @@ def draw_plan(plan: Plan, file: Path) -> None:
     axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(2, 1))
     over_tokens = axes[:, 0]
     over_flops = axes[:, 1]
-    for number, stage in enumerate(plan.train_stages):
+    with_steps = [stage for stage in plan.train_stages if stage.steps]
+    for number, stage in enumerate(with_steps):
         color = color_of(number)
         _draw_stage(
             over_tokens, stage, color, start=stage.start_tokens, length=stage.tokens

@@ -148,6 +148,8 @@ def _cost_table(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def _learning_rates(stage: TrainStage) -> dict[str, float]:
+    if not stage.steps:
+        return dict.fromkeys(("first", "peak", "last"), 0.0)
     return {
         "first": stage.learning_rate(1),
         "peak": stage.train.learning_rate,

@@ -96,16 +96,19 @@ def _stage_row(
 ) -> tuple[str, ...]:
     metrics = read_records(folder.metrics_file)
     validation = read_records(folder.validation_file)
-    # The median: the first step may compile.
-    rate = statistics.median_high(record["tps"] for record in metrics)
+    loss = rate = "-"
+    if metrics:  # a base that grows untrained has none
+        loss = f"{metrics[-1]['loss']:.4f}"
+        # The median: the first step may compile.
+        rate = human(statistics.median_high(record["tps"] for record in metrics))
     return (
         stage.name,
         human(stage.tokens),
         str(stage.steps),
         f"{stage.flops:.2e}",
-        f"{metrics[-1]['loss']:.4f}",
+        loss,
         f"{validation[0]['loss']:.4f}" if validation else "-",
         f"{validation[-1]['loss']:.4f}" if validation else "-",
-        human(rate),
+        rate,
         clock(seconds),
     )

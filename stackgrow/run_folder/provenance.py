@@ -131,11 +131,12 @@ def link(previous: Mapping[str, Any] | None, chain: int | None) -> str | None:
 
 
 def maker(sessions: Sequence[Mapping[str, Any]], stage: str, step: int) -> int | None:
-    """The index of the session that made a step of a stage: the last of those that began before it."""
+    """The index of the session that made a step of a stage: the last of those that began before it. The checkpoint of
+    step 0, of a stage that has no steps, is of the last that began there."""
     found = None
     for index, session in enumerate(sessions):
         start = session.get("stages", {}).get(stage, {}).get("start_step")
-        if start is not None and start < step:
+        if start is not None and (start < step or start == step == 0):
             found = index
     return found
 

@@ -58,7 +58,9 @@ class StageMetrics(MetricsProcessor):
         self.progress.start(step)
         if not self.is_rank0:
             return
-        if self.job.on_resume:
+        # A checkpoint of step 0 that is there already was made by the session before.
+        made_before = step == 0 and sealed is not None
+        if self.job.on_resume and not made_before:
             self.job.on_resume(step)
         files = self.job.files
         self._metrics = RecordWriter(files.metrics_file, _stated(sealed, METRICS))

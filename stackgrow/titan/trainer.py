@@ -102,8 +102,11 @@ class StageTrainer(Trainer):
         self.set_mask()
         if self.stage_job.stage.freeze:
             begin_frozen(self.model_parts[0])
-        if self.step == 0:
+        has_own_checkpoint = self.checkpointer.sealed_records is not None
+        if self.step == 0 and not has_own_checkpoint:
             self.validate()
+            if self.stage_job.stage.steps == 0:  # a base that grows untrained
+                self.checkpointer.save(0, last_step=True)
         self.after_step()  # what a session before this one may not have come to
 
     def _prepare_step(self) -> None:

@@ -225,3 +225,15 @@ def test_the_guideline_s_n_is_named(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, RECIPE, ["growth[1].timing=auto", OWN])
     (note,) = (note for note in plan.notes if "growth[1].timing" in note)
     assert "without embedding and head, C = 6 N D" in note
+
+
+def test_a_base_may_grow_as_it_is_initialised(tmp_path: Path) -> None:
+    for zero in ("0B", "0 steps"):
+        made = plan_of(tmp_path, edited(('timing = "20K"', f'timing = "{zero}"')))
+        assert made.train_stages[0].steps == 0
+        assert made.train_stages[1].start_sequences == 0
+        assert any(
+            "growth[0].timing: 0, the base grows as" in note for note in made.notes
+        )
+    problems = problems_of(tmp_path, edited(('timing = "40 steps"', 'timing = "0B"')))
+    assert "is not at least one step" in problems["growth[1].timing"]
