@@ -26,6 +26,7 @@ import torch.distributed.checkpoint.metadata as meta
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 MOST_DIMENSIONS = 8
+PROPERTIES = 5  # scalars of a tensor's properties; torch 2.15 adds strides
 MOST_PATH = 4096  # characters, as Linux has it
 MOST_SHARED = 64  # items of a tuple that is referred to again
 MOST_METADATA = (
@@ -150,10 +151,7 @@ class StrictUnpickler(_PythonUnpickler):
                 "it sets the state of something that is no DCP record"
             )
         if isinstance(record, meta.TensorProperties):
-            if type(state) is not tuple or not all(
-                isinstance(value, SCALARS) for value in state
-            ):
-                raise UnsafePickleError("it has tensor properties that are no scalars")
+            self.stack[-1] = _properties(state)
         elif type(state) is not dict or not all(type(name) is str for name in state):
             raise UnsafePickleError("it sets the state of a record to what is none")
         super().load_build()
@@ -228,6 +226,29 @@ def _check_shared(value: Any) -> None:
         raise UnsafePickleError(
             f"it refers to one {type(value).__name__} from several places"
         )
+
+
+def _properties(state: Any) -> tuple[Any, ...]:
+    """The state of a tensor's properties, as the torch that runs takes it: torch 2.15 writes strides after five
+    scalars, which say how the tensor lay in memory when it was saved, and nothing of the file."""
+    if type(state) is not tuple or len(state) not in (PROPERTIES, PROPERTIES + 1):
+        raise UnsafePickleError("it has tensor properties of another form")
+    scalars, strides = state[:PROPERTIES], state[PROPERTIES:]
+    if not all(isinstance(value, SCALARS) for value in scalars):
+        raise UnsafePickleError("it has tensor properties that are no scalars")
+    for lengths in strides:
+        if lengths is not None and not _are_lengths(lengths):
+            raise UnsafePickleError("it has strides that are no numbers")
+    if "strides" in meta.TensorProperties.__dataclass_fields__:
+        return state
+    return scalars
+
+
+def _are_lengths(value: Any) -> bool:
+    """Whether it is one number for each dimension."""
+    if type(value) is not tuple or len(value) > MOST_DIMENSIONS:
+        return False
+    return all(type(length) is int for length in value)
 
 
 # The functions that such pickles call.
