@@ -113,11 +113,8 @@ class Evaluation:
             "asked": sorted({*before.get("asked", []), *self._names}),
             "limit": self.wanted.limit,
             "tasks": all_results,
-            "seven_task_mean": tasks.mean(tasks.SEVEN, all_results),
+            **tasks.means(all_results),
         }
-        ten_task_mean = tasks.mean(tasks.TEN, all_results)
-        if ten_task_mean is not None:
-            record["ten_task_mean"] = ten_task_mean
         write_evaluation(file, record)
         if self.recipe.log.tensorboard:
             _to_tensorboard(

@@ -39,9 +39,28 @@ MORE_OF_THE_7B = {
     "mmlu": ("mmlu/default", "acc"),
 }
 TEN = [*SEVEN, *MORE_OF_THE_7B]
-KNOWN = {**PAPER, **MORE_OF_THE_7B}
+# What Table 6, of a 7B after 130B tokens, has beside those.
+MORE_OF_TABLE_6 = {
+    "boolq": ("super_glue/boolq", "acc"),
+    "openbookqa": ("openbookqa", "acc_norm"),
+}
+TABLE_6 = [*SEVEN, "hellaswag", *MORE_OF_TABLE_6]
+TABLE_7 = [task for task in SEVEN if task != "winogrande"]  # of Samba
+KNOWN = {**PAPER, **MORE_OF_THE_7B, **MORE_OF_TABLE_6}
 # Names in [eval] tasks that stand for several.
-SETS = {"paper": list(PAPER), "paper_7b": list(KNOWN)}
+SETS = {
+    "paper": list(PAPER),
+    "paper_7b": [*PAPER, *MORE_OF_THE_7B],
+    "paper_table_6": [*TABLE_6, "wikitext"],
+    "paper_table_7": TABLE_7,
+}
+# The means that the paper states, by their names in a record: the first always, others where all their tasks are there.
+MEANS = {
+    "seven_task_mean": SEVEN,
+    "ten_task_mean": TEN,
+    "table_6_mean": TABLE_6,
+    "table_7_mean": TABLE_7,
+}
 HEADLINES = (
     "acc_norm",
     "acc",
@@ -64,10 +83,21 @@ def headline(task: str, metrics: Mapping[str, float]) -> str:
 def mean(
     tasks: Sequence[str], results: Mapping[str, Mapping[str, float]]
 ) -> float | None:
-    """The plain mean of the accuracies of ``tasks``, SEVEN or TEN, as a fraction; None unless all are there."""
+    """The plain mean of the accuracies of ``tasks``, one of MEANS, as a fraction; None unless all are there."""
     if not all(task in results for task in tasks):
         return None
     return sum(results[task][KNOWN[task][1]] for task in tasks) / len(tasks)
+
+
+def means(results: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
+    """The paper's means of ``results``. Table 7's six are part of the seven, and averaged only where these are not."""
+    found = {"seven_task_mean": mean(SEVEN, results)}
+    for name, tasks in MEANS.items():
+        value = mean(tasks, results)
+        is_part_of_seven = tasks == TABLE_7 and found["seven_task_mean"] is not None
+        if value is not None and not is_part_of_seven:
+            found[name] = value
+    return found
 
 
 def task_names(tasks: Sequence[str]) -> tuple[str, ...]:
@@ -97,7 +127,8 @@ def problems(wanted: Eval) -> Iterator[Problem]:
     if importlib.util.find_spec("lm_eval") is None:
         yield (
             "eval.tasks",
-            'need lm-eval, which is not installed: pip install "stackgrow[eval]", or remove [eval]',
+            'need lm-eval, which is not installed: pip install "stackgrow[eval]", or train without benchmarks: remove '
+            "[eval], or give --set eval.tasks=[]",
         )
         return
     if wanted.include and not Path(wanted.include).is_dir():
@@ -117,7 +148,8 @@ def problems(wanted: Eval) -> Iterator[Problem]:
     except Exception as error:  # whatever a hub, a file or a task's own code raises
         yield (
             "eval.tasks",
-            f"cannot be loaded ({type(error).__name__}: {error}); is its data on this machine?",
+            f"cannot be loaded ({type(error).__name__}: {error}); is its data on this machine? "
+            "--set eval.tasks=[] trains without benchmarks",
         )
         return
     for name, task in loaded.items():

@@ -565,7 +565,8 @@ class Eval:
 
     tasks: tuple[str, ...] = key(
         values.names(),
-        'lm-eval\'s tasks; "paper": the eight of the paper; "paper_7b": these and the three more of its 7B',
+        'lm-eval\'s tasks; "paper": the eight of the paper; "paper_7b": these and the three more of its 7B; '
+        '"paper_table_6", "paper_table_7": those of that table; []: none, as without [eval]',
         free=True,
     )
     after: str = key(

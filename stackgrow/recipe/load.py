@@ -65,6 +65,8 @@ def load_recipe(
     recipe = _build(Recipe, raw, "", problems)
     if problems:
         raise RecipeError(file, problems)
+    if recipe.eval and not recipe.eval.tasks:  # switched off, by --set or in the file
+        return dataclasses.replace(recipe, eval=None)
     return recipe
 
 

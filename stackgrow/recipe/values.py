@@ -228,10 +228,10 @@ def sha256() -> Kind:
 
 def names() -> Kind:
     """Names of things that another program knows, such as lm-eval's tasks."""
-    rule = "a list of at least one name without blanks"
+    rule = "a list of names without blanks, or [] for none"
 
     def parse(value: Any) -> tuple[str, ...]:
-        _require(isinstance(value, list) and len(value) > 0, rule)
+        _require(isinstance(value, list), rule)
         for entry in value:
             _require(
                 isinstance(entry, str)
@@ -246,7 +246,6 @@ def names() -> Kind:
         parse,
         {
             "type": "array",
-            "minItems": 1,
             "items": {"type": "string", "pattern": r"^\S+$"},
         },
     )

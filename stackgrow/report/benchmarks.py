@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from stackgrow.errors import DamagedError
-from stackgrow.evaluate.tasks import SEVEN, headline
+from stackgrow.evaluate.tasks import MEANS, SEVEN, headline
 from stackgrow.run_folder.evaluations import read_evaluation
 from stackgrow.run_folder.folder import RunFolder
 
 MEAN = "mean of seven"
-MEAN_OF_TEN = "mean of ten"
+TITLES = {  # of the means in a record
+    "seven_task_mean": MEAN,
+    "ten_task_mean": "mean of ten",
+    "table_6_mean": "mean of Table 6",
+    "table_7_mean": "mean of Table 7",
+}
 # One over the number of answers that a question offers; of Lambada's last word there is nothing to choose from.
 CHANCE = {
     "lambada_openai": 0.0,
@@ -25,6 +30,8 @@ CHANCE = {
     "winogrande": 0.5,
     "hellaswag": 0.25,
     "mmlu": 0.25,
+    "boolq": 0.5,
+    "openbookqa": 0.25,
 }
 
 
@@ -56,10 +63,9 @@ def last_scores(run: Path) -> Scores:
             scores[f"{task} {metric}"] = Score(
                 metrics[metric], metrics.get(f"{metric}_stderr")
             )
-    if record["seven_task_mean"] is not None:
-        scores[MEAN] = Score(record["seven_task_mean"])
-    if record.get("ten_task_mean") is not None:
-        scores[MEAN_OF_TEN] = Score(record["ten_task_mean"])
+    for name, title in TITLES.items():
+        if record.get(name) is not None:
+            scores[title] = Score(record[name])
     return scores
 
 
@@ -82,9 +88,7 @@ def _check(record: Any, file: Path) -> None:
     numbers = []
     if isinstance(record, dict):
         numbers = [record.get("tokens"), record.get("step")]
-        numbers += [
-            record.get(name) or 0.0 for name in ("seven_task_mean", "ten_task_mean")
-        ]
+        numbers += [record.get(name) or 0.0 for name in MEANS]
         tasks = record.get("tasks")
         for metrics in tasks.values() if isinstance(tasks, dict) else [None]:
             numbers += metrics.values() if isinstance(metrics, dict) else [None]

@@ -23,7 +23,7 @@ REDUCED = (
     "data.path=store", "data.seq_len=16", f"model.vocab_size={VOCABULARY}",
     "model.dim=32", "model.n_heads=4", "model.ffn_dim=88", f"train.global_batch_tokens={BATCH}",
     "train.warmup=1 steps", "train.compile=false", "validation.sequences=4", "log.interval=1 steps",
-    "log.tensorboard=false",
+    "log.tensorboard=false", "eval.tasks=[]",
 )  # fmt: skip
 SAME_IN_EVERY_STAGE = {
     "warmup": "1 steps",

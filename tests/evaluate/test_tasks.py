@@ -73,6 +73,30 @@ def test_mean_of_seven_is_that_of_figure_3() -> None:
     assert tasks.mean(tasks.TEN, results) is None
 
 
+def scores(tasks_and_values: dict[str, float]) -> dict[str, dict[str, float]]:
+    """As lm-eval gives them, each in its task's metric."""
+    return {
+        task: {tasks.KNOWN[task][1]: value} for task, value in tasks_and_values.items()
+    }
+
+
+def test_means_of_tables_6_and_7_are_the_papers() -> None:
+    """Of G_stack's 7B at 130B tokens; of Samba, from scratch and stacked: to the digits of the tables."""
+    values = (57.93, 35.24, 63.64, 26.88, 76.82, 85.9, 62.75, 65.85, 66.45, 36.40)
+    table_6 = scores(dict(zip(tasks.TABLE_6, values, strict=True)))
+    found = tasks.means(table_6)
+    assert found.keys() == {"seven_task_mean", "table_6_mean"}
+    assert found["table_6_mean"] == pytest.approx(57.79, abs=0.005)
+
+    for values, printed in (
+        ((36.41, 25.34, 43.77, 27.50, 67.36, 70.00), 45.06),
+        ((38.44, 26.19, 44.95, 26.88, 67.95, 72.80), 46.20),
+    ):
+        found = tasks.means(scores(dict(zip(tasks.TABLE_7, values, strict=True))))
+        assert found["seven_task_mean"] is None
+        assert found["table_7_mean"] == pytest.approx(printed, abs=0.005)
+
+
 def test_headline_is_the_metric_that_speaks_for_a_task() -> None:
     assert tasks.headline("winogrande", {"acc_norm": 1.0, "acc": 0.5}) == "acc"
     assert tasks.headline("other", {"acc": 0.5, "acc_norm": 1.0}) == "acc_norm"
@@ -115,7 +139,8 @@ def test_missing_lm_eval_is_told_with_its_extra(
     assert list(tasks.problems(Eval(tasks=("sciq",)))) == [
         (
             "eval.tasks",
-            'need lm-eval, which is not installed: pip install "stackgrow[eval]", or remove [eval]',
+            'need lm-eval, which is not installed: pip install "stackgrow[eval]", or train without benchmarks: remove '
+            "[eval], or give --set eval.tasks=[]",
         )
     ]
 

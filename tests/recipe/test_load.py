@@ -77,8 +77,8 @@ NASTY: list[tuple[str, str, str, tuple[str, ...]]] = [
     ('path = "data/tiny"', 'path = "/etc/passwd"', "data.path", ('"/etc/passwd" leaves', "--set data.path=")),
     ('path = "data/tiny"', 'path = "~/x"', "data.path", ('"~/x" leaves', "--set data.path=")),
     (LR, f'{LR}\n[eval]\ntasks = ["x"]\ninclude = "/tmp/tasks"', "eval.include", ("leaves the", "--set eval.include=")),
-    (LR, f"{LR}\n[eval]\ntasks = []", "eval.tasks", ("[] must be a list of at least one name",)),
-    (LR, f'{LR}\n[eval]\nafter = "each"', "eval.tasks", ("is missing", "at least one name")),
+    (LR, f"{LR}\n[eval]\ntasks = [1]", "eval.tasks", ("[1] must be a list of names",)),
+    (LR, f'{LR}\n[eval]\nafter = "each"', "eval.tasks", ("is missing", "a list of names")),
     (LR, f'{LR}\n[run]\nfolder = "a/../../b"', "run.folder", ("leaves the working directory", "--set run.folder=")),
     ('name = "tiny"', 'name = "ti\\u202Eny"', "name", ('"ti\\u202eny" must', "letters")),
     ('name = "tiny"', 'name = "ti\\u200Bny"', "name", ('"ti\\u200bny" must', "letters")),
@@ -87,7 +87,7 @@ NASTY: list[tuple[str, str, str, tuple[str, ...]]] = [
     ('factor = 2\ntiming = "20K"', 'factr = 2\ntiming = "20K"', "growth[0].factr", ("growth[0].factor?",)),
     ('timing = "40 steps"', 'timing = "soon"', "growth[1].timing", ('"soon"', '"auto"')),
     ('timing = "40 steps"', "timing = 40", "growth[1].timing", ("40 must", '"3000 steps"')),
-    ('timing = "40 steps"', 'timing = "0 steps"', "growth[1].timing", ('"0 steps"', "at least 1")),
+    ('timing = "40 steps"', 'timing = "0 steps"', "growth[1].timing", ('"0 steps"', "at least one step")),
 ]  # fmt: skip
 
 

@@ -196,6 +196,25 @@ def test_gpu_hours_and_disk_in_a_recipe_are_those_of_the_planner() -> None:
     assert counted >= 37
 
 
+def test_the_papers_runs_are_evaluated_along_the_way() -> None:
+    """Figures 3b to 6b and 12 to 42: the paper's tasks every 10B tokens; the 7B's ten. What is evaluated is no part of
+    what is trained."""
+    evaluated = [f for f in FILES if load_recipe(f).eval]
+    of_the_paper = [f for f in FILES if f.parent.name in ("paper", "sweeps")]
+    of_the_paper += [f for f in FILES if f.name.startswith("1.1b_")]
+    assert set(evaluated) == set(of_the_paper)
+    for file in evaluated:
+        wanted = load_recipe(file).eval
+        assert wanted is not None
+        is_7b = file.name.startswith("7b")
+        assert wanted.tasks == (("paper_7b",) if is_7b else ("paper",)), file
+        assert str(wanted.interval) == "10000000000 tokens"
+        without = load_recipe(file, ["eval.tasks=[]"])
+        assert without.eval is None
+        hashes = make_plan(load_recipe(file), file).stage_hashes("")
+        assert make_plan(without, file).stage_hashes("") == hashes
+
+
 def test_base_of_the_paper_has_the_official_rate() -> None:
     base = plan("paper/1.1b_100b_gstack.toml").train_stages[0]
     assert (base.train.learning_rate, base.train.min_learning_rate) == (1e-3, 1e-4)

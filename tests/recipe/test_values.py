@@ -24,6 +24,7 @@ ACCEPTED: list[tuple[Kind, Any, Any]] = [
     (values.name(), "7b_gstack-2.1", "7b_gstack-2.1"),
     (values.path(), "data/a b/ü", "data/a b/ü"),
     (values.names(), ["arc_easy", "mmlu/x"], ("arc_easy", "mmlu/x")),
+    (values.names(), [], ()),
     (values.tokens(), "750B", 750 * 10**9),
     (values.tokens(), "2Mi", 2 * 2**20),
     (values.tokens(), "1.005K", 1005),  # 1.005 * 1000 is 1004.9999999999999 in floats
@@ -74,7 +75,7 @@ REFUSED: list[tuple[Kind, Any]] = [
         (values.path(), v)
         for v in ("", "a\0b", "a\nb", "a\u202eb", "a\u200bb", "a" * 4096, 7)
     ),
-    *((values.names(), v) for v in ([], "arc_easy", ["a b"], [""], [1], ["a\n"], None)),
+    *((values.names(), v) for v in ("arc_easy", ["a b"], [""], [1], ["a\n"], None)),
     *(
         (values.tokens(), v)
         for v in (
