@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stackgrow.errors import DamagedError
-from stackgrow.seal.files import file_records
+from stackgrow.seal.files import file_records, named
 
 if TYPE_CHECKING:
     import numpy as np
@@ -374,15 +374,15 @@ class TokenStore:
             shard.bytes - (shard.tokens - stretch.last) * token_bytes
         )  # the tokens are the end of the file
         left = (stretch.last - stretch.first) * token_bytes
+        path = self.manifest.folder / shard.file
         descriptor = self._file(stretch.shard)
         parts = []
         # One read may give less than was asked for.
         while left:
-            part = os.pread(descriptor, left, end - left)
+            with named(path):
+                part = os.pread(descriptor, left, end - left)
             if not part:
-                raise StoreError(
-                    f"{self.manifest.folder / shard.file} ends early; {AGAIN}"
-                )
+                raise StoreError(f"{path} ends early; {AGAIN}")
             parts.append(part)
             left -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -412,7 +412,9 @@ class TokenStore:
         descriptor = os.open(path, os.O_RDONLY)
         descr = {"uint16": "<u2", "uint32": "<u4"}[self.manifest.dtype]
         header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({shard.tokens},), }}"
-        if not os.pread(descriptor, 256, 0)[10:].startswith(header.encode()):
+        with named(path):
+            start = os.pread(descriptor, 256, 0)
+        if not start[10:].startswith(header.encode()):
             os.close(descriptor)
             raise StoreError(
                 f"{path} does not hold {shard.tokens} tokens of {self.manifest.dtype}; {AGAIN}"

@@ -53,6 +53,18 @@ def edit(folder: Path, *keys: Any, value: Any) -> None:
     (folder / "manifest.json").write_text(json.dumps(raw), encoding="utf-8")
 
 
+def test_a_shard_that_the_disk_does_not_give_is_named(prepared: Path) -> None:
+    store = TokenStore.open(prepared)
+    store.tokens(0, 10)
+    (shard,) = list(store._files)
+    broken = os.open("/proc/self/mem", os.O_RDONLY)  # reading there is EIO
+    os.dup2(broken, store._files[shard])
+    os.close(broken)
+    with pytest.raises(OSError, match="Input/output error") as told:
+        store.tokens(0, 10)
+    assert told.value.filename == str(prepared / store.shards[shard].file)
+
+
 def test_stream_is_the_documents_in_order_each_after_bos(prepared: Path) -> None:
     tokenizer = Tokenizer.load(prepared / "tokenizer.model")
     texts = []

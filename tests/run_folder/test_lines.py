@@ -149,3 +149,10 @@ def test_a_pipe_in_place_of_the_records_is_told(path: Path) -> None:
     with pytest.raises(DamagedError, match="it is no plain file"):
         RecordWriter(path)
     assert read_records(path) == []
+
+
+def test_records_that_the_disk_does_not_give_are_named(path: Path) -> None:
+    path.symlink_to("/proc/self/mem")  # a plain file; reading there is EIO
+    with pytest.raises(OSError, match="Input/output error") as told:
+        read_records(path)
+    assert told.value.filename == str(path)
