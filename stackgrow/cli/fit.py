@@ -3,6 +3,8 @@
 python tools/fit_guidelines.py runs/410m_timing_* runs/1.1b_timing_* runs/3b_timing_* --out fit.json --plot fit.png
 python tools/fit_guidelines.py sweep.csv                   columns parameters, timing, flops, loss
 python tools/fit_guidelines.py runs/1.1b_factor_* --variable factor
+python tools/fit_guidelines.py runs/410m_750b_scratch runs/410m_750b_gstack --difference 8T    its Figure 6b
+python tools/fit_guidelines.py --predict 13B:2T --predict 70B:2T    the guideline's d, as in its Table 4
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 
 from stackgrow.cli.options import parser_of, quiet_at_closed_pipe
 from stackgrow.errors import RunError, disk_error
+from stackgrow.recipe.values import tokens
 from stackgrow.report.guideline_table import draw_fits, render_fits, render_toml
 from stackgrow.report.isoflop import (
     Fit,
@@ -26,6 +29,12 @@ from stackgrow.report.isoflop import (
     read_table,
     valleys,
 )
+from stackgrow.report.prediction import Target, fit_difference, predict
+from stackgrow.report.prediction_table import (
+    draw_differences,
+    render_differences,
+    render_predictions,
+)
 
 
 @quiet_at_closed_pipe
@@ -33,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument(
         "sources",
-        nargs="+",
+        nargs="*",
         type=Path,
         metavar="RUN",
         help="run folders, or CSV files of curves",
@@ -49,9 +58,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="draw the curves, the fit and the laws"
     )
+    parser.add_argument(
+        "--difference",
+        nargs="*",
+        type=amount,
+        metavar="TOKENS",
+        help="instead: a logarithm through the difference of losses from scratch and grown, and what it has at TOKENS",
+    )
+    parser.add_argument(
+        "--predict",
+        action="append",
+        default=[],
+        type=target,
+        metavar="N:D",
+        help="what the guideline and the fits have for N parameters and D tokens, such as 13B:2T",
+    )
     arguments = parser.parse_args(argv)
+    if not arguments.sources and not arguments.predict:
+        parser.error("give runs, or what to --predict")
     try:
-        fit(arguments)
+        if arguments.difference is not None:
+            difference(arguments)
+        else:
+            fit(arguments)
     except RunError as error:
         return _failed(error)
     except BrokenPipeError:
@@ -66,14 +95,41 @@ def _failed(error: RunError) -> int:
     return error.exit_code
 
 
-def fit(arguments: argparse.Namespace) -> None:
-    """Prints, and where asked for writes and draws, all that the sources tell."""
+def amount(given: str) -> int:
+    """``13B``, of tokens or parameters."""
+    return int(tokens().parse(given))
+
+
+def target(given: str) -> Target:
+    """``13B:2T``."""
+    parameters, _, amount_of_tokens = given.partition(":")
+    return Target(amount(parameters), amount(amount_of_tokens))
+
+
+def read_sources(arguments: argparse.Namespace) -> list[Run]:
     runs: list[Run] = []
     for source in arguments.sources:
         if source.is_dir():
             runs.append(read_run(source, arguments.variable))
         else:
             runs.extend(read_table(source, arguments.variable))
+    return runs
+
+
+def difference(arguments: argparse.Namespace) -> None:
+    """Prints, and where asked for writes, how the differences of losses go on."""
+    found = fit_difference(read_sources(arguments))
+    print(render_differences(found, arguments.difference))
+    if arguments.out:
+        plain = {"differences": [dataclasses.asdict(one) for one in found]}
+        arguments.out.write_text(json.dumps(plain, indent=2), encoding="utf-8")
+    if arguments.plot:
+        draw_differences(found, arguments.difference, arguments.plot)
+
+
+def fit(arguments: argparse.Namespace) -> None:
+    """Prints, and where asked for writes and draws, all that the sources tell."""
+    runs = read_sources(arguments)
     grown = [run for run in runs if run.at is not None]
     laws = {}
     for name, group in (
@@ -91,18 +147,23 @@ def fit(arguments: argparse.Namespace) -> None:
             timing = fit_timing(curves)
         except RunError as error:
             problem = str(error)
-    print(render_fits(curves, timing or problem, laws))
+    if runs:
+        print(render_fits(curves, timing or problem, laws))
     if timing:
         source = (
             f"{timing.points} valleys of {len(grown)} runs by tools/fit_guidelines.py"
         )
         print("\n" + render_toml(timing, curves, source))
+    predictions = [predict(wanted, timing, laws) for wanted in arguments.predict]
+    if predictions:
+        print(render_predictions(predictions))
     if arguments.out:
         plain = {
             "timing": dataclasses.asdict(timing) if timing else None,
             "problem": problem,
             "laws": {name: dataclasses.asdict(law) for name, law in laws.items()},
             "valleys": [dataclasses.asdict(valley) for valley in curves],
+            "predictions": [dataclasses.asdict(one) for one in predictions],
         }
         arguments.out.write_text(json.dumps(plain, indent=2), encoding="utf-8")
     if arguments.plot:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,9 +18,18 @@ import pytest
 import tomli
 from recipes_for_tests import RECIPE, edited, recipe_of
 
+from stackgrow.cli.fit import main
 from stackgrow.errors import DamagedError
 from stackgrow.report.guideline_table import render_fits, render_toml
-from stackgrow.report.isoflop import Run, fit_law, fit_timing, read_table, valleys
+from stackgrow.report.isoflop import (
+    Fit,
+    Run,
+    fit_law,
+    fit_timing,
+    read_table,
+    valleys,
+)
+from stackgrow.report.prediction import Target, fit_difference, predict
 
 TOOL = Path(__file__).parents[2] / "tools" / "fit_guidelines.py"
 TRUE = {"a": 0.88, "b": 163.27, "c": -5.74}
@@ -213,3 +225,76 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
     file.write_text("parameters,flops,loss\n1e9,1e20,2\n")
     with pytest.raises(DamagedError, match=r"sweep.csv:2: 'timing'"):
         read_table(file, "timing")
+
+
+def scratch_and_grown(noise: float = 0.0) -> list[Run]:
+    """Two losses that differ by 0.5 - 0.02 log10(C), each off by noise."""
+    rng = np.random.default_rng(0)
+    C = np.linspace(0.02, 1, 300) * 1.5e21
+    scratch = 2.6 * (C / 1e20) ** -0.05
+    grown = scratch - (0.5 - 0.02 * np.log10(C))
+    pair = []
+    for at, loss in ((None, scratch), (1e10, grown)):
+        noisy = loss + rng.normal(0, noise, len(C))
+        pair.append(Run(str(at), 3.08e8, at, C, noisy))
+    return pair
+
+
+def test_the_logarithm_of_a_difference_is_found_and_continued() -> None:
+    (found,) = fit_difference(scratch_and_grown())
+    assert (found.a, found.b) == pytest.approx((0.5, -0.02), rel=1e-3)
+    assert found.vanishes == pytest.approx(1e25, rel=0.02)
+    assert found.checked == pytest.approx(found.measured, abs=1e-5)
+    assert found.rms < 1e-5
+    (noisy,) = fit_difference(scratch_and_grown(noise=0.002))
+    assert noisy.at(1e22) == pytest.approx(0.5 - 0.02 * 22, abs=0.002)
+    assert noisy.rms == pytest.approx(0.002 * math.sqrt(2), rel=0.4)
+    with pytest.raises(DamagedError, match="from scratch and grown ones"):
+        fit_difference(scratch_and_grown()[:1])
+
+
+def test_predictions_are_those_of_table_4_and_of_the_laws() -> None:
+    for n, tokens, d in (
+        (8e9, 15e12, 6.58),
+        (7e9, 2e12, 11.11),
+        (13e9, 2e12, 15.84),
+        (70e9, 2e12, 42.48),
+    ):
+        assert round(predict(Target(n, tokens)).timing / 1e9, 2) == d
+    laws = {
+        name: Fit({"a": a, "b": -0.05}, {}, 4)
+        for name, a in (("scratch", 25.0), ("grown", 24.5))
+    }
+    found = predict(Target(13e9, 2.6e11), None, laws)
+    assert found.loss == pytest.approx(25 * found.target.flops**-0.05)
+    assert found.speed_up == pytest.approx((25 / 24.5) ** 20 - 1)
+
+
+def test_the_tool_predicts_and_continues_a_difference(tmp_path: Path) -> None:
+    table, out = tmp_path / "pair.csv", tmp_path / "out.json"
+    with table.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["parameters", "timing", "flops", "loss"])
+        for run in scratch_and_grown():
+            for flops, loss in zip(run.flops, run.loss, strict=True):
+                writer.writerow([run.parameters, run.at or "", flops, loss])
+    plot = tmp_path / "difference.png"
+    printed = told(
+        str(table), "--difference", "750B", "8T", "--out", str(out), "--plot", str(plot)
+    )
+    expected = 0.5 - 0.02 * math.log10(6 * 3.08e8 * 8e12)
+    assert f"at 8T tokens: {expected:+.4f}" in printed
+    assert json.loads(out.read_text())["differences"][0]["b"] == pytest.approx(
+        -0.02, rel=1e-3
+    )
+    assert plot.stat().st_size > 1000
+    printed = told("--predict", "13B:2T", "--predict", "70B:2T")
+    assert re.search(r"13B +2T +1.56e\+23 +15.84B +-", printed)
+    assert "42.48B" in printed
+
+
+def told(*arguments: str) -> str:
+    """What the tool prints."""
+    with io.StringIO() as output, contextlib.redirect_stdout(output):
+        assert main(arguments) == 0
+        return output.getvalue()
