@@ -23,10 +23,13 @@ import torch
 from growth_for_tests import apply, assert_same, weights
 from torch import Tensor, nn
 
-from stackgrow.growth.depth import interleave_map
+from stackgrow.growth.depth import depth_rules, interleave_map, stack_map
 from stackgrow.growth.learned import HyperNetwork, initial_network, learned_rules
+from stackgrow.growth.width import split_rules
 from stackgrow.growth.zero import zero_depth_rules
+from stackgrow.plan.resolve import make_plan
 from stackgrow.recipe.keys import Model
+from stackgrow.recipe.load import load_recipe
 
 PRTS = Path(os.environ.get("PRTS", "prts"))
 pytestmark = pytest.mark.skipif(
@@ -75,7 +78,7 @@ def modules_come_and_go() -> Iterator[None]:
     before = dict(sys.modules)
     yield
     for name in sys.modules.keys() - before.keys():
-        if name.split(".")[0] in ("official", "higher", "jsonargparse"):
+        if name.split(".")[0] in ("official", "higher", "jsonargparse", "lit_gpt"):
             del sys.modules[name]
 
 
@@ -173,6 +176,104 @@ def test_folded_ligo_is_the_official_codes(target: Model) -> None:
         torch.testing.assert_close(
             weight, of_lit(theirs, name), rtol=1e-4, atol=1e-5, msg=name
         )
+
+
+@pytest.mark.parametrize("order", [stack_map(2, 8), interleave_map(2, 8)])
+def test_stack_is_the_official_codes_bit_for_bit(
+    order: list[int], tmp_path: Path
+) -> None:
+    class Captured:
+        """In the place of the model that the official code fills."""
+
+        def __init__(self, config: object):
+            self.state: dict[str, Tensor] = {}
+
+        def load_state_dict(self, state: dict[str, Tensor]) -> None:
+            self.state = state
+
+    small = weights(SOURCE)
+    torch.save({"model": lit_state(small)}, tmp_path / "small.pth")
+    official_modules(GPT=Captured, Config=SimpleNamespace(from_name=str))
+    stack = load("prts_lit/scaling/stackingpt.py", "official.scaling.stackingpt")
+    config = SimpleNamespace(
+        src_init_path=tmp_path / "small.pth",
+        stacking_list=order,
+        trg_config_name="",
+        embd_name="wte",
+        ln_name="ln_f",
+        head_name="lm_head",
+        layer_name="h",
+    )
+    theirs = stack.Stackingpt.from_pretrained(config).state
+    deep = replace(SOURCE, n_layers=8)
+    grown = apply(depth_rules(order, SOURCE, deep), small)
+    assert_same(grown, {name: of_lit(theirs, name) for name in deep.tensors()})
+
+
+def test_split_copies_the_same_channels_but_shares_them_unevenly() -> None:
+    """The official code gives every copy of a column the same share, where the paper's text says uneven ones; both add
+    up to the source."""
+    wide = replace(SOURCE, dim=64, n_heads=8, n_kv_heads=8, ffn_dim=96)
+    small = weights(SOURCE)
+    grown = apply(split_rules(SOURCE, wide, seed=0, norm="copied"), small)
+    expand = load("prts_lit/utils/other.py", "official.other").expand_tensor
+
+    def theirs(weight: Tensor, *shapes: tuple[int, ...]) -> Tensor:
+        """Columns first, then rows, as bert2bert.py goes about it."""
+        for shape in shapes:
+            is_fan_in = weight.dim() == 2 and shape[1] != weight.shape[1]
+            is_linear = is_fan_in and weight.shape[0] != SOURCE.vocab_size
+            (dim,) = (i for i, size in enumerate(shape) if size != weight.shape[i])
+            extra = torch.arange(shape[dim] - weight.shape[dim]) % weight.shape[dim]
+            weight = expand(weight, torch.Size(shape), extra, is_linear, "cpu")
+        return weight
+
+    for name, shapes in {
+        "tok_embeddings.weight": [(53, 64)],
+        "norm.weight": [(64,)],
+        "layers.0.ffn_norm.weight": [(64,)],
+    }.items():
+        assert torch.equal(grown[name], theirs(small[name].clone(), *shapes))
+    for name, shapes in {
+        "layers.0.feed_forward.w1.weight": [(48, 64), (96, 64)],
+        "layers.1.feed_forward.w2.weight": [(32, 96), (64, 96)],
+    }.items():
+        even = theirs(small[name].clone(), *shapes)
+        old = small[name].shape[1]
+        torch.testing.assert_close(
+            grown[name][:, :old] + grown[name][:, old:], even[:, :old] + even[:, old:]
+        )
+        assert torch.equal(even[:, :old], even[:, old:])
+        assert not torch.equal(grown[name], even)
+
+
+def test_the_mask_of_a_deeper_model_rises_as_the_official_codes() -> None:
+    names = ("GPT", "Block", "RMSNorm", "FusedRMSNorm")
+    official_modules(**dict.fromkeys(names, nn.Identity))
+    module = load("prts_lit/scaling/msg.py", "official.scaling.msg")
+    mask = module.MsgMask(32, 64, 48, 96, grow_step=5000)
+    recipe = Path(__file__).parents[2] / "recipes/operators/1.1b_random_depth.toml"
+    stage = make_plan(load_recipe(recipe), recipe).train_stages[-1]
+    for step in (1, 1250, 4999, 5000, 6000):
+        mask.curr_step = step
+        value = mask.getfullmask(torch.float64, "cpu").unique()
+        assert value.item() == pytest.approx(stage.mask_value(step))
+
+
+def official_modules(**contents: object) -> None:
+    """What its files import from beside them, lit_gpt's ``contents`` among it."""
+    for name in ("official", "official.scaling"):
+        empty_module(name)
+    for name in ("lit_gpt", "lit_gpt.model", "lit_gpt.rmsnorm"):
+        empty_module(name, **contents)
+    utils = load("prts_lit/utils/other.py", "official.other")
+    configs = ("StackingptConfig", "MsgConfig")
+    helpers = ("get_partition", "get_submodules", "find_moduleList")
+    empty_module(
+        "official.utils",
+        **dict.fromkeys(configs, SimpleNamespace),
+        **{name: getattr(utils, name) for name in helpers},
+    )
 
 
 def official_ligo(small: dict[str, Tensor], target: Model) -> Any:

@@ -251,6 +251,15 @@ def test_the_promised_run() -> None:
     )
 
 
+def test_a_long_warm_up_is_told() -> None:
+    """The paper's base of 10B tokens has one; the run from scratch has not."""
+    notes = plan("paper/1.1b_100b_gstack.toml").notes
+    told = "stage-0-train-6L: its warm-up takes 3,000 of its 4,768 steps, 63%, more than a fifth"
+    assert [note for note in notes if note.startswith(told)]
+    scratch = plan("paper/1.1b_100b_scratch.toml").notes
+    assert not [note for note in scratch if "warm-up takes" in note]
+
+
 def test_the_promised_run_is_planned_in_two_seconds() -> None:
     command = [
         sys.executable,
@@ -351,15 +360,27 @@ def test_operator_recipes_grow_as_they_are_named(setting: str) -> None:
 
 def test_operators_have_the_settings_of_the_official_code() -> None:
     """tongxuluo/prts: the mask of G_random rises in 5000 steps, a split copies norms; LiGO's author's rates (issue 2)."""
-    for name in ("1.1b_random_depth", "1.1b_random_width"):
+    for name in (
+        "1.1b_random_depth",
+        "1.1b_random_width",
+        "1.1b_50b_random_depth",
+        "1.1b_50b_random_width",
+    ):
         masked = plan(f"operators/{name}.toml").train_stages[-1]
         assert [masked.mask_value(step) for step in (2500, 5000)] == [0.5, 1.0]
-    for name in ("1.1b_direct_width", "1.1b_direct_width_noise", "small_direct_width"):
+    for name in (
+        "1.1b_direct_width",
+        "1.1b_direct_width_noise",
+        "1.1b_50b_direct_width",
+        "small_direct_width",
+    ):
         (grow,) = plan(f"operators/{name}.toml").growths
         assert (grow.operator, grow.norm) == ("split", "copied")
     for name in (
         "1.1b_learn_depth",
         "1.1b_learn_width",
+        "1.1b_50b_learn_depth",
+        "1.1b_50b_learn_width",
         "small_learn_depth",
         "small_learn_width",
     ):
