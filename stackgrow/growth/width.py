@@ -57,8 +57,8 @@ def split_rules(
     """G_direct widthwise (eqs. 4-11): E' = E R, W' = L W R, mu' = sqrt(d)/sqrt(D) [mu, mu_copied].
 
     Channel j copies channel j mod d, so that D need not be a multiple of d. R splits: the columns that copy one
-    source column take uneven shares of it, alpha + beta = 1, seeded per tensor (the official code's are even). Heads are
-    copied whole, and with the key/value head that they read; head_dim must stay: a copied channel pair would rotate at
+    source column take uneven shares of it, alpha + beta = 1, seeded per tensor (in the official code, even ones). Heads
+    are copied whole, and with the key/value head that they read; head_dim must stay: a copied pair would rotate at
     another frequency.
 
     All but RMSNorm preserves the function. Given x' = x R, each norm returns c(x) RMSNorm(x) R, where
