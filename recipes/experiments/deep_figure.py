@@ -3,6 +3,7 @@
     python recipes/experiments/deep_figure.py deep_24x32 --figure recipes/figures/deep_24x32.png
     python recipes/experiments/deep_figure.py deep_24x32 --loss train   # no text is seen twice: held out, too
     python recipes/experiments/deep_figure.py deep_24x32 --sweep        # the learning rates that were tried
+    python recipes/experiments/deep_figure.py deep_8x32 deep_16x32 deep_24x32 --figure recipes/figures/deep_depth.png
     python recipes/experiments/deep_figure.py --keep runs/deep_24x32_stack-1 ...       # a run's records -> results/
 
 How a saving is found. Losses, from the target model's 100th step on (its warm-up), are smoothed: straight lines in
@@ -25,24 +26,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from stackgrow.report.statistics import student_t
+from stackgrow.run_folder.folder import METRICS, VALIDATION, RunFolder
+from stackgrow.run_folder.lines import read_records
+
 RESULTS = Path(__file__).parent / "results"
 SPAN = 0.25  # of log FLOPs: from 1 / 1.28 to 1.28 times as many
 FEWEST = 5  # records that a line is drawn through
 SETTLED = 100  # steps of the target model: its warm-up
-POINTS = 6  # in the table
-T95 = {
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-}  # Student's t, two-sided, by number of seeds
-FILES = {"validation": "validation", "train": "metrics"}
+POINTS = 6  # in a table
+FINE = 60  # in a picture
+SEEDS_FOR_INTERVAL = 3
+VOCABULARY = 2048
+OPERATORS = ("stack", "interleave", "zero", "random", "learn")
+COLORS = {
+    "stack": "C0",
+    "interleave": "C1",
+    "zero": "C2",
+    "random": "C4",
+    "learn": "C5",
+}
+FILES = {"validation": VALIDATION, "train": METRICS}
+KEPT = "The records of a run, without its checkpoints and the texts that its provenance names."
 
 
 class Curve(NamedTuple):
-    """The validation losses of one run's target model, and its tokens, over FLOPs; the base's are counted."""
+    """The losses of one run's last stage, and its tokens, over FLOPs; those of the stages before are counted."""
 
     flops: np.ndarray
     tokens: np.ndarray
@@ -51,62 +60,41 @@ class Curve(NamedTuple):
     def smoothed(self, flops: float) -> tuple[float, float]:
         """The loss there, and the standard error of it from the scatter around the line."""
         x = np.log(self.flops / flops)
-        near = np.abs(x) <= max(SPAN, np.sort(np.abs(x))[min(FEWEST, len(x)) - 1])
+        distance = np.abs(x)
+        fewest = np.sort(distance)[min(FEWEST, len(x)) - 1]
+        near = distance <= max(SPAN, fewest)
         design = np.stack([np.ones(near.sum()), x[near]], axis=1)
         inverse = np.linalg.inv(design.T @ design)
         fitted = inverse @ design.T @ self.loss[near]
         scatter = self.loss[near] - design @ fitted
-        return float(fitted[0]), float(
-            np.sqrt(inverse[0, 0] * (scatter @ scatter) / (near.sum() - 2))
-        )
+        variance = (scatter @ scatter) / (near.sum() - 2)
+        return float(fitted[0]), float(np.sqrt(inverse[0, 0] * variance))
+
+    def slope(self, flops: float) -> float:
+        """How the smoothed loss falls there with the logarithm of FLOPs."""
+        step = 1.1
+        above, _ = self.smoothed(flops * step)
+        below, _ = self.smoothed(flops / step)
+        return (above - below) / (2 * np.log(step))
 
     def first(self, loss: float) -> tuple[float, float]:
-        """The FLOPs at which the smoothed loss first is ``loss``, and the standard error of their logarithm."""
+        """The FLOPs at which the smoothed loss first is ``loss``, and the standard error of their logarithm; NaN
+        where it never is, or is before the curve begins."""
         grid = np.geomspace(self.flops[0], self.flops[-1], 400)
-        values = np.array([self.smoothed(f)[0] for f in grid])
+        values = np.array([self.smoothed(flops)[0] for flops in grid])
         below = np.flatnonzero(values <= loss)
-        if not below.size or below[0] == 0:  # never, or before the curve begins
+        if not below.size or below[0] == 0:
             return np.nan, np.nan
         i = below[0]
         share = (values[i - 1] - loss) / (values[i - 1] - values[i])
-        slope = (self.smoothed(grid[i] * 1.1)[0] - self.smoothed(grid[i] / 1.1)[0]) / (
-            2 * np.log(1.1)
-        )
         found = float(grid[i - 1] * (grid[i] / grid[i - 1]) ** share)
-        return found, abs(self.smoothed(found)[1] / slope) if np.isfinite(
-            slope
-        ) else np.nan
-
-
-def read(name: str, loss: str = "validation", folder: Path = RESULTS) -> Curve:
-    rows = [
-        json.loads(line)
-        for line in (folder / f"{name}.{FILES[loss]}.jsonl").read_text().splitlines()
-    ]
-    last = rows[-1]["stage"]
-    rows = [row for row in rows if row["stage"] == last and row["step"] >= SETTLED]
-    return Curve(
-        *(
-            np.array([row[key] for row in rows], float)
-            for key in ("flops", "tokens", "loss")
-        )
-    )
-
-
-def seeds(name: str, folder: Path = RESULTS) -> list[str]:
-    """The seeds of a recipe of which records are kept; those of the sweep, SEED-lrRATE, are none."""
-    files = folder.glob(f"{name}-*.validation.jsonl")
-    return sorted(
-        (
-            s
-            for f in files
-            if (s := f.name.split(".")[0].removeprefix(f"{name}-")).isdigit()
-        ),
-        key=int,
-    )
+        _, error = self.smoothed(found)
+        return found, abs(error / self.slope(found))
 
 
 class Saving(NamedTuple):
+    """What was saved where the baseline has had so many ``tokens``; ``each``: by each seed."""
+
     tokens: float
     mean: float
     low: float
@@ -114,6 +102,46 @@ class Saving(NamedTuple):
     seeds: int
     each: list[float]
     loss: float
+
+
+class Compared(NamedTuple):
+    """The runs of one operator and their baselines, seed by seed."""
+
+    seeds: list[str]
+    scratch: list[Curve]
+    grown: list[Curve]
+
+    def savings(self, points: int) -> list[Saving]:
+        """At ``points`` numbers of tokens, evenly from the first settled loss to the end of the shortest baseline."""
+        top = min(curve.tokens[-1] for curve in self.scratch)
+        grid = np.linspace(self.scratch[0].tokens[0], top, points)
+        return list(savings(self.scratch, self.grown, grid))
+
+
+def records(run: str, loss: str) -> list[dict[str, Any]]:
+    """Those of the last stage that has any."""
+    of_stages = [
+        read_records(stage.record_file(FILES[loss]))
+        for stage in RunFolder(RESULTS / run).stages()
+    ]
+    return [rows for rows in of_stages if rows][-1]
+
+
+def read(run: str, loss: str = "validation") -> Curve:
+    rows = [row for row in records(run, loss) if row["step"] >= SETTLED]
+    columns = []
+    for key in ("flops", "tokens", "loss"):
+        columns.append(np.array([row[key] for row in rows], float))
+    flops, tokens, losses = columns
+    return Curve(flops, tokens, losses)
+
+
+def seeds(recipe: str) -> list[str]:
+    """The seeds of a recipe of which records are kept; those of the sweep, SEED-lrRATE, are none."""
+    endings = [
+        run.name.removeprefix(f"{recipe}-") for run in RESULTS.glob(f"{recipe}-*")
+    ]
+    return sorted((ending for ending in endings if ending.isdigit()), key=int)
 
 
 def savings(
@@ -126,80 +154,84 @@ def savings(
             flops = float(np.interp(count, base.tokens, base.flops))
             loss, error = base.smoothed(flops)
             other, other_error = run.first(loss)
-            slope = (base.smoothed(flops * 1.1)[0] - base.smoothed(flops / 1.1)[0]) / (
-                2 * np.log(1.1)
-            )
             logs.append(np.log(flops / other))
-            errors.append(np.hypot(error / slope, other_error))
+            errors.append(np.hypot(error / base.slope(flops), other_error))
             losses.append(loss)
         if not np.all(np.isfinite(logs)):
             continue
-        n, mean = len(logs), float(np.mean(logs))
-        half = (
-            T95[n] * np.std(logs, ddof=1) / np.sqrt(n)
-            if n in T95
-            else 1.96 * float(np.mean(errors))
-        )
-        low, middle, high = (
-            float(np.expm1(v)) for v in (mean - half, mean, mean + half)
-        )
+        mean = float(np.mean(logs))
+        half = _half_of_interval(logs, errors)
         yield Saving(
-            count,
-            middle,
-            low,
-            high,
-            n,
-            [float(np.expm1(v)) for v in logs],
-            float(np.mean(losses)),
+            tokens=count,
+            mean=float(np.expm1(mean)),
+            low=float(np.expm1(mean - half)),
+            high=float(np.expm1(mean + half)),
+            seeds=len(logs),
+            each=[float(np.expm1(value)) for value in logs],
+            loss=float(np.mean(losses)),
         )
+
+
+def _half_of_interval(logs: Sequence[float], errors: Sequence[float]) -> float:
+    """Of 95%: by the spread between seeds, or, with too few, by the noise within the runs."""
+    count = len(logs)
+    if count < SEEDS_FOR_INTERVAL:
+        return 1.96 * float(np.mean(errors))
+    spread = float(np.std(logs, ddof=1))
+    return float(student_t(count - 1)) * spread / np.sqrt(count)
 
 
 def parameters(family: str) -> int:
     """Non-embedding parameters of the target, from FLOPs per token: 6 (N + head)."""
-    row = json.loads(
-        (RESULTS / f"{family}_scratch-1.metrics.jsonl").read_text().splitlines()[-1]
-    )
-    return round(row["flops"] / row["tokens"] / 6) - 2048 * int(family.split("x")[1])
+    row = records(f"{family}_scratch-1", "train")[-1]
+    width = int(family.split("x")[1])
+    return round(row["flops"] / row["tokens"] / 6) - VOCABULARY * width
 
 
-def compare(family: str, loss: str, figure: Path | None) -> None:
-    n, found = parameters(family), {}
-    for operator in ("stack", "interleave", "zero", "random", "learn"):
-        pairs = [
-            s for s in seeds(f"{family}_{operator}") if s in seeds(f"{family}_scratch")
-        ]
-        if not pairs:
+def compared(family: str, operator: str, loss: str) -> Compared | None:
+    """The seeds of which both runs are kept; None where there is none."""
+    baselines = seeds(f"{family}_scratch")
+    pairs = [seed for seed in seeds(f"{family}_{operator}") if seed in baselines]
+    if not pairs:
+        return None
+    scratch = [read(f"{family}_scratch-{seed}", loss) for seed in pairs]
+    grown = [read(f"{family}_{operator}-{seed}", loss) for seed in pairs]
+    return Compared(seeds=pairs, scratch=scratch, grown=grown)
+
+
+def kind_of_interval(count: int) -> str:
+    if count >= SEEDS_FOR_INTERVAL:
+        return "95%, Student's t"
+    return "noise within the runs alone, none over seeds"
+
+
+def tell(family: str, loss: str) -> dict[str, Compared]:
+    """Prints a table for each operator; returns what it is of."""
+    all_compared = {}
+    size = parameters(family)
+    for operator in OPERATORS:
+        runs = compared(family, operator, loss)
+        if runs is None:
             continue
-        scratch, grown = (
-            [read(f"{family}_{which}-{s}", loss) for s in pairs]
-            for which in ("scratch", operator)
-        )
-        top = min(curve.tokens[-1] for curve in scratch)
-        grid = np.linspace(scratch[0].tokens[0], top, 60)
-        found[operator] = (scratch, grown, list(savings(scratch, grown, grid)))
+        all_compared[operator] = runs
+        names = ", ".join(runs.seeds)
         print(
-            f"\n{family}_{operator} against {family}_scratch, seeds {', '.join(pairs)}; {loss} loss, smoothed"
+            f"\n{family}_{operator} against {family}_scratch, seeds {names}; {loss} loss, smoothed"
         )
-        interval = (
-            "95%"
-            if len(pairs) in T95
-            else "noise within the runs alone, no interval over seeds"
-        )
+        interval = kind_of_interval(len(runs.seeds))
         print(
             f"{'tokens':>8} {'/ parameter':>11} {'loss':>7} {'saved':>7}   {interval}; each seed"
         )
-        spaced = savings(scratch, grown, np.linspace(grid[0], top, POINTS + 1))
-        for s in spaced:
-            each = " ".join(f"{e:+.0%}" for e in s.each)
+        for saving in runs.savings(POINTS + 1):
+            each = " ".join(f"{value:+.0%}" for value in saving.each)
             print(
-                f"{s.tokens / 1e6:7.2f}M {s.tokens / n:11.1f} {s.loss:7.4f} {s.mean:+7.0%}   "
-                f"{s.low:+.0%} to {s.high:+.0%}; {each}"
+                f"{saving.tokens / 1e6:7.2f}M {saving.tokens / size:11.1f} {saving.loss:7.4f} "
+                f"{saving.mean:+7.0%}   {saving.low:+.0%} to {saving.high:+.0%}; {each}"
             )
-    if figure and found:
-        draw(family, loss, n, found, figure)
+    return all_compared
 
 
-def draw(family: str, loss: str, n: int, found: dict[str, Any], file: Path) -> None:
+def two_panels() -> tuple[Any, Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -211,118 +243,132 @@ def draw(family: str, loss: str, n: int, found: dict[str, Any], file: Path) -> N
     picture, (left, right) = pyplot.subplots(
         1, 2, figsize=(9, 3.4), layout="constrained"
     )
-    colors = {
-        "stack": "C0",
-        "interleave": "C1",
-        "zero": "C2",
-        "random": "C4",
-        "learn": "C5",
-    }
-    for curve in next(iter(found.values()))[0]:
-        left.plot(curve.flops, curve.loss, color="0.35", lw=1, label="from scratch")
-    for operator, (_, grown, saved) in found.items():
-        for curve in grown:
-            left.plot(
-                curve.flops,
-                curve.loss,
-                color=colors[operator],
-                lw=1,
-                label=f"{operator}, base included",
-            )
-        x, low, mean, high = np.array(
-            [(s.tokens / n, s.low, s.mean, s.high) for s in saved]
-        ).T
-        count = saved[0].seeds
-        shown = "95%, Student's t" if count in T95 else "noise within runs"
-        label = f"{operator}, {count} seed{'s' * (count > 1)}; band: {shown}"
-        right.plot(x, 100 * mean, color=colors[operator], label=label)
-        right.fill_between(
-            x, 100 * low, 100 * high, color=colors[operator], alpha=0.2, lw=0
+    return picture, left, right
+
+
+def draw_savings(axes: Any, runs: Compared, size: int, color: str, label: str) -> None:
+    """The mean over seeds with its band, and each seed as a thin line, against tokens per parameter."""
+    found = runs.savings(FINE)
+    if not found:
+        return
+    x = [saving.tokens / size for saving in found]
+    low = [100 * saving.low for saving in found]
+    high = [100 * saving.high for saving in found]
+    count = len(runs.seeds)
+    text = f"{label}, {count} seed{'s' * (count > 1)}\nband: {kind_of_interval(count)}"
+    axes.plot(x, [100 * saving.mean for saving in found], color=color, label=text)
+    axes.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
+    if count > 1:
+        for i in range(count):
+            seed = [100 * saving.each[i] for saving in found]
+            axes.plot(x, seed, color=color, lw=0.5, alpha=0.6)
+
+
+def draw(family: str, loss: str, all_compared: dict[str, Compared], file: Path) -> None:
+    """Losses over FLOPs, and what was saved over tokens per parameter."""
+    picture, left, right = two_panels()
+    labelled = set()
+
+    def line(curve: Curve, color: str, label: str) -> None:
+        left.plot(
+            curve.flops,
+            curve.loss,
+            color=color,
+            lw=1,
+            label=None if label in labelled else label,
         )
-        if count > 1:
-            for i in range(count):
-                right.plot(
-                    x,
-                    [100 * s.each[i] for s in saved],
-                    color=colors[operator],
-                    lw=0.5,
-                    alpha=0.6,
-                )
+        labelled.add(label)
+
+    for curve in next(iter(all_compared.values())).scratch:
+        line(curve, "0.35", "from scratch")
+    for operator, runs in all_compared.items():
+        for curve in runs.grown:
+            line(curve, COLORS[operator], f"{operator}, base included")
+        draw_savings(right, runs, parameters(family), COLORS[operator], operator)
     left.set(
         xscale="log",
         xlabel="FLOPs, 6 N D",
         ylabel=f"{loss} loss",
-        title=f"{family}: 6 -> 24 layers",
+        title=f"{family}: growth by four in depth",
     )
-    handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
-    left.legend(handles.values(), handles.keys(), frameon=False)
-    right.axhline(0, color="0.35", lw=1)
-    right.set(
+    left.legend(frameon=False)
+    finish_savings(right, loss)
+    picture.savefig(file, dpi=150)
+
+
+def draw_depths(families: Sequence[str], loss: str, file: Path) -> None:
+    """What stacking saved at several depths: over tokens per parameter, and over the baseline's tokens."""
+    picture, left, right = two_panels()
+    for number, family in enumerate(families):
+        runs = compared(family, "stack", loss)
+        if runs is None:
+            continue
+        layers = family.removeprefix("deep_").split("x")[0]
+        label = f"{int(layers) // 4} -> {layers} layers"
+        draw_savings(left, runs, parameters(family), f"C{number}", label)
+        draw_savings(right, runs, 10**6, f"C{number}", label)
+    finish_savings(left, loss)
+    finish_savings(right, loss)
+    right.set(xlabel="the baseline's tokens, millions", ylabel="")
+    picture.savefig(file, dpi=150)
+
+
+def finish_savings(axes: Any, loss: str) -> None:
+    axes.axhline(0, color="0.35", lw=1)
+    axes.set(
         xlabel="the baseline's tokens per non-embedding parameter",
         ylabel="FLOPs(scratch) / FLOPs(grown) - 1, %",
+        title=f"saved at equal {loss} loss",
     )
-    right.set(title=f"saved at equal {loss} loss")
-    right.legend(frameon=False)
-    picture.savefig(file, dpi=150)
+    axes.legend(frameon=False)
 
 
 def sweep(family: str) -> None:
     """The learning rates that were tried: validation loss at the most FLOPs that all of them have."""
     for operator in ("scratch", "stack"):
-        names = sorted(
-            f.name.removesuffix(".validation.jsonl")
-            for f in RESULTS.glob(f"{family}_{operator}-*-lr*.val*")
-        )
-        if not names:
+        curves = {}
+        for run in RESULTS.glob(f"{family}_{operator}-*-lr*"):
+            rate = run.name.split("-lr")[1]
+            rows = records(run.name, "validation")
+            curves[rate] = [(row["flops"], row["loss"]) for row in rows]
+        if not curves:
             continue
-        curves = {name: last_losses(name) for name in names}
-        flops = min(f[-1] for f, _ in curves.values())
-        print(f"{family}_{operator}: validation loss at {flops:.3g} FLOPs")
-        for name, (f, loss) in sorted(
-            curves.items(), key=lambda item: float(item[0].split("-lr")[1])
-        ):
-            print(f"  {name.split('-lr')[1]:>7}  {loss[f <= flops][-1]:.4f}")
+        most = min(rows[-1][0] for rows in curves.values())
+        print(f"{family}_{operator}: validation loss at {most:.3g} FLOPs")
+        for rate in sorted(curves, key=float):
+            reached = [loss for flops, loss in curves[rate] if flops <= most]
+            print(f"  {rate:>7}  {reached[-1]:.4f}")
 
 
-def last_losses(name: str) -> tuple[np.ndarray, np.ndarray]:
-    rows = [
-        json.loads(line)
-        for line in (RESULTS / f"{name}.validation.jsonl").read_text().splitlines()
-    ]
-    rows = [row for row in rows if row["stage"] == rows[-1]["stage"]]
-    return np.array([row["flops"] for row in rows]), np.array(
-        [row["loss"] for row in rows]
+def keep(run: RunFolder) -> None:
+    """Copies the recipe as run, the records of every stage, and of the provenance what a reader needs."""
+    kept = RunFolder(RESULTS / run.path.name)
+    shutil.rmtree(kept.path, ignore_errors=True)
+    kept.path.mkdir()
+    shutil.copyfile(run.recipe_file, kept.recipe_file)
+    # The texts are whole files: of the recipe, which is kept as run, and of the packages.
+    provenance = run.provenance()
+    del provenance["texts"]
+    provenance["kept"] = KEPT
+    kept.provenance_file.write_text(
+        json.dumps(provenance, indent=1) + "\n", encoding="utf-8"
     )
-
-
-def keep(run: Path) -> None:
-    """Records of all stages in their order, the recipe as run, and of its provenance what a reader needs."""
-    stages = sorted(
-        (s for s in run.glob("stage-*") if (s / "metrics.jsonl").exists()),
-        key=lambda s: s.name,
-    )
-    for kind in FILES.values():
-        text = "".join(
-            (stage / f"{kind}.jsonl").read_text()
-            for stage in stages
-            if (stage / f"{kind}.jsonl").exists()
-        )
-        (RESULTS / f"{run.name}.{kind}.jsonl").write_text(text)
-    shutil.copyfile(run / "recipe.toml", RESULTS / f"{run.name}.recipe")
-    provenance = json.loads((run / "provenance.json").read_text())
-    del provenance[
-        "texts"
-    ]  # whole files: of the recipe, which is kept as run, and of the packages
-    (RESULTS / f"{run.name}.provenance.json").write_text(
-        json.dumps(provenance, indent=1) + "\n"
-    )
+    for stage in run.stages():
+        for name in FILES.values():
+            if not stage.record_file(name).exists():
+                continue
+            target = kept.stage(stage.name).record_file(name)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(stage.record_file(name), target)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("family", nargs="?", help="such as deep_24x32")
+    parser.add_argument(
+        "families", nargs="*", help="such as deep_24x32; several: what depth changes"
+    )
     parser.add_argument("--figure", type=Path, help="picture to write")
     parser.add_argument(
         "--loss", choices=FILES, default="validation", help="default: validation"
@@ -340,11 +386,16 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     for run in arguments.keep:
-        keep(run)
-    if arguments.family and arguments.sweep:
-        sweep(arguments.family)
-    elif arguments.family:
-        compare(arguments.family, arguments.loss, arguments.figure)
+        keep(RunFolder(run))
+    for family in arguments.families:
+        if arguments.sweep:
+            sweep(family)
+            continue
+        all_compared = tell(family, arguments.loss)
+        if arguments.figure and len(arguments.families) == 1 and all_compared:
+            draw(family, arguments.loss, all_compared, arguments.figure)
+    if arguments.figure and len(arguments.families) > 1:
+        draw_depths(arguments.families, arguments.loss, arguments.figure)
     return 0
 
 
