@@ -270,6 +270,20 @@ def test_benchmarks_are_those_of_the_last_checkpoint(runs: list[Path]) -> None:
     }
 
 
+def test_the_papers_other_means_are_shown_where_a_record_has_them(
+    runs: list[Path],
+) -> None:
+    run = RunFolder(runs[1])
+    record = {"stage": "s", "step": 60, "tokens": 61440, "tasks": {}}
+    record |= {"seven_task_mean": None, "ten_task_mean": 0.5, "table_6_mean": 0.25}
+    write_evaluation(run.eval_file("s-step-60"), record | {"table_7_mean": 0.125})
+    assert compare(runs).evaluations[runs[1].name] == {
+        "mean of ten": Score(0.5),
+        "mean of Table 6": Score(0.25),
+        "mean of Table 7": Score(0.125),
+    }
+
+
 @pytest.mark.parametrize(
     "record",
     [5, {"tasks": 5}, {"tokens": 1, "step": 1, "tasks": {"sciq": {"acc": "high"}}}],
