@@ -10,8 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from stackgrow import seal
+from stackgrow.run_folder import folder
+
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "stackgrow"
+TESTS = REPOSITORY / "tests"
 # From the top floor down: a room imports only rooms that stand after it.
 ROOMS = [
     "cli",
@@ -37,6 +41,36 @@ ONLY = {
     "recipe": {"text", "errors"},
     "seal": {"errors"},
     "process": {"seal", "text", "errors"},
+}
+# Names of a run's files that are no other thing's; a literal that is one of them spells it a second time.
+RUN_FILES = {
+    folder.PROVENANCE,
+    folder.REQUIREMENTS,
+    folder.LEDGER,
+    folder.LOCK,
+    folder.REPORT,
+    folder.RECIPE,
+    folder.STAGE_FILE,
+    folder.FOUND,
+    folder.GROWTH,
+    folder.METRICS,
+    folder.VALIDATION,
+    folder.DONE,
+    seal.MANIFEST,
+}
+# Words that mean other things too: they spell a run's folder where a path is put together with them.
+RUN_FOLDERS = {
+    folder.EVAL,
+    folder.LOGS,
+    folder.TENSORBOARD,
+    folder.CHECKPOINT,
+    folder.QUARANTINE,
+}
+MAY_SPELL = {
+    "stackgrow/run_folder/folder.py": "the one place",
+    "stackgrow/seal/files.py": "seals and quarantine, which are not of runs alone",
+    "tests/e2e/test_audit.py": "what an audit prints, as a user reads it",
+    "tests/seal/test_files.py": "folders of its own: a seal knows no runs",
 }
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 NO_TOKENS = {
@@ -121,6 +155,61 @@ def circles() -> list[str]:
         return seen
 
     return [module for module in needs if module in reached(module)]
+
+
+def spelled(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Lines that spell the name of a run's file or folder, and the name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            name = _literal(node.right)
+            if name.split("/")[0] in RUN_FOLDERS:
+                yield node.lineno, name
+        elif isinstance(node, ast.Constant) and node.value in RUN_FILES:
+            yield node.lineno, str(node.value)
+
+
+def _literal(node: ast.expr) -> str:
+    """The text of a literal, of an f-string what stands between its values; "" for anything else."""
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    text = ""
+    for part in parts:
+        if isinstance(part, ast.Constant) and isinstance(part.value, str):
+            text += part.value
+    return text
+
+
+def without_assertion() -> list[str]:
+    """Tests that assert nothing, neither themselves nor in a function of tests/ that they call."""
+    functions: list[tuple[Path, ast.FunctionDef]] = []
+    for path in sorted(TESTS.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                functions.append((path, node))
+
+    # By name, whoever calls a function that asserts does so too; until no more are found.
+    asserting = {"raises", "fail", "check_schema"}
+    before = 0
+    while len(asserting) > before:
+        before = len(asserting)
+        for _, function in functions:
+            if _asserts(function, asserting):
+                asserting.add(function.name)
+    found = []
+    for path, function in functions:
+        if function.name.startswith("test_") and function.name not in asserting:
+            found.append(f"{path.relative_to(REPOSITORY)}:{function.name}")
+    return found
+
+
+def _asserts(function: ast.FunctionDef, asserting: set[str]) -> bool:
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert):
+            return True
+        # Called here, or handed to what calls it in other processes.
+        name = getattr(node, "id", getattr(node, "attr", ""))
+        if name in asserting or name.startswith("assert_"):
+            return True
+    return False
 
 
 @dataclass

@@ -5,7 +5,21 @@ from __future__ import annotations
 import ast
 
 import pytest
-from house import PACKAGE, ROOMS, Import, circles, figures, imports, modules, upward
+from house import (
+    MAY_SPELL,
+    PACKAGE,
+    REPOSITORY,
+    ROOMS,
+    TESTS,
+    Import,
+    circles,
+    figures,
+    imports,
+    modules,
+    spelled,
+    upward,
+    without_assertion,
+)
 
 
 def test_nothing_stands_outside_of_a_room() -> None:
@@ -49,6 +63,33 @@ def test_a_room_says_what_it_is_for(room: str) -> None:
     assert text is not None
     assert "\nMay import: " in text
     assert "\nMust never know: " in text
+
+
+def test_the_name_of_a_file_of_a_run_is_spelled_in_one_place() -> None:
+    found = []
+    for path in sorted([*PACKAGE.rglob("*.py"), *TESTS.rglob("*.py")]):
+        where = path.relative_to(REPOSITORY).as_posix()
+        if where not in MAY_SPELL:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            found += [f"{where}:{line}: {name}" for line, name in spelled(tree)]
+    assert found == [], "take it from stackgrow/run_folder/folder.py"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "run / 'DONE'",
+        "losses(run, 'metrics.jsonl')",
+        "run / stage / 'checkpoint'",
+        "stage / f'checkpoint/step-{step}'",
+    ],
+)
+def test_a_name_that_is_spelled_again_is_noticed(line: str) -> None:
+    assert list(spelled(ast.parse(line)))
+
+
+def test_every_test_asserts_something() -> None:
+    assert without_assertion() == []
 
 
 def test_the_code_is_not_dense() -> None:

@@ -35,7 +35,7 @@ METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 TENSORBOARD = "tb"
 CHECKPOINT = "checkpoint"
-QUARANTINE = "quarantine"
+QUARANTINE = seal.QUARANTINE
 DONE = "DONE"
 
 

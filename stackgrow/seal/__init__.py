@@ -6,6 +6,7 @@ Must never know: what the files mean: runs, recipes, formats of checkpoints.
 
 from stackgrow.seal.files import (
     MANIFEST,
+    QUARANTINE,
     contents,
     damage,
     file_records,

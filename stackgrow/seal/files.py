@@ -22,6 +22,7 @@ from typing import Any
 from stackgrow.errors import DamagedError
 
 MANIFEST = "MANIFEST.json"
+QUARANTINE = "quarantine"
 READ_AT_ONCE = 1 << 22  # bytes
 _STEP = re.compile(r"step-([0-9]+)")
 
@@ -251,7 +252,7 @@ def quarantine_unsealed(folder: Path) -> list[Path]:
 
 def move_to_quarantine(path: Path) -> Path:
     """Moves a damaged or torn folder aside, under a name that is still free; nothing is deleted."""
-    quarantine = path.parent.parent / "quarantine"
+    quarantine = path.parent.parent / QUARANTINE
     quarantine.mkdir(exist_ok=True)
     number = 0
     target = quarantine / f"{path.name}.{number}"

@@ -535,7 +535,7 @@ def test_nothing_is_overwritten_and_leftovers_are_replaced(
     (tmp_path / "imported.tmp").mkdir()
     (tmp_path / "imported.tmp" / "torn.distcp").touch()
     model = import_hf(source, tmp_path / "imported")
-    files = [".metadata", "MANIFEST.json", "__0_0.distcp", "hf-generation_config.json"]
+    files = [".metadata", seal.MANIFEST, "__0_0.distcp", "hf-generation_config.json"]
     assert sorted(f.name for f in (tmp_path / "imported").iterdir()) == files
     with pytest.raises(CheckpointError, match="exists already"):
         import_hf(source, tmp_path / "imported")

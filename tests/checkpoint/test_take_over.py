@@ -8,6 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from recipes_for_tests import RECIPE, plan_of
 
+from stackgrow import seal
 from stackgrow.checkpoint.hf import export_hf
 from stackgrow.checkpoint.take_over import import_problems, take_over
 from stackgrow.plan.stages import ImportStage
@@ -52,7 +53,7 @@ def test_a_bare_checkpoint_fits_and_is_linked(
     assert all(
         (tmp_path / "run" / name).samefile(tmp_path / "dcp" / name) for name in linked
     )
-    assert '"position": 5' in (tmp_path / "run" / "MANIFEST.json").read_text()
+    assert '"position": 5' in (tmp_path / "run" / seal.MANIFEST).read_text()
     save(tmp_path / "other", stage)
     assert digest != take_over(
         replace(stage, folder=str(tmp_path / "other")), tmp_path / "run2", 0, 1

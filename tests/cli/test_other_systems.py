@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = edited(
         ("vocab_size = 256", "vocab_size = 300"), ('tokens = "100K"', 'tokens = "50K"')
     )
-    (root / "recipe.toml").write_text(recipe, encoding="utf-8")
+    (root / "mine.toml").write_text(recipe, encoding="utf-8")
     return root
 
 
@@ -71,19 +71,19 @@ def test_data_are_prepared_and_looked_at(folder: Path) -> None:
     )
     done = command(folder, "prepare_data.py", *arguments)
     assert done.returncode == 0, done.stderr
-    done = command(folder, "data.py", "inspect", "recipe.toml", "--position", "3")
+    done = command(folder, "data.py", "inspect", "mine.toml", "--position", "3")
     assert done.returncode == 0, done.stderr
     assert "position 3: window" in done.stdout
 
 
 def test_a_recipe_is_planned(folder: Path) -> None:
-    done = command(folder, "run_recipe.py", "recipe.toml", "--plan")
+    done = command(folder, "run_recipe.py", "mine.toml", "--plan")
     assert done.returncode == 0, done.stderr
 
 
 def test_training_says_that_it_needs_linux(folder: Path) -> None:
     test_data_are_prepared_and_looked_at(folder)
-    done = command(folder, "run_recipe.py", "recipe.toml")
+    done = command(folder, "run_recipe.py", "mine.toml")
     assert done.returncode == 69
     assert done.stderr.startswith("training needs the package triton")
     assert len(done.stderr.splitlines()) == 1

@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         validation=0.1,
         append=True,
     )
-    (root / "recipe.toml").write_text(
+    (root / "mine.toml").write_text(
         edited(("vocab_size = 256", "vocab_size = 300")), encoding="utf-8"
     )
     return root
@@ -79,8 +79,8 @@ def test_every_token_is_traced_to_its_file(folder: Path, split: str) -> None:
 
 
 def test_tool_shows_the_sequence_that_is_trained(folder: Path) -> None:
-    done = tool(folder, "inspect", "recipe.toml", "--position", 5)
-    recipe = load_recipe(folder / "recipe.toml")
+    done = tool(folder, "inspect", "mine.toml", "--position", 5)
+    recipe = load_recipe(folder / "mine.toml")
     order = read_order(
         recipe.data.__class__(path=str(folder / "data" / "tiny"), seq_len=64),
         recipe.seed,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stackgrow.run_folder.folder import METRICS, VALIDATION
+from stackgrow.run_folder.folder import DONE, LEDGER, METRICS, VALIDATION
 from stackgrow.run_folder.lines import RecordWriter
 from stackgrow.seal import MANIFEST
 
@@ -118,7 +118,7 @@ class Disk:
                         f"{records} is named by {new}, and was not synced"
                     )
             self._rely_on_files_beside(new)
-        elif new.name in ("DONE", "ledger.json"):
+        elif new.name in (DONE, LEDGER):
             self._rely_on_all(f"{new} is written")
 
     def _rely_on_files_beside(self, manifest: Path) -> None:

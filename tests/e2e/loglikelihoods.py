@@ -15,6 +15,7 @@ from stackgrow.data.tokenizer import Tokenizer
 from stackgrow.evaluate.lm import StageLM
 from stackgrow.evaluate.scorer import score
 from stackgrow.run_folder.choose import choose
+from stackgrow.run_folder.folder import RunFolder
 from stackgrow.titan import session
 from stackgrow.titan.job import StageJob
 from stackgrow.titan.trainer import StageTrainer
@@ -34,7 +35,7 @@ def main(run: str, requests: str, results: str, *layouts: str) -> None:
         assert chosen is not None
         recipe, stage = chosen.plan.recipe, chosen.train_stage
         if not dist.is_initialized():
-            session.start(recipe, Path(run) / "logs")
+            session.start(recipe, RunFolder(Path(run)).logs)
         data = WindowDataset.open(recipe.data, recipe.seed)
         manifest = data.stores[0].manifest
         tokenizer = Tokenizer.load(manifest.folder / manifest.tokenizer)

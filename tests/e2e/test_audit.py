@@ -26,7 +26,14 @@ from stackgrow.errors import LockedError
 from stackgrow.run.claim import run_lock
 from stackgrow.run_folder import provenance
 from stackgrow.run_folder.evaluations import weights_hash, write_evaluation
-from stackgrow.run_folder.folder import RunFolder
+from stackgrow.run_folder.folder import (
+    DONE,
+    GROWTH,
+    LEDGER,
+    PROVENANCE,
+    STAGE_FILE,
+    RunFolder,
+)
 
 
 @pytest.fixture
@@ -168,7 +175,7 @@ CHANGES: dict[str, tuple[Callable[[RunFolder], object], str, str, str]] = {
     "missing file": (lambda r: shard(r.stage(GROW).checkpoints).unlink(), "checkpoints", GROW, "missing"),
     "truncated file": (
         lambda r: os.truncate(shard(r.stage(TARGET).checkpoint(16)), 1000), "checkpoints", "step-16", "wrong size"),
-    "removed seal": (lambda r: (r.stage(TARGET).checkpoint(16) / "MANIFEST.json").unlink(), "checkpoints", "step-16", "no seal"),
+    "removed seal": (lambda r: (r.stage(TARGET).checkpoint(16) / seal.MANIFEST).unlink(), "checkpoints", "step-16", "no seal"),
     "forged weights, sealed anew": (forge_weights, "checkpoints", f"{TARGET}/checkpoint/step-20", "output.weight is not what was sealed"),
     "earlier weights, sealed anew": (earlier_weights_at_the_end, "checkpoints", f"{TARGET}/checkpoint/step-20", "holds"),
     "edited metric": (lambda r: edit(r.stage(TARGET).metrics_file, '"loss": ', '"loss": 1'), "records", "metrics", "sealed"),
@@ -570,9 +577,12 @@ def test_nothing_of_a_stranger_is_executed(
         found.render()
     )
     options = ["--operator", "stack", "--factor", 2]
-    for step in (TARGET + "/checkpoint/step-20", GROW + "/checkpoint"):
+    for checkpoint in (
+        stage_of(run, TARGET).checkpoint(20),
+        stage_of(run, GROW).checkpoints,
+    ):
         code, told = run_tool(
-            "grow_checkpoint", run / step, tmp_path / "grown", *options, cwd=tmp_path
+            "grow_checkpoint", checkpoint, tmp_path / "grown", *options, cwd=tmp_path
         )
         assert code == 65
         assert "posix.system, which DCP" in told
@@ -613,15 +623,7 @@ def test_whatever_a_file_says_it_is_a_finding(run: Path) -> None:
     files = [
         p
         for p in sorted(run.rglob("*"))
-        if p.name
-        in (
-            "DONE",
-            "stage.json",
-            "growth.json",
-            "MANIFEST.json",
-            "provenance.json",
-            "ledger.json",
-        )
+        if p.name in (DONE, STAGE_FILE, GROWTH, seal.MANIFEST, PROVENANCE, LEDGER)
     ]
     before, chance, unfound = set(run.parent.rglob("*")), random.Random(7), []
     for case in range(14):

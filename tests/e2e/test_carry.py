@@ -78,20 +78,20 @@ def test_frozen_layers_keep_every_bit(
     assert_audited(undisturbed)
     grown, at = (
         RunFolder(undisturbed).stage(grow).checkpoints,
-        RunFolder(undisturbed).stage(stage).checkpoints,
+        RunFolder(undisturbed).stage(stage),
     )
     below = ("tok_embeddings.", *(f"layers.{i}." for i in range(layers)))
     frozen = {name for name in weights(grown) if name.startswith(below)}
     assert {
-        n for n, mark in weights(at / "step-4").items() if mark == weights(grown)[n]
+        n for n, mark in weights(at.checkpoint(4)).items() if mark == weights(grown)[n]
     } == frozen
     assert not {
         n
-        for n, mark in weights(at / "step-8").items()
-        if mark == weights(at / "step-4")[n]
+        for n, mark in weights(at.checkpoint(8)).items()
+        if mark == weights(at.checkpoint(4))[n]
     }
     same = {
-        n for n, mark in moments(at / "step-4").items() if mark == moments(grown)[n]
+        n for n, mark in moments(at.checkpoint(4)).items() if mark == moments(grown)[n]
     }
     assert same == {
         n

@@ -16,7 +16,7 @@ from stackgrow import seal
 from stackgrow.checkpoint.export import export_run
 from stackgrow.evaluate.tasks import load_tasks
 from stackgrow.run_folder.evaluations import weights_hash, write_evaluation
-from stackgrow.run_folder.folder import VALIDATION, RunFolder
+from stackgrow.run_folder.folder import TENSORBOARD, VALIDATION, RunFolder
 
 pytest.importorskip("lm_eval")
 
@@ -240,7 +240,7 @@ def test_tool_evaluates_a_grown_checkpoint_and_adds_to_its_results(
     after = {
         p: p.stat().st_mtime_ns
         for p in reference_fsdp.glob("stage-*/**/*")
-        if p.is_file() and "tb" not in p.parts
+        if p.is_file() and TENSORBOARD not in p.parts
     }
     assert after == {p: t for p, t in before.items() if p in after}, (
         "nothing of the run itself is touched"

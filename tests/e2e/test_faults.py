@@ -23,10 +23,10 @@ from launch import (
     stage_of,
     weights,
 )
-from warm import Warm
+from warm import WITHOUT_MATPLOTLIB, Warm
 
 from stackgrow import seal
-from stackgrow.run_folder.folder import RunFolder
+from stackgrow.run_folder.folder import DONE, LEDGER, VALIDATION, RunFolder
 
 # 9 base steps, growth, 9 target steps; checkpoints at 3, 6 and 9, the two newest kept.
 SHORT = [
@@ -47,7 +47,13 @@ def run(
     **env: str,
 ) -> str:
     arguments = workplace.arguments(*SHORT, f"run.folder={place}", *sets)
-    process = Warm(FAULTY, arguments, workplace.folder, {**environment(), **env}, ranks)
+    process = Warm(
+        FAULTY,
+        arguments,
+        workplace.folder,
+        {**environment(), WITHOUT_MATPLOTLIB: "1", **env},
+        ranks,
+    )
     returned, output = process.wait(120), process.output()
     assert returned == code, output
     assert code < 0 or "Traceback" not in output, output
@@ -56,7 +62,7 @@ def run(
 
 def assert_same(one: Path, other: Path) -> None:
     assert losses(one) == losses(other)
-    assert losses(one, "validation.jsonl") == losses(other, "validation.jsonl")
+    assert losses(one, VALIDATION) == losses(other, VALIDATION)
     assert weights(stage_of(one, TARGET).checkpoint(9)) == weights(
         stage_of(other, TARGET).checkpoint(9)
     )
@@ -454,9 +460,9 @@ def test_a_moved_run_and_clocks_that_go_backwards(
 ) -> None:
     """Nothing in a run names its place, and nothing is ordered by time."""
     place = tmp_path / "elsewhere"
-    shutil.copytree(short, place, ignore=shutil.ignore_patterns(TARGET, "ledger.json"))
+    shutil.copytree(short, place, ignore=shutil.ignore_patterns(TARGET, LEDGER))
     shutil.copytree(
-        short / TARGET, place / TARGET, ignore=shutil.ignore_patterns("DONE", "step-9")
+        short / TARGET, place / TARGET, ignore=shutil.ignore_patterns(DONE, "step-9")
     )
     for file in place.rglob("*"):
         os.utime(
@@ -469,9 +475,7 @@ def test_a_moved_run_and_clocks_that_go_backwards(
 def test_other_versions(workplace: Workplace, short: Path, tmp_path: Path) -> None:
     """Another minor version of torch is refused until it is accepted, and told then; both are on record."""
     place = tmp_path / "run"
-    shutil.copytree(
-        short, place, ignore=shutil.ignore_patterns("ledger.json", "DONE", "step-9")
-    )
+    shutil.copytree(short, place, ignore=shutil.ignore_patterns(LEDGER, DONE, "step-9"))
     record = json.loads(RunFolder(place).provenance_file.read_text(encoding="utf-8"))
     record["sessions"][-1]["packages"]["torch"] = "1.9.0"
     RunFolder(place).provenance_file.write_text(json.dumps(record))

@@ -76,7 +76,7 @@ def test_batches_grow_and_the_books_balance(runs: Path) -> None:
         256, 512, 1024, 1536, 2048, 3072, 4096,
     ]  # fmt: skip
     assert all(row["position"] * 64 == row["tokens"] for row in rows.values())
-    ledger = json.loads((runs / "slope" / "ledger.json").read_text())
+    ledger = json.loads(RunFolder(runs / "slope").ledger_file.read_text())
     assert ledger["total"]["tokens"] == list(rows.values())[-1]["tokens"] <= 40 * 1024
 
 
@@ -97,8 +97,10 @@ def test_killed_before_and_after_the_decision(
     )
     for name in (METRICS, VALIDATION):
         assert losses(run, name) == losses(reference, name)
-    last = f"{TARGET}/checkpoint/step-{max(s for stage, s in losses(run) if stage == TARGET)}"
-    assert weights(run / last) == weights(reference / last)
+    last = max(step for stage, step in losses(run) if stage == TARGET)
+    assert weights(RunFolder(run).stage(TARGET).checkpoint(last)) == weights(
+        RunFolder(reference).stage(TARGET).checkpoint(last)
+    )
 
 
 def test_other_degrees_of_parallelism_in_each_stage(
@@ -163,7 +165,8 @@ def test_a_base_from_elsewhere_goes_on_as_its_own_run_did(
         "source"
     ]
     assert ("files" in source) == (name == "hf"), "the SHA-256 of what was converted"
-    assert json.loads((run / "ledger.json").read_text())["total"]["tokens"] == 20 * 1024
+    ledger = json.loads(RunFolder(run).ledger_file.read_text())
+    assert ledger["total"]["tokens"] == 20 * 1024
     assert_audited(run)
 
 

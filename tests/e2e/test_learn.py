@@ -56,7 +56,7 @@ def test_learned_depth_begins_as_stacking_and_folds_what_was_trained(
         16 * i for i in range(1, 33)
     ], "no token twice, none skipped"
     flops = [r["flops"] for r in metrics.values()]
-    ledger = json.loads((run / "ledger.json").read_text())
+    ledger = json.loads(RunFolder(run).ledger_file.read_text())
     assert ledger["total"]["flops"] == pytest.approx(flops[-1])
     assert ledger["total"]["tokens"] == 32 * 1024
     # The maps cost more than 6 N D of the target: here the mixing of nine weight types, once per step.
@@ -106,19 +106,21 @@ def test_killed_while_learning_and_while_growing(
     workplace.kill_at(
         "train.step 23", *sets, warm_ranks=2
     )  # before its first checkpoint
-    assert not list((run / LEARN).glob("checkpoint/*/MANIFEST.json"))
+    assert not RunFolder(run).stage(LEARN).sealed_steps()
     workplace.kill_at("train.step 7", *sets, warm_ranks=2)
     assert not RunFolder(run).stage(LEARN).done_file.exists()
     workplace.kill_at("grow.computed 1", *sets, warm_ranks=2)
     workplace.run(*sets, warm_ranks=2)
     assert losses(run) == losses(wide_fsdp)
     assert losses(run, VALIDATION) == losses(wide_fsdp, VALIDATION)
-    for checkpoint in (
-        f"{LEARN}/checkpoint/step-8",
-        f"{GROW}/checkpoint",
-        f"{TARGET}/checkpoint/step-4",
-    ):
-        assert weights(run / checkpoint) == weights(wide_fsdp / checkpoint), checkpoint
+    found, expected = RunFolder(run), RunFolder(wide_fsdp)
+    for stage, step in ((LEARN, 8), (TARGET, 4)):
+        assert weights(found.stage(stage).checkpoint(step)) == weights(
+            expected.stage(stage).checkpoint(step)
+        ), stage
+    assert weights(found.stage(GROW).checkpoints) == weights(
+        expected.stage(GROW).checkpoints
+    )
 
 
 def test_bf16_is_applied_on_one_rank_and_on_two(

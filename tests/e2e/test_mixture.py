@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch import REPOSITORY, Workplace, environment, losses, records
 
-from stackgrow.run_folder.folder import RunFolder
+from stackgrow.run_folder.folder import VALIDATION, RunFolder
 
 MIX = "data={seq_len=64, mix=[{path='store', weight=3}, {path='other', weight=1}]}"
 PADDED = "model.vocab_size=576"  # of the stores' 512
@@ -51,7 +51,7 @@ def test_run_on_a_mixture_with_a_padded_vocabulary(workplace: Workplace) -> None
     workplace.kill_at("train.step 10", "run.folder=mixed_stopped", MIX, PADDED)
     workplace.run("run.folder=mixed_stopped", MIX, PADDED)
     assert losses(stopped) == losses(mixed.path)
-    assert losses(stopped, "validation.jsonl") == losses(mixed.path, "validation.jsonl")
+    assert losses(stopped, VALIDATION) == losses(mixed.path, VALIDATION)
 
     changed = MIX.replace("weight=3", "weight=4")
     assert "made by another recipe" in workplace.run(

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import Workplace, assert_audited, losses, records, weights
+from launch import Workplace, assert_audited, losses, records, stage_of, weights
 
-from stackgrow.run_folder.folder import RunFolder
+from stackgrow.run_folder.folder import VALIDATION
 
 GROW, TARGET = "stage-1-grow", "stage-2-train-4L"
 NARROW = [
@@ -63,15 +63,15 @@ def test_operator_runs_and_keeps_its_promise(
         f"run.folder={run}",
         warm_ranks=2 if "both" in case else 0,
     )
-    validation = losses(run, "validation.jsonl")
+    validation = losses(run, VALIDATION)
     before, after = validation[base, 20], validation["stage-2-train-4L", 0]
     if case in PRESERVING:
         assert abs(after / before - 1) < PRESERVING[case]
     else:
         assert after != before
     assert validation["stage-2-train-4L", 6] < after, "the grown model learns"
-    growth = json.loads((run / GROW / "growth.json").read_text())
-    assert growth["tensors"] == weights(run / GROW / "checkpoint")
+    growth = json.loads(stage_of(run, GROW).growth_file.read_text(encoding="utf-8"))
+    assert growth["tensors"] == weights(stage_of(run, GROW).checkpoints)
     assert growth["bytes_written"] > 10_000
 
 
@@ -80,8 +80,8 @@ def test_every_new_parameter_learns(workplace: Workplace, tmp_path: Path) -> Non
     run = tmp_path / "run"
     workplace.run("budget.tokens=24Ki", "growth[0].operator=zero", f"run.folder={run}")
     grown, trained = (
-        weights(run / GROW / "checkpoint"),
-        weights(run / "stage-2-train-4L" / "checkpoint" / "step-4"),
+        weights(stage_of(run, GROW).checkpoints),
+        weights(stage_of(run, TARGET).checkpoint(4)),
     )
     assert grown.keys() == trained.keys()
     assert not [name for name in grown if grown[name] == trained[name]]
@@ -101,7 +101,9 @@ def test_growth_is_the_same_after_a_kill_and_on_other_ranks(
     workplace.kill_at("train.step 11", *sets, f"run.folder={two}")
     workplace.kill_at("grow.computed 1", *sets, f"run.folder={two}")
     workplace.run(*sets, f"run.folder={two}")
-    assert weights(two / GROW / "checkpoint") == weights(one / GROW / "checkpoint")
+    assert weights(stage_of(two, GROW).checkpoints) == weights(
+        stage_of(one, GROW).checkpoints
+    )
     assert losses(two) == losses(one)
 
 
@@ -118,23 +120,23 @@ def test_masked_stage_resumes_and_compiles_alike(
     workplace.kill_at("train.step 27", *sets, f"run.folder={two}")
     workplace.run(*sets, f"run.folder={two}")
     assert losses(two) == losses(one)
-    assert weights(two / TARGET / "checkpoint" / "step-12") == weights(
-        one / TARGET / "checkpoint" / "step-12"
+    assert weights(stage_of(two, TARGET).checkpoint(12)) == weights(
+        stage_of(one, TARGET).checkpoint(12)
     )
     assert_audited(two)
     masks = [r["mask"] for key, r in records(one).items() if key[0] == TARGET]
     assert masks == [min(1.0, step / 10) for step in range(1, 13)]
     for checkpoint, mask in (
-        (f"{TARGET}/checkpoint/step-8", "0.80"),
-        (f"{GROW}/checkpoint", "0.00"),
+        (stage_of(one, TARGET).checkpoint(8), "0.80"),
+        (stage_of(one, GROW).checkpoints, "0.00"),
     ):
         code, told = workplace.tool(
-            "grow_checkpoint", one / checkpoint, tmp_path / "more", *STACK
+            "grow_checkpoint", checkpoint, tmp_path / "more", *STACK
         )
         assert (code, f"is masked, at {mask}: export it with" in told) == (2, True)
     code, told = workplace.tool(
         "grow_checkpoint",
-        one / TARGET / "checkpoint" / "step-12",
+        stage_of(one, TARGET).checkpoint(12),
         tmp_path / "more",
         *STACK,
     )
@@ -176,10 +178,8 @@ def test_an_operator_of_ones_own_runs_with_trust_alone(
         status, told = workplace.tool("run_recipe", *sets, "--trust")
         assert status == 0, told
         assert ran.exists()
-        growth = json.loads(
-            RunFolder(run).stage(GROW).growth_file.read_text(encoding="utf-8")
-        )
-        assert growth["tensors"] == weights(run / GROW / "checkpoint")
+        growth = json.loads(stage_of(run, GROW).growth_file.read_text(encoding="utf-8"))
+        assert growth["tensors"] == weights(stage_of(run, GROW).checkpoints)
         assert (
             growth["map"]["layers.2.attention.wo.weight"]
             == "half(layers.0.attention.wo.weight)"
@@ -193,7 +193,7 @@ def test_an_operator_of_ones_own_runs_with_trust_alone(
         status, told = workplace.tool("audit_run", run)
         assert status == 0, told
         assert f"{GROW} not: my_operators:damped is code" in told
-        checkpoint = run / TARGET / "checkpoint" / "step-4"
+        checkpoint = stage_of(run, TARGET).checkpoint(4)
         status, told = workplace.tool("export_hf", checkpoint, tmp_path / "exported")
         assert status == 0, told
         assert not ran.exists()

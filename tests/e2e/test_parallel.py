@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from launch import Workplace, losses, records
 
+from stackgrow.run_folder.folder import METRICS, VALIDATION
+
 # Measured: 1.6e-7 relative over the 40 steps (2 ranks, float32); ten times that leaves room for other processors.
 SUMMATION_ORDER = 2e-6
 
@@ -12,11 +14,11 @@ SUMMATION_ORDER = 2e-6
 SHORT = "budget.tokens=24Ki"
 
 
-def worst(run: Path, reference: Path, name: str = "metrics.jsonl") -> float:
+def worst(run: Path, reference: Path, name: str = METRICS) -> float:
     """The largest relative difference of a loss; both stages must have been compared."""
     expected, found = losses(reference, name), losses(run, name)
     common = expected.keys() & found.keys()
-    assert len(common) >= (24 if name == "metrics.jsonl" else 6)
+    assert len(common) >= (24 if name == METRICS else 6)
     return max(abs(found[k] / expected[k] - 1) for k in common)
 
 
@@ -24,7 +26,7 @@ def test_two_fsdp_ranks_have_the_losses_of_one_process(
     reference: Path, reference_fsdp: Path
 ) -> None:
     assert worst(reference_fsdp, reference) < SUMMATION_ORDER
-    assert worst(reference_fsdp, reference, "validation.jsonl") < SUMMATION_ORDER
+    assert worst(reference_fsdp, reference, VALIDATION) < SUMMATION_ORDER
     assert [r["position"] for r in records(reference_fsdp).values()] == [
         16 * i for i in range(1, 41)
     ]
@@ -51,7 +53,7 @@ def test_every_layout_has_the_losses_of_one_process(
 ) -> None:
     workplace.run(*sets, SHORT, f"run.folder={tmp_path}/run", warm_ranks=ranks)
     assert worst(tmp_path / "run", reference) < SUMMATION_ORDER
-    assert worst(tmp_path / "run", reference, "validation.jsonl") < SUMMATION_ORDER
+    assert worst(tmp_path / "run", reference, VALIDATION) < SUMMATION_ORDER
 
 
 def test_replicated_shards_have_the_losses_of_one_process(

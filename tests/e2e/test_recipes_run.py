@@ -15,6 +15,7 @@ from recipes_for_tests import RECIPE_FILES as FILES
 from stackgrow.plan.resolve import make_plan
 from stackgrow.plan.stages import GrowStage, Plan
 from stackgrow.recipe.load import load_recipe
+from stackgrow.run_folder.folder import RunFolder
 
 RECIPES = REPOSITORY / "recipes"
 BATCH, STEPS = 64, 2  # tokens per step, steps per stage
@@ -102,24 +103,24 @@ def test_recipe_trains_end_to_end(
     workplace: Workplace, output: str, file: Path
 ) -> None:
     plan = plan_of(file)
-    run = workplace.folder / folder_of(plan)
-    assert [
-        s.name for s in plan.stages if not (run / s.name / "DONE").exists()
-    ] == [], output
-    seen = losses(run)
+    run = RunFolder(workplace.folder / folder_of(plan))
+    unfinished = [s.name for s in plan.stages if not run.stage(s.name).is_done()]
+    assert unfinished == [], output
+    seen = losses(run.path)
     assert list(seen) == [
         (s.name, step) for s in plan.train_stages for step in range(1, s.steps + 1)
     ]
     assert all(math.isfinite(loss) for loss in seen.values())
-    ledger = json.loads((run / "ledger.json").read_text())
+    ledger = json.loads(run.ledger_file.read_text(encoding="utf-8"))
     assert ledger["total"]["tokens"] == plan.recipe.budget.tokens
 
     last = plan.train_stages[-1]
     assert (
-        weights(run / last.name / "checkpoint" / f"step-{STEPS}").keys()
+        weights(run.stage(last.name).checkpoint(STEPS)).keys()
         >= last.model.tensors().keys()
     )
     for stage in plan.stages:
         if isinstance(stage, GrowStage) and stage.layer_map is not None:
-            growth = json.loads((run / stage.name / "growth.json").read_text())
+            file = run.stage(stage.name).growth_file
+            growth = json.loads(file.read_text(encoding="utf-8"))
             assert growth["layer_map"] == list(stage.layer_map)

@@ -25,7 +25,7 @@ from warm import Warm
 
 from stackgrow import seal
 from stackgrow.data.store import MANIFEST
-from stackgrow.run_folder.folder import RunFolder
+from stackgrow.run_folder.folder import DONE, STAGE_FILE, RunFolder
 from stackgrow.run_folder.lines import read_records
 
 
@@ -46,7 +46,7 @@ def test_checkpoint_of_another_recipe_is_not_taken_over(
     shutil.copytree(
         reference,
         run,
-        ignore=shutil.ignore_patterns(GROW, TARGET, "DONE", "stage.json"),
+        ignore=shutil.ignore_patterns(GROW, TARGET, DONE, STAGE_FILE),
     )
     output = workplace.run(f"run.folder={run}", "train.learning_rate=1e-3", code=65)
     assert "step-20 was made by another recipe" in output
@@ -305,7 +305,7 @@ def loss_that_is_a_word(run: Path) -> None:
             "report",
             "provenance.json is damaged: it lists no sessions",
         ),
-        (recipe_that_is_a_pipe, "report", "recipe.toml"),
+        (recipe_that_is_a_pipe, "report", "run/recipe.toml"),
         (
             line_that_is_a_number,
             "report",

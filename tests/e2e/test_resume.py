@@ -17,11 +17,13 @@ from launch import (
     weights,
 )
 
+from stackgrow.run_folder.folder import LEDGER, VALIDATION
+
 
 def assert_same_run(run: Path, reference: Path) -> None:
     assert_audited(run)
     assert losses(run) == losses(reference)
-    assert losses(run, "validation.jsonl") == losses(reference, "validation.jsonl")
+    assert losses(run, VALIDATION) == losses(reference, VALIDATION)
     assert weights(stage_of(run, TARGET).checkpoint(20)) == weights(
         stage_of(reference, TARGET).checkpoint(20)
     )
@@ -51,7 +53,7 @@ def test_killed_in_base_after_growth_and_in_target(
         place,
         "checkpoint.interval=1000 steps",
     )
-    assert not list((run / TARGET).glob("checkpoint/*/MANIFEST.json"))
+    assert not stage_of(run, TARGET).sealed_steps()
     kill(lambda: steps_logged(run, TARGET) >= 9, "train.step 10", place)
     assert not stage_of(run, TARGET).done_file.exists()
     workplace.run(place, ranks=ranks)
@@ -63,9 +65,7 @@ def test_torn_first_save_of_the_grown_stage(
 ) -> None:
     """A first save that was torn (data without metadata) is set aside, and the stage starts from its input."""
     run = tmp_path / "run"
-    shutil.copytree(
-        reference, run, ignore=shutil.ignore_patterns(TARGET, "ledger.json")
-    )
+    shutil.copytree(reference, run, ignore=shutil.ignore_patterns(TARGET, LEDGER))
     torn = stage_of(run, TARGET).checkpoint(4)
     torn.mkdir(parents=True)
     (torn / "__0_0.distcp").write_bytes(b"half a tensor")
@@ -80,7 +80,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
     workplace: Workplace, reference: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(reference, run, ignore=shutil.ignore_patterns("ledger.json"))
+    shutil.copytree(reference, run, ignore=shutil.ignore_patterns(LEDGER))
     stage_of(run, TARGET).done_file.unlink()
     data = stage_of(run, TARGET).checkpoint(20) / "__0_0.distcp"
     content = bytearray(data.read_bytes())

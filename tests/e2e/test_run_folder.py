@@ -10,7 +10,14 @@ from launch import BASE, GROW, TARGET, Workplace, losses, records, stage_of, wei
 
 from stackgrow import seal
 from stackgrow.report.isoflop import read_run
-from stackgrow.run_folder.folder import RunFolder
+from stackgrow.run_folder.folder import (
+    LEDGER,
+    PROVENANCE,
+    RECIPE,
+    REPORT,
+    VALIDATION,
+    RunFolder,
+)
 
 KEYS = {
     "stage",
@@ -43,7 +50,7 @@ def test_metrics_count_tokens_positions_and_flops_without_a_gap(
 def test_validation_at_start_and_end_of_every_stage_and_falling(
     reference: Path,
 ) -> None:
-    seen = losses(reference, "validation.jsonl")
+    seen = losses(reference, VALIDATION)
     assert [k for k in seen if k[0] == BASE] == [(BASE, i) for i in (0, 5, 10, 15, 20)]
     assert [k for k in seen if k[0] == TARGET] == [
         (TARGET, i) for i in (0, 5, 10, 15, 20)
@@ -135,11 +142,11 @@ def test_terminal_output_tells_progress_growth_and_where_things_lie(
     assert "Traceback" not in output
     assert "Warning" not in output
     for name in (
-        "recipe.toml",
-        "provenance.json",
-        "ledger.json",
+        RECIPE,
+        PROVENANCE,
+        LEDGER,
         "tensorboard --logdir",
-        "report.html",
+        REPORT,
     ):
         assert name in output
     assert list(reference.glob("stage-*/tb/**/events.out.tfevents.*"))

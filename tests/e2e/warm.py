@@ -7,6 +7,7 @@ They are real processes, with their own standard output, environment and working
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import runpy
@@ -36,6 +37,9 @@ PRELOAD += [
     "torch.utils.tensorboard",
 ]  # a run draws its report
 
+
+# In a process's environment: it has no matplotlib, as many installations have none, and a run draws no report.
+WITHOUT_MATPLOTLIB = "STACKGROW_TESTS_WITHOUT_MATPLOTLIB"
 
 TURN = (
     threading.Lock()
@@ -124,6 +128,9 @@ def _work(
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    gc.freeze()  # what the server has imported is never garbage: each collection would look through all of it
+    if WITHOUT_MATPLOTLIB in env:
+        sys.modules["matplotlib"] = None  # type: ignore[assignment]  # "import matplotlib" raises ImportError
     sys.argv = [script, *arguments]
     sys.path[0:0] = [str(Path(script).parent)]
     runpy.run_path(script, run_name="__main__")

@@ -27,6 +27,7 @@ from stackgrow import seal
 from stackgrow.checkpoint.dcp import SafePlanner, SafeReader
 from stackgrow.plan.memory import Layout, stage_memory
 from stackgrow.recipe.load import load_recipe
+from stackgrow.run_folder.folder import RunFolder
 from stackgrow.titan.model import Llama, model_args
 from stackgrow.titan.shards import fingerprints
 
@@ -65,13 +66,14 @@ def test_killed_and_run_again_is_bit_exact(
     workplace.run(*sets, ranks=1)
     assert losses(run) == losses(whole)
     for stage in ("stage-0-train-2L", "stage-2-train-4L"):
-        assert weights(run / stage / "checkpoint" / "step-20") == weights(
-            whole / stage / "checkpoint" / "step-20"
+        assert weights(RunFolder(run).stage(stage).checkpoint(20)) == weights(
+            RunFolder(whole).stage(stage).checkpoint(20)
         )
 
 
 def logged(run: Path, stage: str) -> int:
-    return steps_logged(run, stage) if (run / stage / "metrics.jsonl").exists() else 0
+    has_begun = RunFolder(run).stage(stage).metrics_file.exists()
+    return steps_logged(run, stage) if has_begun else 0
 
 
 @pytest.mark.parametrize(
@@ -109,8 +111,8 @@ def test_the_same_curve(
 def test_growth_loads_straight_into_shards(whole: Path, device: str) -> None:
     """The grown checkpoint, whose tensors share bytes, into FSDP shards on the device; the fingerprints, which growth
     computed on the CPU, are those of the shards."""
-    grown = whole / "stage-1-grow" / "checkpoint"
-    recipe = load_recipe(whole / "recipe.toml", trusted=True)
+    grown = RunFolder(whole).stage("stage-1-grow").checkpoints
+    recipe = load_recipe(RunFolder(whole).recipe_file, trusted=True)
     with torch.device("meta"):
         model = Llama(model_args(recipe.model, recipe.seed))
     mesh = init_device_mesh(device, (1,))

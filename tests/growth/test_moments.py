@@ -25,6 +25,7 @@ from stackgrow.growth.moments import key
 from stackgrow.growth.rules import Rules
 from stackgrow.plan.stages import GrowStage
 from stackgrow.recipe.keys import Model
+from stackgrow.run_folder.folder import GROWTH
 
 GQA = Model(
     family="llama2",
@@ -240,7 +241,7 @@ def test_a_grown_checkpoint_has_the_fingerprint_of_every_moment(tmp_path: Path) 
         n for n in rules_of(stage).targets if not is_model_key(n)
     }
     assert manifest["tensors"].keys() == stage.target.tensors().keys()
-    assert json.loads((tmp_path / "growth.json").read_text())["optimizer"] == "copy"
+    assert json.loads((tmp_path / GROWTH).read_text())["optimizer"] == "copy"
 
 
 @pytest.mark.parametrize(

@@ -164,10 +164,10 @@ def test_nothing_grows(tmp_path: Path) -> None:
 
 
 def test_planning_loads_no_torch(tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text(LEARN)
+    (tmp_path / "mine.toml").write_text(LEARN)
     code = (
         "import sys; from stackgrow.recipe.load import load_recipe; from stackgrow.plan.resolve import make_plan;"
-        "make_plan(load_recipe('recipe.toml')).flops; sys.exit('torch' in sys.modules)"
+        "make_plan(load_recipe('mine.toml')).flops; sys.exit('torch' in sys.modules)"
     )
     root = str(Path(__file__).parents[2])
     subprocess.run(

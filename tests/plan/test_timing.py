@@ -107,8 +107,8 @@ def test_what_a_stage_found_settles_the_later_ones(tmp_path: Path) -> None:
     assert after[base.name] == before[base.name], "its own checkpoints remain its own"
     assert all(after[s.name] != before[s.name] for s in (grow, middle, grow_2, last))
     assert settled.tokens <= plan.recipe.budget.tokens < settled.tokens + 1024
-    (run / "recipe.toml").write_text(to_toml(plan.recipe), encoding="utf-8")
-    (run / "provenance.json").write_text(
+    RunFolder(run).recipe_file.write_text(to_toml(plan.recipe), encoding="utf-8")
+    RunFolder(run).provenance_file.write_text(
         '{"data": {"manifest_hash": "data"}}', encoding="utf-8"
     )
     assert plan_of_run(run).stages == settled.stages

@@ -308,7 +308,7 @@ def test_a_mutated_recipe_is_planned_or_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # which is a write
-    file, codes, slowest = tmp_path / "recipe.toml", Counter[str](), 0.0
+    file, codes, slowest = tmp_path / "mine.toml", Counter[str](), 0.0
     for case in range(share, CASES, SHARES):
         chance = random.Random(f"{SEED}-{case}")
         content = mutated(chance)
@@ -318,12 +318,12 @@ def test_a_mutated_recipe_is_planned_or_refused(
         started = time.perf_counter()
         try:
             code, output, errors = outcome(
-                tool, watch, ["recipe.toml", *mode, *overrides(chance)], monkeypatch
+                tool, watch, ["mine.toml", *mode, *overrides(chance)], monkeypatch
             )
             assert (code == 0 and output and not errors) or (
                 code == 2 and errors and not output
             ), errors
-            assert code == 0 or errors.startswith(("recipe.toml: ", "usage: ")), errors
+            assert code == 0 or errors.startswith(("mine.toml: ", "usage: ")), errors
             assert not watch.seen
             assert list(tmp_path.iterdir()) == [file]
         except BaseException as error:

@@ -82,7 +82,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The page of the grown run."""
-    file = tmp_path_factory.mktemp("page") / "report.html"
+    file = tmp_path_factory.mktemp("page") / "page.html"
     write_report(runs[1:], file)
     return file.read_text(encoding="utf-8")
 
@@ -90,7 +90,7 @@ def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def compared(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The page of both."""
-    file = tmp_path_factory.mktemp("compared") / "report.html"
+    file = tmp_path_factory.mktemp("compared") / "page.html"
     write_report(runs, file)
     return file.read_text(encoding="utf-8")
 
@@ -199,11 +199,11 @@ def test_runs_that_cannot_be_compared_are_on_one_page_by_force_alone(
         ('name = "tiny"', 'name = "other"'),
     )
     with pytest.raises(ChangedError, match="vocabulary: 256 -> 512"):
-        write_report([runs[0], other], tmp_path / "report.html")
-    write_report([runs[0], other], tmp_path / "report.html", force=True)
+        write_report([runs[0], other], tmp_path / "page.html")
+    write_report([runs[0], other], tmp_path / "page.html", force=True)
     assert (
         "<li>other: vocabulary: 256 -&gt; 512</li>"
-        in (tmp_path / "report.html").read_text()
+        in (tmp_path / "page.html").read_text()
     )
 
 
@@ -256,8 +256,8 @@ def test_without_matplotlib_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r'pip install "stackgrow\[report\]"'):
-        write_report(runs, tmp_path / "report.html")
-    assert not (tmp_path / "report.html").exists()
+        write_report(runs, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
     assert figure.SIZE
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stackgrow.errors import DamagedError
+from stackgrow.run_folder.folder import StageFolder
 from stackgrow.run_folder.lines import LONGEST, RecordWriter, iter_records, read_records
 from stackgrow.seal.files import file_records
 
@@ -17,7 +18,7 @@ LOSSES = [1.0, 0.5, 1 / 3, 0.25, 0.2]
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "metrics.jsonl"
+    return StageFolder(tmp_path).metrics_file
 
 
 def written(path: Path, seal_after: int) -> dict[str, object]:

@@ -122,7 +122,7 @@ def test_lock_file_states_what_is_installed_in_a_form_that_pip_takes(
         "--no-deps",
         "--no-index",
         "-r",
-        "requirements.lock",
+        RunFolder(tmp_path).requirements_file.name,
     ]
     done = subprocess.run(pip, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
