@@ -9,6 +9,7 @@ Exit code 0: it fits; 2: it does not, or with --search nothing does.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,39 @@ NOTHING_FITS = (
 @quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
+    _add_options(parser)
+    arguments = parser.parse_args(argv)
+    _check_numbers(parser, arguments)
+    machine = Machine(
+        arguments.bandwidth * 1e9, arguments.startup, arguments.gpu_hours_per_failure
+    )
+    assumed = Assumed(machine, arguments.price, arguments.currency)
+    try:
+        plan = make_plan(load_recipe(arguments.recipe, arguments.set), arguments.recipe)
+        cluster = Cluster(arguments.gpus, arguments.gpu, arguments.mfu)
+        cost = estimate(plan, cluster, arguments.data_tokens)
+        choices = None
+        if arguments.search:
+            choices = {
+                stage.name: search(stage, cluster) for stage in plan.train_stages
+            }
+        render = render_cost_json if arguments.json else render_cost
+        print(render(cost, choices, assumed))
+        if arguments.plot:
+            from stackgrow.report.plan_picture import draw_plan
+
+            draw_plan(plan, arguments.plot)
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    if choices is None:
+        fits = not cost.problems
+    else:
+        fits = all(choices.values())
+    return 0 if fits else NOTHING_FITS
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", type=find_recipe, help="a TOML file, or the name of a shipped recipe"
     )
@@ -86,7 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the plan")
-    arguments = parser.parse_args(argv)
+
+
+def _check_numbers(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace
+) -> None:
+    """Ends the program where a number is out of its range."""
     if arguments.gpus < 1 or not 0 < arguments.mfu <= 1:
         parser.error("--gpus must be at least 1, and --mfu above 0 and at most 1")
     if (
@@ -96,33 +135,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             "--bandwidth and --gpu-hours-per-failure must be above 0, and --startup not below it"
         )
-    machine = Machine(
-        arguments.bandwidth * 1e9, arguments.startup, arguments.gpu_hours_per_failure
-    )
-    assumed = Assumed(machine, arguments.price, arguments.currency)
-    try:
-        plan = make_plan(load_recipe(arguments.recipe, arguments.set), arguments.recipe)
-        cluster = Cluster(arguments.gpus, arguments.gpu, arguments.mfu)
-        cost = estimate(plan, cluster, arguments.data_tokens)
-        choices = None
-        if arguments.search:
-            choices = {
-                stage.name: search(stage, cluster) for stage in plan.train_stages
-            }
-        render = render_cost_json if arguments.json else render_cost
-        print(render(cost, choices, assumed))
-        if arguments.plot:
-            from stackgrow.report.plan_picture import draw_plan
-
-            draw_plan(plan, arguments.plot)
-    except RunError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    if choices is None:
-        fits = not cost.problems
-    else:
-        fits = all(choices.values())
-    return 0 if fits else NOTHING_FITS
 
 
 if __name__ == "__main__":

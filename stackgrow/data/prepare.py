@@ -113,34 +113,22 @@ def prepare(
         PrepareError: no documents, bad options, files that change or end early, or ``out`` is in the way.
         TokenizerError: the tokenizer cannot be read or trained. OSError: the store cannot be written.
     """
-    if not 0 <= validation < 1:
-        raise PrepareError(
-            f"validation share {validation} must be at least 0 and below 1"
-        )
-    if not 1 <= tokens_per_shard <= 2**30:
-        raise PrepareError(
-            f"tokens per shard {tokens_per_shard} must be between 1 and {2**30}"
-        )
+    _check_options(validation, tokens_per_shard)
     # What is prepared: its fingerprint covers all that decides the store's bytes.
     out = Path(out).absolute()
     work = out.with_name(f".{out.name}.partial")
-    skipped = Skipped()
-    files = list_files(sources, skipped)
-    for warning in other_names(sources, files):
-        print(f"prepare_data: warning: {warning}", file=sys.stderr)
+    files, skipped = _list(sources)
     before = read_manifest(out) if append else None
     document_ends = _document_ends(document_ends, before)
     known = _known_tokenizer(tokenizer, bos, document_ends, before)
-    options: dict[str, Any] = {
-        "tokenizer": f"trained, {known} pieces"
-        if isinstance(known, int)
-        else known.sha256,
+    options = {
+        "tokenizer": _stated_tokenizer(known),
         "validation": validation,
         "tokens_per_shard": tokens_per_shard,
         "text_key": text_key,
         "drop": [list(pair) for pair in drop],
+        **_options_of_documents(known, document_ends),
     }
-    options |= _options_of_documents(known, document_ends)
     inputs = Inputs(
         fingerprint=canonical_hash([FORMAT, options, files]),
         corpus=len(before.raw["corpora"]) if before else 0,
@@ -153,11 +141,7 @@ def prepare(
     # Equal inputs are prepared once.
     existing = _existing(out, inputs, append)
     if existing:
-        left_over = Inputs.read(work)
-        if left_over and left_over.fingerprint == inputs.fingerprint:
-            shutil.rmtree(
-                work, ignore_errors=True
-            )  # a kill came between the last two steps, or its owner is there
+        _remove_left_over(work, inputs)
         return existing, False
     # The tasks that are not done, here or on Slurm, and then the last step.
     with _locked(work, out):
@@ -165,12 +149,44 @@ def prepare(
         if slurm:
             _submit(work, out, len(inputs.tasks), slurm)
             return None, True
-        executor = _Local(
-            _pipeline(work), len(inputs.tasks), workers, logging_dir=str(work / "log")
-        )
-        executor.run()
+        _run_here(work, len(inputs.tasks), workers)
         finish(work, out)
     return read_manifest(out), True
+
+
+def _check_options(validation: float, tokens_per_shard: int) -> None:
+    if not 0 <= validation < 1:
+        raise PrepareError(
+            f"validation share {validation} must be at least 0 and below 1"
+        )
+    if not 1 <= tokens_per_shard <= 2**30:
+        raise PrepareError(
+            f"tokens per shard {tokens_per_shard} must be between 1 and {2**30}"
+        )
+
+
+def _list(sources: Sequence[Source]) -> tuple[list[File], Skipped]:
+    """The files of ``sources``, and what was left out; warns of files that may have been meant."""
+    skipped = Skipped()
+    files = list_files(sources, skipped)
+    for warning in other_names(sources, files):
+        print(f"prepare_data: warning: {warning}", file=sys.stderr)
+    return files, skipped
+
+
+def _remove_left_over(work: Path, inputs: Inputs) -> None:
+    """Removes ``work`` where a kill came between the last two steps of preparing these inputs, and its store stands."""
+    left_over = Inputs.read(work)
+    if left_over and left_over.fingerprint == inputs.fingerprint:
+        shutil.rmtree(
+            work, ignore_errors=True
+        )  # its owner may be there, and do so, too
+
+
+def _run_here(work: Path, tasks: int, workers: int) -> None:
+    """Runs the tasks that are not done, in ``workers`` processes."""
+    log = str(work / "log")
+    _Local(_pipeline(work), tasks, workers, logging_dir=log).run()
 
 
 def _document_ends(given: str | None, before: Manifest | None) -> str:
@@ -219,6 +235,13 @@ def _known_tokenizer(
     ):
         raise other
     return known
+
+
+def _stated_tokenizer(known: int | Tokenizer) -> str:
+    """What a store's manifest states of its tokenizer among the options."""
+    if isinstance(known, int):
+        return f"trained, {known} pieces"
+    return known.sha256
 
 
 def _opening_id(tokenizer: Tokenizer, document_ends: str) -> int:

@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,54 +125,85 @@ def run_members(
             yield member, "finished before"
         else:
             waiting.append(member)
+
     at_work: dict[Member, subprocess.Popen[bytes]] = {}
-    asked = []
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    told_to_stop = False
+    with _asked_to_stop() as asked:
+        try:
+            while at_work or (waiting and not asked):
+                while waiting and not asked and len(at_work) < side_by_side:
+                    member = waiting.pop(0)
+                    words = command(file, sets, member, ranks)
+                    at_work[member] = _start(member, words, environment)
+                    yield member, "started"
+
+                if asked and not told_to_stop:
+                    told_to_stop = True
+                    _pass_on(at_work.values())
+
+                time.sleep(LOOK_SECONDS)
+                for member, code in _ended(at_work):
+                    del at_work[member]
+                    yield member, _end(member, code, told_to_stop)
+        finally:
+            _pass_on(at_work.values())
+    if asked:
+        raise StoppedError(
+            f"stopped by {signal.Signals(asked[0]).name}; the same command goes on"
+        )
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """The signals SIGTERM and SIGINT that have come, in a list that grows; none of them ends this process meanwhile."""
+    asked: list[int] = []
     before = {
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
     }
     for number in before:
         signal.signal(number, lambda received, _frame: asked.append(received))
-    told_to_stop = False
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     try:
-        while at_work or (waiting and not asked):
-            while waiting and not asked and len(at_work) < side_by_side:
-                member = waiting.pop(0)
-                member.folder.parent.mkdir(parents=True, exist_ok=True)
-                words = command(file, sets, member, ranks)
-                with member.log.open("ab") as log:
-                    # A session of its own, so that a Ctrl-C reaches it once, from here.
-                    process = subprocess.Popen(
-                        words,
-                        stdout=log,
-                        stderr=log,
-                        env=environment,
-                        start_new_session=True,
-                    )
-                at_work[member] = process
-                yield member, "started"
-            if asked and not told_to_stop:
-                told_to_stop = True
-                for process in at_work.values():
-                    process.send_signal(signal.SIGTERM)
-            time.sleep(LOOK_SECONDS)
-            for member, process in list(at_work.items()):
-                code = process.poll()
-                if code is None:
-                    continue
-                del at_work[member]
-                if code == 0:
-                    yield member, "finished"
-                elif told_to_stop:
-                    yield member, "stopped"
-                else:
-                    yield member, f"failed with code {code}, see {member.log}"
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for process in at_work.values():
-            process.send_signal(signal.SIGTERM)
-    if asked:
-        raise StoppedError(
-            f"stopped by {signal.Signals(asked[0]).name}; the same command goes on"
+
+
+def _start(
+    member: Member, words: Sequence[str], environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """Starts a member's command, which prints into the member's log."""
+    member.folder.parent.mkdir(parents=True, exist_ok=True)
+    with member.log.open("ab") as log:
+        # A session of its own, so that a Ctrl-C reaches it once, from here.
+        return subprocess.Popen(
+            words, stdout=log, stderr=log, env=environment, start_new_session=True
         )
+
+
+def _pass_on(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Asks runs to save and end."""
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+
+
+def _ended(
+    at_work: Mapping[Member, subprocess.Popen[bytes]],
+) -> list[tuple[Member, int]]:
+    """The members whose processes have ended, with their exit codes."""
+    ended = []
+    for member, process in at_work.items():
+        code = process.poll()
+        if code is not None:
+            ended.append((member, code))
+    return ended
+
+
+def _end(member: Member, code: int, told_to_stop: bool) -> str:
+    """How a member has ended, in words."""
+    if code == 0:
+        return "finished"
+    if told_to_stop:
+        return "stopped"
+    return f"failed with code {code}, see {member.log}"
