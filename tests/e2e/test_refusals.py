@@ -305,7 +305,7 @@ def loss_that_is_a_word(run: Path) -> None:
             "report",
             "provenance.json is damaged: it lists no sessions",
         ),
-        (recipe_that_is_a_pipe, "report", "run/recipe.toml"),
+        (recipe_that_is_a_pipe, "report", "is not a run: it has no recipe.toml"),
         (
             line_that_is_a_number,
             "report",
