@@ -1,6 +1,7 @@
 """Exported tokenizers against transformers' own loading of them, and what generation and fine-tuning are told.
 
 STACKGROW_TRANSFORMERS_4=/path/to/python   one whose transformers is 4.57: the ids are compared in that one, too
+STACKGROW_LLAMA_CPP=/path/to/python        one that has gpt4all, gguf, sentencepiece and safetensors: llama.cpp generates
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sentencepiece
 import tokenizers
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 
 from stackgrow.checkpoint.dcp import CheckpointError
 from stackgrow.checkpoint.hf import export_hf
@@ -37,6 +39,7 @@ MODEL = Model(
     family="llama2", dim=16, n_layers=1, n_heads=2, ffn_dim=24, vocab_size=300
 )
 TRANSFORMERS_4 = os.environ.get("STACKGROW_TRANSFORMERS_4", "")
+LLAMA_CPP = os.environ.get("STACKGROW_LLAMA_CPP", "")
 CORPUS = [Path(json.__file__).read_text(), *HARD_TEXTS.values()]
 
 
@@ -224,6 +227,36 @@ def test_generation_stops_where_documents_end(
     prompt = theirs("import json", return_tensors="pt")
     made = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0]
     assert made[prompt["input_ids"].shape[1] :].tolist() == [theirs.eos_token_id]
+
+
+@pytest.mark.skipif(
+    not LLAMA_CPP, reason="STACKGROW_LLAMA_CPP names no Python with llama.cpp"
+)
+@pytest.mark.parametrize(
+    ("document_ends", "end", "other"), [("bos", 1, 2), ("eos", 2, 1)]
+)
+def test_llama_cpp_stops_where_documents_end(
+    tmp_path: Path, document_ends: str, end: int, other: int
+) -> None:
+    """By what its own converter reads from an export; told that another token ends a text, it goes on."""
+    tokenizer = trained(CORPUS)
+    if document_ends == "eos":
+        tokenizer.bos_id = tokenizer.eos_id
+    exported(tmp_path, StoredTokenizer(tokenizer, document_ends))
+    folder = tmp_path / "hf"
+    file = next(folder.glob("*.safetensors"))
+    weights = load_file(file)
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        weights[name].fill_(1.0)
+    weights["lm_head.weight"][end].fill_(1.0)
+    save_file(weights, file, metadata={"format": "pt"})
+    script = Path(__file__).with_name("llama_cpp.py")
+    command = [LLAMA_CPP, str(script), str(folder), "import json"]
+    made = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(made.stdout) == []
+    command.append(str(other))
+    made = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(made.stdout) == [end] * 20
 
 
 def test_pad_tokens(tmp_path: Path) -> None:
