@@ -77,7 +77,7 @@ def _names_encoding(call: ast.Call) -> bool:
         ("read_text(archive, name, 1)", 0),
     ],
 )
-def test_what_is_found(line: str, count: int) -> None:
+def test_calls_without_an_encoding_are_found(line: str, count: int) -> None:
     assert len(list(calls_without_encoding(line))) == count
 
 

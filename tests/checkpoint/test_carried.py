@@ -53,7 +53,9 @@ def doubled(source: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_through_two_growths(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_model_from_elsewhere_is_exported_after_two_growths(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     source = tmp_path / "models--owner--Tiny_Llama" / "snapshots" / "0123"
     theirs = pretrained(source, dtype)
     doubled(source, tmp_path / "grown")

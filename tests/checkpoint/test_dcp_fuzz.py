@@ -176,7 +176,9 @@ def use(folder: Path, target: Path) -> None:
     )
 
 
-def test_mutated_metadata(folder: Path, tmp_path: Path, limits: None) -> None:
+def test_mutated_metadata_is_refused_or_read_and_never_executed(
+    folder: Path, tmp_path: Path, limits: None
+) -> None:
     content, marker, refused = (folder / METADATA).read_bytes(), tmp_path / "ran", 0
     before = {p: p.read_bytes() for p in folder.iterdir() if p.name != METADATA}
     for case in range(CASES):

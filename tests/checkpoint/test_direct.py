@@ -14,7 +14,7 @@ from stackgrow.checkpoint.direct import DirectFile
 @pytest.mark.parametrize(
     "sizes", [[], [1], [4096], [8192, 8192], [5, 70000, 0, 3], [20000] * 7]
 )
-def test_any_portions(
+def test_any_portions_are_the_bytes_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], cached: bool
 ) -> None:
     monkeypatch.setattr(direct, "BLOCK", 16384)

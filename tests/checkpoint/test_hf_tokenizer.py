@@ -259,7 +259,7 @@ def test_llama_cpp_stops_where_documents_end(
     assert json.loads(made.stdout) == [end] * 20
 
 
-def test_pad_tokens(tmp_path: Path) -> None:
+def test_a_batch_is_padded_or_the_card_says_why_not(tmp_path: Path) -> None:
     """A batch for fine-tuning; of a tokenizer without any such token the card says so."""
     exported(tmp_path, StoredTokenizer(byte_level(CORPUS)))
     assert (

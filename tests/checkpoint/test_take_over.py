@@ -69,7 +69,9 @@ def test_a_sealed_checkpoint_and_a_hugging_face_folder_fit(
         assert import_problems(replace(stage, folder=str(tmp_path / folder))) == []
 
 
-def test_another_geometry(stage: ImportStage, tmp_path: Path) -> None:
+def test_a_source_of_another_geometry_is_refused_by_its_keys(
+    stage: ImportStage, tmp_path: Path
+) -> None:
     export_hf(tmp_path / "dcp", tmp_path / "hf", stage.source)
     deeper = replace(stage, source=replace(stage.source, n_layers=3, norm_eps=1e-6))
     what = message(deeper, tmp_path / "hf")
@@ -80,7 +82,7 @@ def test_another_geometry(stage: ImportStage, tmp_path: Path) -> None:
     assert "n_layers is 2, in the recipe 3" in message(deeper, tmp_path / "dcp")
 
 
-def test_weights_in_bfloat16(stage: ImportStage, tmp_path: Path) -> None:
+def test_weights_in_bfloat16_are_refused(stage: ImportStage, tmp_path: Path) -> None:
     save(tmp_path / "half", stage, torch.bfloat16)
     assert "its weights are torch.bfloat16, and a run keeps float32" in message(
         stage, tmp_path / "half"

@@ -472,7 +472,9 @@ def test_a_moved_run_and_clocks_that_go_backwards(
     assert_same(place, short)
 
 
-def test_other_versions(workplace: Workplace, short: Path, tmp_path: Path) -> None:
+def test_other_versions_are_refused_until_they_are_accepted(
+    workplace: Workplace, short: Path, tmp_path: Path
+) -> None:
     """Another minor version of torch is refused until it is accepted, and told then; both are on record."""
     place = tmp_path / "run"
     shutil.copytree(short, place, ignore=shutil.ignore_patterns(LEDGER, DONE, "step-9"))

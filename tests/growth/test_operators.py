@@ -36,7 +36,7 @@ TARGETS = {
 }
 
 
-def test_the_table() -> None:
+def test_the_table_names_the_five_operators() -> None:
     assert list(OPERATORS) == ["stack", "split", "zero", "random", "learn"]
     for name, operator in OPERATORS.items():
         assert operator.name == name

@@ -402,7 +402,9 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("change", "message"), REFUSED, ids=[message[:30] for _, message in REFUSED]
 )
-def test_width_refusals(change: dict[str, float], message: str, operator: str) -> None:
+def test_width_refuses_what_cannot_preserve_the_function(
+    change: dict[str, float], message: str, operator: str
+) -> None:
     target = replace(GQA, dim=64, n_heads=8, n_kv_heads=4)
     with pytest.raises(GrowthError, match=message):
         BOTH[operator](GQA, replace(target, **change), 0)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from stackgrow.recipe.values import nearest
 WARM = Batches((BatchPhase(3, 10), BatchPhase(2, 20)), 40)
 
 
-def test_tokens_by_hand() -> None:
+def test_tokens_and_steps_are_those_counted_by_hand() -> None:
     assert [WARM.at(step) for step in range(1, 8)] == [10, 10, 10, 20, 20, 40, 40]
     assert [WARM.tokens(steps) for steps in (0, 2, 4, 6)] == [0, 20, 50, 110]
     assert [WARM.within(tokens) for tokens in (-1, 9, 10, 69, 70, 109, 110)] == [
@@ -30,7 +30,7 @@ def test_tokens_by_hand() -> None:
     st.integers(1, 90),
     st.integers(0, 9999),
 )
-def test_within_and_nearest(
+def test_steps_within_and_nearest_to_tokens(
     phases: list[tuple[int, int]], full: int, tokens: int
 ) -> None:
     batches = Batches(tuple(BatchPhase(*phase) for phase in phases), full)

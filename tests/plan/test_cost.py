@@ -147,7 +147,7 @@ def test_search_prefers_what_recomputes_and_sends_least() -> None:
     assert slow.slowdown > fast.slowdown
 
 
-def test_recomputed_products() -> None:
+def test_recomputed_products_are_counted_as_by_hand() -> None:
     stage = shipped("7b_gstack").train_stages[-1]
     assert stage.train.activation_checkpoint == "selective"
     D, F, L, V = 4096, 11008, 32, 32000

@@ -32,7 +32,7 @@ def test_timing_falls_as_flops_grow() -> None:
     assert guidelines.growth_timing(3e9, 1e21) > guidelines.growth_timing(3e9, 2e21)
 
 
-def test_fitted_range() -> None:
+def test_the_fitted_range_ends_at_the_largest_model_and_budget() -> None:
     assert guidelines.in_fitted_range(3e9, 1.2e21)
     assert not guidelines.in_fitted_range(3.1e9, 1.2e21)
     assert not guidelines.in_fitted_range(3e9, 1.3e21)

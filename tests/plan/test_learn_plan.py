@@ -148,7 +148,7 @@ def test_compile_can_be_left_to_the_other_stages(tmp_path: Path) -> None:
     ]
 
 
-def test_nothing_grows(tmp_path: Path) -> None:
+def test_learning_where_nothing_grows_is_refused(tmp_path: Path) -> None:
     last = RECIPE[RECIPE.rindex("[[growth]]") : RECIPE.index("[train]")]
     changes = [
         ("factor = 2\n", ""),

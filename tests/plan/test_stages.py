@@ -105,7 +105,7 @@ def test_scratch_has_one_stage(tmp_path: Path) -> None:
     assert (plan.stages[0].steps, plan.base_share) == (97, 0)  # type: ignore[union-attr]
 
 
-def test_flops_and_bytes(tmp_path: Path) -> None:
+def test_flops_and_bytes_are_those_counted_by_hand(tmp_path: Path) -> None:
     base, _, target = plan_of(tmp_path).train_stages
     layer = 4 * 64 * 64 + 3 * 64 * 96 + 2 * 64
     assert base.flops == 6 * (2 * layer + 64 + 64 * 256) * 20 * 1024
@@ -129,7 +129,7 @@ def test_factor_may_be_left_out_of_a_single_growth(tmp_path: Path) -> None:
     )
 
 
-def test_layer_map(tmp_path: Path) -> None:
+def test_a_layer_map_of_ones_own_is_planned_and_noted(tmp_path: Path) -> None:
     text = edited(
         (
             'factor = 2\ntiming = "40 steps"',
@@ -376,7 +376,9 @@ def test_ranks_that_do_not_fit(
         (["parallel.tensor=2"], 4),
     ],
 )
-def test_ranks_that_fit(tmp_path: Path, sets: list[str], world: int) -> None:
+def test_ranks_that_fit_have_no_problem(
+    tmp_path: Path, sets: list[str], world: int
+) -> None:
     assert list(world_problems(plan_of(tmp_path, RECIPE, sets), world)) == []
 
 

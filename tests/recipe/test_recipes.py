@@ -220,7 +220,7 @@ def test_base_of_the_paper_has_the_official_rate() -> None:
     assert (base.train.learning_rate, base.train.min_learning_rate) == (1e-3, 1e-4)
 
 
-def test_the_promised_run() -> None:
+def test_the_promised_run_has_the_sizes_and_maps_that_are_promised() -> None:
     made = plan("7b_gstack.toml")
     base, middle, last = made.train_stages
     assert [s.model.n_layers for s in made.train_stages] == [2, 8, 32]
@@ -435,7 +435,7 @@ def test_eight_layers_to_24() -> None:
     )
 
 
-def test_later_work() -> None:
+def test_recipes_of_later_work_spend_what_their_baseline_does() -> None:
     scratch = plan("operators/small_scratch.toml")
     step = scratch.flops / scratch.train_stages[0].steps
     for name in (

@@ -28,7 +28,7 @@ def errors(text: str) -> list[str]:
     return [error.json_path for error in VALIDATOR.iter_errors(tomli.loads(text))]
 
 
-def test_it_is_a_schema() -> None:
+def test_the_schema_of_recipes_is_a_json_schema() -> None:
     Draft202012Validator.check_schema(recipe_schema())
 
 

@@ -101,7 +101,7 @@ def test_one_size_and_three_timings() -> None:
     assert math.isnan(fit.errors["a"])  # a parabola goes through any three points
 
 
-def test_scaling_law() -> None:
+def test_a_scaling_law_is_found_again() -> None:
     rng, flops = np.random.default_rng(0), [1e19, 1e20, 1e21, 3e21]
     losses = [30 * c**-0.055 * (1 + rng.normal(0, 1e-3)) for c in flops]
     runs = [

@@ -139,7 +139,7 @@ def test_it_fits_the_width(tmp_path: Path) -> None:
     assert "80.9GB" in text
 
 
-def test_notes_are_shown(tmp_path: Path) -> None:
+def test_notes_of_a_plan_are_shown_below_its_table(tmp_path: Path) -> None:
     plan = plan_of(
         tmp_path, RECIPE, [*GIANT, "growth[1].timing=auto", "growth[0].timing=8B"]
     )
@@ -178,5 +178,5 @@ def test_a_plan_as_json_has_the_same_values(tmp_path: Path) -> None:
         ([0, 1, 2, 3], "0-3"),
     ],
 )
-def test_compact_map(layer_map: list[int], text: str) -> None:
+def test_a_layer_map_is_told_compactly(layer_map: list[int], text: str) -> None:
     assert compact_map(layer_map) == text

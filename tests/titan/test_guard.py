@@ -43,7 +43,7 @@ def test_noise_is_no_event() -> None:
     ("action", "updated", "ends"),
     [("record", True, False), ("skip", False, False), ("stop", False, True)],
 )
-def test_a_spike(
+def test_a_spike_is_named_and_its_update_taken_or_not_as_asked(
     action: str, updated: bool, ends: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = guard(on_spike=action)

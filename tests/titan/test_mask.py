@@ -110,7 +110,7 @@ def test_parameters_have_the_ordinary_names_and_the_mask_is_in_no_checkpoint(
     assert len(masked.masked) == len(kept_outputs(SOURCE, target, CASES[case][1]))
 
 
-def test_expected_masks() -> None:
+def test_the_mask_keeps_what_the_source_computes() -> None:
     assert kept_outputs(SOURCE, DEEPER, (0, 1, 0, 1)).keys() == {
         f"layers.{layer}.{block}"
         for layer in (2, 3)

@@ -128,7 +128,7 @@ def test_default_rope_scaling_would_be_wrong(small: Model) -> None:
     assert not torch.equal(Llama(args)._precompute_freqs_cis(), ours.freqs_cis)
 
 
-def test_paper_initialization() -> None:
+def test_weights_begin_as_the_paper_states() -> None:
     model = Model(
         family="llama2", dim=256, n_layers=2, n_heads=4, ffn_dim=704, vocab_size=512
     )

@@ -70,7 +70,7 @@ dist.destroy_process_group()
 """
 
 
-def test_equal_for_every_sharding(tmp_path: Path) -> None:
+def test_fingerprints_are_equal_for_every_sharding(tmp_path: Path) -> None:
     script = tmp_path / "shards.py"
     script.write_text(SCRIPT)
     launch = [
