@@ -36,6 +36,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:2000])
 
 
+def numbered(count: int, thing: str, things: str = "") -> str:
+    """``1 session``, ``2 sessions``; ``things``: where it does not end in s."""
+    if count == 1:
+        return f"1 {thing}"
+    return f"{count} {things or thing + 's'}"
+
+
 def clock(seconds: float) -> str:
     """``3725`` seconds as ``1:02:05``."""
     minutes, second = divmod(round(seconds), 60)

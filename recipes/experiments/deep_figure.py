@@ -38,6 +38,7 @@ POINTS = 6  # in a table
 FINE = 60  # in a picture
 SEEDS_FOR_INTERVAL = 3
 VOCABULARY = 2048
+NEVER = -1.0  # the saving of a grown run that never has the baseline's loss
 OPERATORS = ("stack", "interleave", "zero", "random", "learn")
 COLORS = {
     "stack": "C0",
@@ -78,12 +79,14 @@ class Curve(NamedTuple):
         return (above - below) / (2 * np.log(step))
 
     def first(self, loss: float) -> tuple[float, float]:
-        """The FLOPs at which the smoothed loss first is ``loss``, and the standard error of their logarithm; NaN
-        where it never is, or is before the curve begins."""
+        """The FLOPs at which the smoothed loss first is ``loss``, and the standard error of their logarithm: infinite
+        where it never is, NaN where it is before the curve begins."""
         grid = np.geomspace(self.flops[0], self.flops[-1], 400)
         values = np.array([self.smoothed(flops)[0] for flops in grid])
         below = np.flatnonzero(values <= loss)
-        if not below.size or below[0] == 0:
+        if not below.size:
+            return np.inf, np.nan
+        if below[0] == 0:
             return np.nan, np.nan
         i = below[0]
         share = (values[i - 1] - loss) / (values[i - 1] - values[i])
@@ -93,7 +96,8 @@ class Curve(NamedTuple):
 
 
 class Saving(NamedTuple):
-    """What was saved where the baseline has had so many ``tokens``; ``each``: by each seed."""
+    """What was saved where the baseline has had so many ``tokens``; ``each``: by each seed, -1 where the grown run
+    never has the baseline's loss. Where one never has, there is no mean over seeds: NaN."""
 
     tokens: float
     mean: float
@@ -147,20 +151,23 @@ def seeds(recipe: str) -> list[str]:
 def savings(
     scratch: Sequence[Curve], grown: Sequence[Curve], tokens: Sequence[float]
 ) -> Iterator[Saving]:
-    """The saving of each pair at each number of tokens of the baseline, where all pairs have one."""
+    """The saving of each pair at each number of tokens of the baseline, from where the curves of all grown runs begin
+    on."""
     for count in tokens:
         logs, errors, losses = [], [], []
         for base, run in zip(scratch, grown, strict=True):
             flops = float(np.interp(count, base.tokens, base.flops))
             loss, error = base.smoothed(flops)
             other, other_error = run.first(loss)
-            logs.append(np.log(flops / other))
+            logs.append(np.log(flops / other) if np.isfinite(other) else -other)
             errors.append(np.hypot(error / base.slope(flops), other_error))
             losses.append(loss)
-        if not np.all(np.isfinite(logs)):
+        if np.any(np.isnan(logs)):
             continue
-        mean = float(np.mean(logs))
-        half = _half_of_interval(logs, errors)
+        mean, half = np.nan, np.nan
+        if np.all(np.isfinite(logs)):
+            mean = float(np.mean(logs))
+            half = _half_of_interval(logs, errors)
         yield Saving(
             tokens=count,
             mean=float(np.expm1(mean)),
@@ -223,12 +230,19 @@ def tell(family: str, loss: str) -> dict[str, Compared]:
             f"{'tokens':>8} {'/ parameter':>11} {'loss':>7} {'saved':>7}   {interval}; each seed"
         )
         for saving in runs.savings(POINTS + 1):
-            each = " ".join(f"{value:+.0%}" for value in saving.each)
             print(
-                f"{saving.tokens / 1e6:7.2f}M {saving.tokens / size:11.1f} {saving.loss:7.4f} "
-                f"{saving.mean:+7.0%}   {saving.low:+.0%} to {saving.high:+.0%}; {each}"
+                f"{saving.tokens / 1e6:7.2f}M {saving.tokens / size:11.1f} {saving.loss:7.4f} {_told(saving)}"
             )
     return all_compared
+
+
+def _told(saving: Saving) -> str:
+    each = " ".join(
+        "never" if value == NEVER else f"{value:+.0%}" for value in saving.each
+    )
+    if np.isnan(saving.mean):
+        return f"      -   a grown run never has this loss; {each}"
+    return f"{saving.mean:+7.0%}   {saving.low:+.0%} to {saving.high:+.0%}; {each}"
 
 
 def two_panels() -> tuple[Any, Any, Any]:
@@ -260,7 +274,10 @@ def draw_savings(axes: Any, runs: Compared, size: int, color: str, label: str) -
     axes.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
     if count > 1:
         for i in range(count):
-            seed = [100 * saving.each[i] for saving in found]
+            seed = [
+                100 * saving.each[i] if saving.each[i] != NEVER else np.nan
+                for saving in found
+            ]
             axes.plot(x, seed, color=color, lw=0.5, alpha=0.6)
 
 

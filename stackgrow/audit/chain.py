@@ -11,7 +11,7 @@ import tomli
 from stackgrow import seal
 from stackgrow.audit import contents
 from stackgrow.audit.case import Case, open_case
-from stackgrow.audit.report import Audit, Look, NotChecked, RestsOn, numbered
+from stackgrow.audit.report import Audit, Look, NotChecked, RestsOn
 from stackgrow.plan.stages import Stage, TrainStage
 from stackgrow.recipe.load import Problem
 from stackgrow.recipe.write import canonical_hash
@@ -25,7 +25,7 @@ from stackgrow.run_folder.folder import (
     STAGE_FILE,
 )
 from stackgrow.run_folder.ledger import counts
-from stackgrow.text import differences
+from stackgrow.text import differences, numbered
 
 
 def audit_run(

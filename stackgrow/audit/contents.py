@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackgrow import seal
-from stackgrow.audit.report import Look, NotChecked, RestsOn, numbered
+from stackgrow.audit.report import Look, NotChecked, RestsOn
 from stackgrow.data.order import Order
 from stackgrow.data.store import Manifest, StoreError, read_manifest
 from stackgrow.errors import DamagedError
@@ -23,6 +23,7 @@ from stackgrow.run_folder.evaluations import read_evaluation, weights_hash
 from stackgrow.run_folder.folder import GROWTH, LEDGER, METRICS, PROVENANCE, VALIDATION
 from stackgrow.run_folder.lines import iter_records
 from stackgrow.run_folder.provenance import data_facts
+from stackgrow.text import numbered
 
 if TYPE_CHECKING:
     from stackgrow.audit.case import Case, Sealed

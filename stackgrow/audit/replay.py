@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stackgrow import seal
 from stackgrow.audit.case import Case
-from stackgrow.audit.report import Look, NotChecked, WrongRequest, numbered
+from stackgrow.audit.report import Look, NotChecked, WrongRequest
 from stackgrow.errors import DamagedError
 from stackgrow.plan.checks import world_problems
 from stackgrow.plan.stages import TrainStage
@@ -33,6 +33,7 @@ from stackgrow.run_folder.folder import (
     StageFolder,
 )
 from stackgrow.run_folder.lines import iter_records
+from stackgrow.text import numbered
 
 if TYPE_CHECKING:
     from stackgrow.titan.job import StageJob

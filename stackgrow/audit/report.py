@@ -11,7 +11,7 @@ from stackgrow.errors import LockedError, RunError
 from stackgrow.recipe.load import Problem
 from stackgrow.report.page import page
 from stackgrow.run_folder.provenance import now
-from stackgrow.text import printable
+from stackgrow.text import numbered, printable
 
 NEVER_LOOKED_AT = (
     "report.html, TensorBoard's files and logs: they are no part of the proof"
@@ -68,7 +68,13 @@ class Audit:
             while True:
                 self._take(check, next(steps))
         except StopIteration as end:
-            self.checks[check] = printable(end.value)
+            count = sum(finding.check == check for finding in self.findings)
+            # What such a check claims ("each as it was sealed") is then not so.
+            self.checks[check] = (
+                f"FAILED: {numbered(count, 'finding')}, below"
+                if count
+                else printable(end.value)
+            )
         except (LockedError, WrongRequest):
             raise  # nothing is wrong with the run
         except Exception as error:
@@ -121,10 +127,3 @@ def audit_page(audit: Audit) -> str:
     """The same as a page for people: it says when it was made, as a run can change after it."""
     values = {"audit": audit, "date": now(), "never_looked_at": NEVER_LOOKED_AT}
     return page("audit/page.html.jinja", values)
-
-
-def numbered(count: int, thing: str, things: str = "") -> str:
-    """``1 session``, ``2 sessions``; ``things``: where it does not end in s."""
-    if count == 1:
-        return f"1 {thing}"
-    return f"{count} {things or thing + 's'}"

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from stackgrow import seal
 from stackgrow.audit.case import Case
-from stackgrow.audit.report import Look, numbered
+from stackgrow.audit.report import Look
 from stackgrow.plan.stages import Stage, TrainStage
 from stackgrow.recipe.load import Problem
 from stackgrow.recipe.write import to_dict
 from stackgrow.run_folder.folder import METRICS, VALIDATION
 from stackgrow.run_folder.lines import iter_records
-from stackgrow.text import differences
+from stackgrow.text import differences, numbered
 
 
 def same_run(case: Case, other: Case) -> Look:

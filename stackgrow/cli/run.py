@@ -108,17 +108,20 @@ def show_plan(arguments: argparse.Namespace) -> None:
 def check_all(arguments: argparse.Namespace) -> None:
     """Says that a run would start, or raises what it would raise."""
     from stackgrow.run.claim import check_folder
-    from stackgrow.run.preflight import check, unchecked
+    from stackgrow.run.preflight import check, held_out_note, unchecked
+    from stackgrow.text import numbered
 
     plan, order = check(arguments.recipe, arguments.set)
     if os.environ.get("RANK", "0") != "0":
         return
     check_folder(plan, order, arguments.recipe)
-    print(
-        f"nothing is wrong with {arguments.recipe} on {os.environ.get('WORLD_SIZE', '1')} ranks; checked beside it:"
-    )
+    ranks = numbered(int(os.environ.get("WORLD_SIZE", "1")), "rank")
+    print(f"nothing is wrong with {arguments.recipe} on {ranks}; checked beside it:")
     for item in unchecked(plan):
         print(f"- {item}")
+    note = held_out_note(plan.recipe)
+    if note:
+        print(f"to be noted: {note}")
 
 
 def show_state(arguments: argparse.Namespace) -> int:

@@ -25,6 +25,8 @@ from stackgrow.report.curves import (
 from stackgrow.report.statistics import LEAST_SEEDS
 from stackgrow.text import aligned, human, wrapped
 
+FEWEST_RECORDS = 5  # of the target model in each run, below which no speed-up is told
+INTERVALS = {"train": "log.interval", "validation": "validation.interval"}
 LABELS = {"train": "training loss", "validation": "validation loss"}
 SMOOTHING = {
     "train": f"training loss, smoothed by straight lines over the records within {WINDOW:.0%} of a point's FLOPs",
@@ -80,7 +82,7 @@ def compare(
         if reasons:
             unlike_of[curve.name] = reasons
         differences_of[curve.name] = differences(baseline.runs[0], curve.runs[0])
-        if baseline.arrived and curve.arrived:
+        if _has_records(baseline) and _has_records(curve):
             speed_ups_of[curve.name] = speed_ups(baseline.target, curve.target, losses)
     return Comparison(
         loss,
@@ -91,6 +93,11 @@ def compare(
         unlike_of,
         _evaluations(runs),
     )
+
+
+def _has_records(curve: Curve) -> bool:
+    """Whether a line through those of its target model can say anything."""
+    return curve.arrived and curve.fewest_records >= FEWEST_RECORDS
 
 
 def _evaluations(runs: Sequence[Path]) -> dict[str, Scores]:
@@ -200,6 +207,12 @@ def verdict(comparison: Comparison, curve: Curve) -> str:
     early = [one.name for one in (baseline, curve) if not one.arrived]
     if early:
         return f"no speed-up: {' and '.join(early)} has not come to its target model"
+    for one in (baseline, curve):
+        if one.fewest_records < FEWEST_RECORDS:
+            return (
+                f"no speed-up: {one.name} has {one.fewest_records} records of its target model, and a curve takes "
+                f"{FEWEST_RECORDS}; lower {INTERVALS[comparison.loss]} and train it again"
+            )
     equal = _at_equal_flops(baseline, curve)
     if common_span(baseline.target, curve.target):
         reached = {speed_up.loss for speed_up in comparison.speed_ups[curve.name]}

@@ -192,6 +192,11 @@ class Curve:
         return self.stages[-1]
 
     @property
+    def fewest_records(self) -> int:
+        """Of the target model, in any of its runs."""
+        return min(len(seed.flops) for seed in self.target.seeds)
+
+    @property
     def seeds(self) -> int:
         """How many runs the last stage is from."""
         return len(self.target.seeds)

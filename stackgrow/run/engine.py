@@ -9,6 +9,7 @@ anything else.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 import signal
@@ -35,7 +36,7 @@ from stackgrow.report.html import finish_report
 from stackgrow.report.summary import render_summary
 from stackgrow.run.changed import ENGINE
 from stackgrow.run.claim import claim
-from stackgrow.run.preflight import check
+from stackgrow.run.preflight import check, held_out_note
 from stackgrow.run_folder import provenance
 from stackgrow.run_folder.folder import RunFolder, StageFolder
 from stackgrow.run_folder.found import with_found, write_found
@@ -101,6 +102,9 @@ def _run(file: str, sets: Sequence[str], rank: int) -> None:
                     raise refusal from error
             else:
                 _watch(session)
+                note = held_out_note(session.plan.recipe)
+                if note:
+                    logging.getLogger(__name__).warning(note)
         try:
             _run_stages(session, refusal)
         except Exception as error:

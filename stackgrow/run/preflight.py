@@ -14,6 +14,7 @@ from stackgrow.plan.resolve import make_plan
 from stackgrow.plan.stages import Plan
 from stackgrow.recipe.keys import Recipe
 from stackgrow.recipe.load import Problem, RecipeError, load_recipe
+from stackgrow.text import numbered
 
 
 def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
@@ -54,6 +55,22 @@ def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
     if problems:
         raise RecipeError(file, problems)
     return plan, order
+
+
+def held_out_note(recipe: Recipe) -> str:
+    """That the stores hold out fewer sequences than the recipe asks for; "" where they do not."""
+    from stackgrow.data.loader import open_validation  # which needs torch
+
+    asked = recipe.validation.sequences
+    if not asked:
+        return ""
+    there = len(open_validation(recipe.data, asked, recipe.validation.take))
+    if there == asked:
+        return ""
+    return (
+        f"validation.sequences asks for {asked}, and the held-out text has {numbered(there, 'sequence')} of "
+        f"{recipe.data.seq_len} tokens: the validation loss is of these; prepare the data with a larger --validation"
+    )
 
 
 def unchecked(plan: Plan) -> list[str]:

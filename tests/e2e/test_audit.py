@@ -261,6 +261,17 @@ def test_the_verdict_is_a_page_too(run: Path, tmp_path: Path) -> None:
     assert "<b>" not in text, "what a run says is escaped"
 
 
+def test_a_check_that_found_something_claims_nothing(run: Path) -> None:
+    edit(stage_of(run, BASE).metrics_file, '"loss": ', '"loss": 1')
+    found = audit_run(run)
+    assert found.findings
+    failed = {finding.check for finding in found.findings}
+    for check in failed:
+        assert found.checks[check].startswith("FAILED: "), found.render()
+    for check in found.checks.keys() - failed:
+        assert not found.checks[check].startswith("FAILED: ")
+
+
 def test_the_run_itself_has_no_finding(run: Path) -> None:
     found = audit_run(run, full=True)
     assert not found.findings, found.render()

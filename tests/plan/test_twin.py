@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,16 @@ def test_a_run_whose_growth_the_loss_decided_has_the_twin_of_what_it_did(
     assert scratch_twin(found).tokens > scratch_twin(latest).tokens, (
         "a smaller base leaves more to the target"
     )
+
+
+def test_the_pilot_of_the_launch_checklist_is_planned(tmp_path: Path) -> None:
+    page = (RECIPES.parent / "tools" / "cluster" / "README.md").read_text("utf-8")
+    (twin,) = re.findall(r"stackgrow twin (\S+) --out pilot.toml", page)
+    (launch,) = re.findall(r"slurm.sbatch pilot.toml (.*\n.*)\n", page)
+    words = shlex.split(launch.replace("\\\n", " "))
+    pilot = tmp_path / "pilot.toml"
+    assert main([str(RECIPES.parent / twin), "--out", str(pilot)]) == 0
+    (stage,) = make_plan(load_recipe(pilot, words[1::2]), pilot).train_stages
+    assert set(words[0::2]) == {"--set"}
+    assert stage.steps == 100
+    assert stage.model == shipped("7b_gstack.toml").train_stages[-1].model

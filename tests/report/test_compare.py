@@ -234,6 +234,20 @@ def test_a_run_that_has_not_come_to_its_target_model_has_no_speed_up(
         read_run(runs[1], "timing")
 
 
+def test_two_records_are_no_curve(runs: list[Path]) -> None:
+    validation = RunFolder(runs[1]).stages()[-1].validation_file
+    lines = validation.read_text(encoding="utf-8").splitlines(keepends=True)
+    validation.write_text("".join([lines[0], lines[-1]]), encoding="utf-8")
+    comparison = compare(runs, loss="validation")
+    text = render(comparison)
+    assert (
+        "no speed-up: tiny has 2 records of its target model, and a curve takes 5; lower validation.interval"
+        in " ".join(text.split())
+    )
+    assert not comparison.speed_ups
+    assert compare(runs).speed_ups, "there are enough of the training loss"
+
+
 def test_curves_that_never_meet_are_told_with_their_spans(
     runs: list[Path], tmp_path: Path
 ) -> None:

@@ -36,9 +36,19 @@ def test_a_good_recipe_is_checked_and_nothing_is_made(
 ) -> None:
     assert main(["tiny.toml", "--check"]) == 0
     assert capsys.readouterr().out.startswith(
-        "nothing is wrong with tiny.toml on 1 ranks"
+        "nothing is wrong with tiny.toml on 1 rank;"
     )
     assert {path.name for path in here.iterdir()} == {"store", "tiny.toml"}
+
+
+def test_fewer_held_out_sequences_than_asked_for_are_told(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tiny.toml", "--check", "--set", "validation.sequences=1000000"]) == 0
+    told = capsys.readouterr().out
+    assert "validation.sequences asks for 1000000, and the held-out text has " in told
+    assert main(["tiny.toml", "--check", "--set", "validation.sequences=1"]) == 0
+    assert "to be noted" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
