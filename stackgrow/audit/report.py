@@ -68,13 +68,12 @@ class Audit:
             while True:
                 self._take(check, next(steps))
         except StopIteration as end:
+            self.checks[check] = printable(end.value)
             count = sum(finding.check == check for finding in self.findings)
-            # What such a check claims ("each as it was sealed") is then not so.
-            self.checks[check] = (
-                f"FAILED: {numbered(count, 'finding')}, below"
-                if count
-                else printable(end.value)
-            )
+            if count:
+                # What such a check says that it saw ("each as it was sealed") is then not so of all.
+                failed = f"FAILED: {numbered(count, 'finding')}, below; of "
+                self.checks[check] = failed + self.checks[check]
         except (LockedError, WrongRequest):
             raise  # nothing is wrong with the run
         except Exception as error:
