@@ -11,7 +11,11 @@ from stackgrow import seal
 from stackgrow.checkpoint.carried import carried_by, carried_files
 from stackgrow.checkpoint.grow import growth_sentence
 from stackgrow.checkpoint.hf import Dtype, Exported, export_hf
-from stackgrow.checkpoint.hf_format import model_from_config
+from stackgrow.checkpoint.hf_format import (
+    architecture_title,
+    model_from_config,
+    model_type,
+)
 from stackgrow.checkpoint.hf_tokenizer import StoredTokenizer
 from stackgrow.data.store import StoreError, TokenStore, read_manifest
 from stackgrow.data.tokenizer import Tokenizer, store_tokenizer
@@ -135,7 +139,7 @@ CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [llama, stackgrow]
+tags: [{tag}, stackgrow]
 ---
 # {name}
 
@@ -159,7 +163,7 @@ GROWN_CARD = """\
 library_name: transformers
 pipeline_tag: text-generation
 base_model: {base}
-tags: [llama, stackgrow]
+tags: [{tag}, stackgrow]
 ---
 # {name}
 
@@ -174,7 +178,8 @@ tags: [llama, stackgrow]
 def _geometry(model: Model) -> str:
     """The first sentence of a card."""
     return (
-        f"A language model of the Llama architecture with {human(model.parameters())} parameters: "
+        f"A language model of the {architecture_title(model)} architecture with "
+        f"{human(model.parameters())} parameters: "
         f"{model.n_layers} layers of width {model.dim}, {model.n_heads} attention heads "
         f"({model.kv_heads} for keys and values), FFN width {model.ffn_dim}, a vocabulary of {model.vocab_size} tokens."
     )
@@ -194,6 +199,7 @@ def _imported_card(checkpoint: Path, target: Path, model: Model) -> str | None:
     ]
     return GROWN_CARD.format(
         base=carried["base_model"],
+        tag=model_type(model),
         name=target.name,
         geometry=_geometry(model),
         history=_numbered(history),
@@ -218,6 +224,7 @@ def _card(chosen: Chosen) -> str:
 
     return CARD.format(
         name=plan.recipe.name,
+        tag=model_type(chosen.model),
         geometry=_geometry(chosen.model),
         tokens=human(seal_facts.get("position", 0) * plan.recipe.data.seq_len),
         seq_len=plan.recipe.data.seq_len,

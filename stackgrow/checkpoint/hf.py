@@ -1,4 +1,4 @@
-"""Hugging Face import and export of checkpoints on disk: DCP -> Llama folder -> DCP, one tensor in memory at a time.
+"""Hugging Face import and export of checkpoints on disk: DCP -> folder -> DCP, one tensor in memory at a time.
 
 Either is written into ``<target>.tmp``, which one rename makes the target. Weights are read from safetensors only: the
 older ``.bin`` files are pickles, which run what is in them.
@@ -84,7 +84,7 @@ def export_hf(
     card: str | None = None,
     fold: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Exported:
-    """Writes the model in DCP folder ``checkpoint`` as a Llama folder that transformers loads.
+    """Writes the model in DCP folder ``checkpoint`` as a folder that transformers loads.
 
     A shard holds at most ``shard_bytes``, or a single tensor. ``tokenizer`` is that of a token store, ``seq_len`` the
     length that was trained on, ``card`` the text of README.md. ``fold`` writes a growth's mask into each tensor (see
@@ -157,7 +157,7 @@ def _refuse_to_export(
 
 
 def import_hf(source: Path, target: Path) -> Model:
-    """Reads a Llama folder (config.json, safetensors) into the sealed DCP folder ``target``, in float32.
+    """Reads a Hugging Face folder (config.json, safetensors) into the sealed DCP folder ``target``, in float32.
 
     The seal names the files that it came from with their SHA-256, and the fingerprint of every tensor; its
     ``stage_hash`` is that of the geometry and the weights. What else an export needs is carried along.
@@ -203,7 +203,7 @@ def import_hf(source: Path, target: Path) -> Model:
 
 
 def _read_folder(source: Path, config: Mapping[str, Any]) -> tuple[Model, Weights]:
-    """The Model in a Llama folder, and its weights, whose shapes are the model's."""
+    """The Model in a Hugging Face folder, and its weights, whose shapes are the model's."""
     model, problems = read_config(config)
     weights = read_weights(source)
     problems += weights.problems
@@ -214,6 +214,9 @@ def _read_folder(source: Path, config: Mapping[str, Any]) -> tuple[Model, Weight
             for name, shape in weights.shapes.items()
             if not name.endswith("rotary_emb.inv_freq")
         }
+        # Beside a tied embedding, transformers reads no matrix of the head.
+        if model.tie_embeddings:
+            shapes.pop(hf_name("output.weight"), None)
         wanted = {hf_name(name): shape for name, shape in model.tensors().items()}
         problems += _tensor_problems(shapes, wanted, weights.codes, DTYPES)
     _refuse(f"{source} cannot be imported", problems)

@@ -1,4 +1,4 @@
-"""Growing a checkpoint without a recipe: a DCP or Hugging Face Llama folder in, a sealed DCP folder out.
+"""Growing a checkpoint without a recipe: a DCP or Hugging Face model folder in, a sealed DCP folder out.
 
 All is written in ``<target>.tmp``, on which the ranks work together; one rename at the end makes the target.
 """
@@ -199,6 +199,7 @@ def _model_of_shapes(source: Path, given: Mapping[str, Any]) -> Model:
     layers = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
     try:
         vocabulary, dim = shapes["tok_embeddings.weight"]
+        query_rows, _ = shapes["layers.0.attention.wq.weight"]
         key_rows, _ = shapes["layers.0.attention.wk.weight"]
         ffn_dim, _ = shapes["layers.0.feed_forward.w1.weight"]
     except (KeyError, ValueError) as error:
@@ -210,11 +211,11 @@ def _model_of_shapes(source: Path, given: Mapping[str, Any]) -> Model:
             f"{source} does not tell its number of attention heads: give --source-heads"
         )
     n_heads = given["n_heads"]
-    width = dim // n_heads
-    if width * n_heads != dim or key_rows % width:
+    width = query_rows // n_heads
+    if width * n_heads != query_rows or key_rows % width:
         raise GrowthError(
-            f"{n_heads} attention heads do not fit {source}: heads of dim / heads channels must divide dim = "
-            f"{dim} and the {key_rows} rows of attention.wk"
+            f"{n_heads} attention heads do not fit {source}: they must divide the {query_rows} rows of attention.wq "
+            f"into heads whose width divides the {key_rows} rows of attention.wk"
         )
     sizes = {
         "vocab_size": vocabulary,
@@ -222,6 +223,10 @@ def _model_of_shapes(source: Path, given: Mapping[str, Any]) -> Model:
         "n_layers": len(layers),
         "n_kv_heads": key_rows // width,
         "ffn_dim": ffn_dim,
+        "head_dim_": None if query_rows == dim else width,
+        "tie_embeddings": "output.weight" not in shapes,
+        "qk_norm": "layers.0.attention.q_norm.weight" in shapes,
+        "attention_bias": "layers.0.attention.wq.bias" in shapes,
         **given,
     }
     return Model(family="llama2", **sizes)
@@ -275,7 +280,8 @@ def _refuse_without_optimizer(source: Path) -> None:
 
 
 def _refuse_heads(which: str, model: Model) -> None:
-    if model.dim % (2 * model.n_heads) or model.n_heads % model.kv_heads:
+    divided = model.states_head_dim or model.dim % model.n_heads == 0
+    if not divided or model.head_dim % 2 or model.n_heads % model.kv_heads:
         raise GrowthError(
             f"the {which} model: {model.n_heads} heads and {model.kv_heads} key/value heads for dim {model.dim}; "
             "heads must divide dim into even widths, key/value heads must divide heads"

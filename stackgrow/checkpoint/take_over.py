@@ -33,6 +33,11 @@ GEOMETRY = (
     "vocab_size",
     "norm_eps",
     "rope_theta",
+    "rope_scaling",
+    "head_dim",
+    "tie_embeddings",
+    "qk_norm",
+    "attention_bias",
 )
 
 
@@ -44,7 +49,7 @@ def import_problems(stage: ImportStage) -> list[Problem]:
         return [
             (
                 "base.from",
-                f"{folder} is no folder; name a Hugging Face Llama folder or a DCP checkpoint",
+                f"{folder} is no folder; name a Hugging Face model folder or a DCP checkpoint",
             )
         ]
     try:
@@ -82,9 +87,8 @@ def _untold(folder: Path, wanted: Model) -> dict[str, Any]:
     """What the tensors of a bare checkpoint do not tell, from the recipe."""
     if stated_model(folder):
         return {}
-    return {
-        name: getattr(wanted, name) for name in ("n_heads", "norm_eps", "rope_theta")
-    }
+    names = ("n_heads", "norm_eps", "rope_theta", "rope_scaling")
+    return {name: getattr(wanted, name) for name in names}
 
 
 def take_over(stage: ImportStage, target: Path, rank: int, world_size: int) -> str:

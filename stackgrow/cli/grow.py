@@ -5,7 +5,7 @@ python tools/grow_checkpoint.py TinyLlama_v1.1 grown --operator zero --factor 2 
 torchrun --standalone --nproc-per-node 8 tools/grow_checkpoint.py base grown --operator split \\
     --dim 4096 --heads 32 --ffn-dim 11264 --source-heads 16
 
-SRC is a DCP checkpoint, or a Hugging Face Llama folder with safetensors. DST becomes a DCP checkpoint with a seal
+SRC is a DCP checkpoint, or a Hugging Face model folder with safetensors. DST becomes a DCP checkpoint with a seal
 (MANIFEST.json) and growth.json; tools/export_hf.py makes a Hugging Face folder of it. Exit codes: 2 for a growth that
 is not defined, 65 for a checkpoint that is damaged or in the way, 74 for a disk that is full or fails.
 """

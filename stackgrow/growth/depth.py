@@ -21,6 +21,11 @@ GEOMETRY = (
     "vocab_size",
     "norm_eps",
     "rope_theta",
+    "rope_scaling",
+    "head_dim",
+    "tie_embeddings",
+    "qk_norm",
+    "attention_bias",
 )
 
 

@@ -28,14 +28,19 @@ def generator(*key: object) -> torch.Generator:
 def draw(
     name: str, shape: tuple[int, ...], model: Model, rng: torch.Generator
 ) -> Tensor:
-    """The initial value of a tensor of ``model``, by its ``init``: a matrix [d_out, d_in] or [vocabulary, D], or
-    an RMSNorm weight (ones). float32 on the CPU."""
+    """The initial value of a tensor of ``model``, by its ``init``: a matrix [d_out, d_in] or [vocabulary, D], a bias
+    (zeros), or an RMSNorm weight (ones). float32 on the CPU."""
     import torch
     from torch import nn
 
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
     # An RMSNorm weight.
     if len(shape) == 1:
         return torch.ones(shape)
+    # An embedding that is the head, too, makes logits: one of N(0, 1) would make them sqrt(D) times too large.
+    if model.tie_embeddings and name == "tok_embeddings.weight":
+        name = "output.weight"
 
     whole = torch.empty(shape)
     if model.init == "paper":

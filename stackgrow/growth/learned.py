@@ -24,7 +24,7 @@ ROWS = 4096  # of the embedding and the head, computed in float64 at a time
 
 @dataclass(frozen=True)
 class HyperNetwork:
-    """What LiGO learns: ``widths`` {"emb", "q", "k", "v", "mlp": B}, ``depths`` {name in LAYER_KINDS: D}.
+    """What LiGO learns: ``widths`` {"emb", "q", "k", "v", "mlp": B}, ``depths`` {kind of tensor in a layer: D}.
 
     A direction that is not learned has no matrices: see ``learned_shapes.shapes``."""
 
@@ -69,8 +69,8 @@ def widen(name: str, weight: Tensor, widths: Mapping[str, Tensor]) -> Tensor:
     for axis in columns:
         B_in = widths[_matrix_of(axis, name)]
         weight = weight @ B_in.T
-    # The vocabulary does not grow.
-    if rows == "vocab":
+    # The vocabulary does not grow, nor does what a norm of queries or keys is taken over.
+    if rows in ("vocab", "head"):
         return weight
     B_out = widths[_matrix_of(rows, name)]
     return B_out @ weight
@@ -102,9 +102,7 @@ def with_output(
         target.kv_heads, target.head_dim, source.kv_heads, source.head_dim
     )
     o = torch.einsum("ts,GEge->GtEgse", pairs, blocks)
-    output_channels = target.n_heads * target.head_dim
-    input_channels = source.n_heads * source.head_dim
-    return {**widths, "o": o.reshape(output_channels, input_channels)}
+    return {**widths, "o": o.reshape(target.query_width, source.query_width)}
 
 
 def learned_rules(

@@ -17,9 +17,6 @@ from stackgrow.growth.rules import GrowthError
 from stackgrow.growth.width import AXES, check_widths, kept_channels, kind
 from stackgrow.recipe.keys import Model
 
-LAYER_KINDS = tuple(
-    name for name in AXES if name not in ("tok_embeddings", "norm", "output")
-)
 CHANNELS = {
     "emb": "stream",
     "q": "query",
@@ -70,16 +67,21 @@ def shapes(
         for name, axis in CHANNELS.items():
             wanted["widths"][name] = (large[axis], small[axis])
     if learns_depths(source, target, maps):
-        for name in LAYER_KINDS:
+        for name in layer_kinds(source):
             wanted["depths"][name] = (target.n_layers, source.n_layers)
     return wanted
+
+
+def layer_kinds(model: Model) -> list[str]:
+    """The kinds of tensors in a layer, whose layers are mixed."""
+    return [kind(name) for name in model.layer_tensors()]
 
 
 def _channel_counts(model: Model) -> dict[str, int]:
     """By the words of ``AXES``, the vocabulary aside."""
     return {
         "stream": model.dim,
-        "query": model.n_heads * model.head_dim,
+        "query": model.query_width,
         "key": model.kv_heads * model.head_dim,
         "ffn": model.ffn_dim,
     }
@@ -119,17 +121,18 @@ def mapping_flops(source: Model, target: Model, maps: str = "paper") -> int:
     for name, shape in source.tensors().items():
         r = shape[0]
         R = after[name][0]
-        c = C = 1  # of a norm, which has no columns
-        is_norm = len(shape) == 1
-        if not is_norm:
+        c = C = 1  # of a norm or a bias, which has no columns
+        is_vector = len(shape) == 1
+        if not is_vector:
             c = shape[1]
             C = after[name][1]
-        in_layer = kind(name) in LAYER_KINDS
+        in_layer = kind(name) in layer_kinds(source)
+        is_widened = AXES[kind(name)] != ("head",)
 
         # Widening: W B_in^T with its one gradient, then B_out times that with two.
-        if widens and is_norm:
+        if widens and is_vector and is_widened:
             total += 2 * (2 * R * r)
-        elif widens:
+        elif widens and not is_vector:
             total += 2 * (2 * r * c * C)
             if in_layer:  # the vocabulary does not grow
                 total += 3 * (2 * R * r * C)

@@ -50,12 +50,11 @@ def folding(
     kept = kept_outputs(source, target, layer_map)
 
     def fold(name: str, tensor: Tensor) -> Tensor:
-        module = name.removesuffix(".weight")
+        module = name.rpartition(".")[0]
         if module in kept:
             scale = kept[module] + c * (1 - kept[module])
-            tensor = tensor * (
-                scale if name == "tok_embeddings.weight" else scale[:, None]
-            )
+            is_by_columns = name == "tok_embeddings.weight" or tensor.dim() == 1
+            tensor = tensor * (scale if is_by_columns else scale[:, None])
         block = module.rpartition(".")[0]
         if name.endswith(BLOCK_OUTPUTS) and block in kept:
             tensor = tensor * c

@@ -30,8 +30,8 @@ def noisy_rules(
     rules: Rules, n_layers: int, ratio: float, seed: int, moment: Moment | None = None
 ) -> Rules:
     """W <- (1 - ratio) W + ratio eps for the embedding, the head and every linear of what ``rules`` grows; norms
-    are left alone (paper, appendix I.2, eqs. 53-54). ``n_layers`` is the target's. Blended in float64, then rounded.
-    With the rules of a ``moment``: that moment's.
+    and biases are left alone (paper, appendix I.2, eqs. 53-54). ``n_layers`` is the target's. Blended in float64, then
+    rounded. With the rules of a ``moment``: that moment's.
 
     eps ~ N(0, 2 / (5 d_in)), but N(0, 1 / (d_in L^2)) for attention.wo and feed_forward.w2. Raises GrowthError
     unless 0 < ratio <= 1.
@@ -43,8 +43,8 @@ def noisy_rules(
     targets = dict(rules.targets)
     for name, rule in rules.targets.items():
         shape = rules.target_shapes[name]
-        is_norm = len(shape) == 1
-        if is_norm:
+        is_norm_or_bias = len(shape) == 1
+        if is_norm_or_bias:
             continue
         if not moment:
             std = noise_std(name, shape, n_layers)

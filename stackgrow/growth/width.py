@@ -32,11 +32,27 @@ AXES = {
     "feed_forward.w1": ("ffn", "stream"),
     "feed_forward.w2": ("stream", "ffn"),
     "feed_forward.w3": ("ffn", "stream"),
+    "attention.wq.bias": ("query",),
+    "attention.wk.bias": ("key",),
+    "attention.wv.bias": ("key",),
+    "attention.q_norm": ("head",),
+    "attention.k_norm": ("head",),
     "attention_norm": ("stream",),
     "ffn_norm": ("stream",),
     "norm": ("stream",),
     "output": ("vocab", "stream"),
 }
+# What growth in width leaves as it is.
+KEPT = (
+    "family",
+    "n_layers",
+    "vocab_size",
+    "rope_theta",
+    "rope_scaling",
+    "tie_embeddings",
+    "qk_norm",
+    "attention_bias",
+)
 ROWS = 64  # made at a time: new memory is slow, and what is made in the cache is not
 GRID = 4096  # fan-in shares are multiples of 1/GRID: they add up to 1 exactly, in any floating-point type
 
@@ -45,6 +61,12 @@ def kind(name: str) -> str:
     """``layers.3.attention.wq.weight`` -> ``attention.wq``."""
     parts = name.removesuffix(".weight").split(".")
     return ".".join(parts[2:] if parts[0] == "layers" else parts)
+
+
+def tensor_name(layer: int, of_kind: str) -> str:
+    """The inverse of ``kind`` in a layer: 3, ``attention.wq`` -> ``layers.3.attention.wq.weight``."""
+    suffix = "" if of_kind.endswith(".bias") else ".weight"
+    return f"layers.{layer}.{of_kind}{suffix}"
 
 
 def split_rules(
@@ -65,6 +87,9 @@ def split_rules(
     c(x)^2 = sum_d x_i^2 / sum_D x'_i^2: exactly d / D where D is a multiple of d, and near it elsewhere. ``norm`` is
     "scaled" for mu' as above, of eq. 10, by which the function changes; or "copied", without the factor, as the
     official code does it: exact at multiples, as section 5.2 says of the operator. Raises GrowthError.
+
+    An embedding that is the head, too, is copied without shares: the last norm takes those of the head, channel by
+    channel. Biases and the norms of queries and keys are copied with their heads.
     """
     check_widths(source, target)
     if source.norm_eps != target.norm_eps:
@@ -82,8 +107,13 @@ def split_rules(
         unchanged = [list(range(size)) for size in shape]
         if copied == unchanged:
             targets[name] = Alias(name)
+        elif name.endswith(".bias"):
+            targets[name] = _split_vector(name, copied[0], 1.0, False, seed, moment)
         elif len(shape) == 1:
-            targets[name] = _split_norm(name, copied[0], factor, moment)
+            of_head = name == "norm.weight" and source.tie_embeddings
+            targets[name] = _split_vector(
+                name, copied[0], factor, of_head, seed, moment
+            )
         else:
             targets[name] = _split_matrix(
                 name, shape, copied[0], copied[1], seed, moment, memory
@@ -121,6 +151,7 @@ def copied_channels(source: Model, target: Model) -> dict[str, list[int]]:
         "ffn": [j % source.ffn_dim for j in range(target.ffn_dim)],
         "query": head_channels(query_heads, whole_head, source.head_dim),
         "key": head_channels(key_heads, whole_head, source.head_dim),
+        "head": list(whole_head),
     }
 
 
@@ -151,13 +182,14 @@ def kept_channels(source: Model, target: Model) -> dict[str, list[int]]:
         "ffn": list(range(source.ffn_dim)),
         "query": head_channels(query_heads, inside, E),
         "key": head_channels(key_heads, inside, E),
+        "head": inside,
     }
 
 
 def check_widths(source: Model, target: Model) -> None:
     """Raise GrowthError unless the target is the source made wider, and nothing else."""
     problems = []
-    for key in ("family", "n_layers", "vocab_size", "rope_theta"):
+    for key in KEPT:
         before, after = getattr(source, key), getattr(target, key)
         if before != after:
             problems.append(f"{key} {before!r} -> {after!r} must stay")
@@ -165,6 +197,10 @@ def check_widths(source: Model, target: Model) -> None:
         before, after = getattr(source, key), getattr(target, key)
         if before > after:
             problems.append(f"{key} {before} -> {after} must not shrink")
+    if source.qk_norm and source.head_dim != target.head_dim:
+        problems.append(
+            f"head_dim {source.head_dim} -> {target.head_dim} must stay where qk_norm takes a norm over a head"
+        )
     if problems:
         raise GrowthError(
             f"widthwise growth is not defined here: {', '.join(problems)}"
@@ -185,21 +221,34 @@ def head_channels(heads: Sequence[int], inside: Sequence[int], width: int) -> li
     return channels
 
 
-def _split_norm(
-    name: str, copied: list[int], factor: float, moment: Moment | None
+def _split_vector(
+    name: str,
+    copied: list[int],
+    factor: float,
+    of_tied_head: bool,
+    seed: int,
+    moment: Moment | None,
 ) -> Compute:
-    """mu' [D] from mu [d]; ``copied`` has the source index of each target index."""
+    """A norm mu' [D] from mu [d], or a bias; ``copied`` has the source index of each target index. ``of_tied_head``:
+    it also takes the shares of the head, whose matrix is the embedding's and has none."""
     power = moment.power if moment else 1
     zeroed = _second_copies(copied) if moment and moment.asymmetric else []
 
-    def fn(norm: Tensor) -> Tensor:
+    def fn(vector: Tensor) -> Tensor:
         import torch
 
-        wide = times(norm[torch.tensor(copied)], factor**power)
+        columns = torch.tensor(copied)
+        wide = vector[columns]
+        if of_tied_head:
+            shares = _shares(columns, len(vector), generator(seed, "split", name))
+            wide *= shares**power
+        wide = times(wide, factor**power)
         wide[torch.tensor(zeroed, dtype=torch.long)] = 0
         return wide
 
-    return Compute((name,), fn, "split norm")
+    return Compute(
+        (name,), fn, "split bias" if name.endswith(".bias") else "split norm"
+    )
 
 
 def _split_matrix(

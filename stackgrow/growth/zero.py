@@ -64,7 +64,12 @@ def random_width_rules(
     grown: Model | None = None,
 ) -> Rules:
     """G_random (eqs. 20-33): E' = [E, random], W' = [[W, A], [B, C]], mu' = [alpha mu, 1]; see ``Padding``, and
-    ``zero_width_rules`` for ``grown``."""
+    ``zero_width_rules`` for ``grown``. GrowthError where the embedding is the head, too."""
+    if source.tie_embeddings:
+        raise GrowthError(
+            '"random" does not widen a model with tie_embeddings: the mask covers new channels of the embedding, and '
+            'not those of the head, which are the same numbers; use "zero" or "split"'
+        )
     return Padding(
         source, target, grown or target, seed, zero=False, moment=moment
     ).rules()
@@ -197,7 +202,7 @@ class Padding:
                 targets[name] = Alias(name)
             elif len(shape) == 1:
                 targets[name] = Compute(
-                    (name,), self._padded_norm(name, places[0]), note
+                    (name,), self._padded_vector(name, places[0]), note
                 )
             else:
                 targets[name] = Compute(
@@ -214,13 +219,19 @@ class Padding:
                 f"function exactly with {exact:g} (source norm_eps * {self.source.dim} / {self.target.dim})"
             )
 
-    def _padded_norm(self, name: str, places: list[int]) -> Callable[[Tensor], Tensor]:
-        """[alpha mu, 1]; ``places`` are those of the source's entries in the target."""
-        alpha = (math.sqrt(self.source.dim) / math.sqrt(self.target.dim)) ** self._power
+    def _padded_vector(
+        self, name: str, places: list[int]
+    ) -> Callable[[Tensor], Tensor]:
+        """A norm as [alpha mu, 1], a bias as [b, 0]; ``places`` are those of the source's entries in the target."""
+        factor = math.sqrt(self.source.dim) / math.sqrt(self.target.dim)
+        if name.endswith(".bias"):
+            is_query = kind(name) == "attention.wq.bias"
+            factor = math.sqrt(self._head_factor) if is_query else 1.0
+        factor **= self._power
 
-        def fn(norm: Tensor) -> Tensor:
-            wide = self._new(name, norm)
-            wide[places] = times(norm, alpha)
+        def fn(vector: Tensor) -> Tensor:
+            wide = self._new(name, vector)
+            wide[places] = times(vector, factor)
             return wide
 
         return fn
@@ -230,7 +241,6 @@ class Padding:
     ) -> Callable[[Tensor], Tensor]:
         """[[W, A], [B, C]]; the places are those of the source's rows and columns in the target."""
         tensor = kind(name)
-        head_factor = self.target.head_dim // self.source.head_dim
 
         def fn(weight: Tensor) -> Tensor:
             import torch
@@ -248,8 +258,8 @@ class Padding:
             # What heads need: see the class.
             if tensor == "attention.wo":
                 wide[:, self._sharing_channels()] = 0
-            if tensor == "attention.wq" and head_factor > 1:
-                factor = math.sqrt(head_factor) ** self._power
+            if tensor == "attention.wq" and self._head_factor > 1:
+                factor = math.sqrt(self._head_factor) ** self._power
                 weight = times(weight, factor)
 
             # The source in its places.
@@ -257,6 +267,10 @@ class Padding:
             return wide
 
         return fn
+
+    @property
+    def _head_factor(self) -> int:
+        return self.target.head_dim // self.source.head_dim
 
     @property
     def _power(self) -> int:

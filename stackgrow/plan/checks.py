@@ -33,7 +33,18 @@ def geometry_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def head_problems(m: Model, where: str) -> Iterator[Problem]:
-    if m.dim % m.n_heads:
+    if m.qk_norm and m.attention_bias:
+        yield (
+            f"{where}.attention_bias",
+            f"true is not supported with {where}.qk_norm: no family in transformers has both; set one to false",
+        )
+    if m.states_head_dim:
+        if m.head_dim % 2:
+            yield (
+                f"{where}.head_dim",
+                f"{m.head_dim} must be even for rotary embeddings",
+            )
+    elif m.dim % m.n_heads:
         yield (
             f"{where}.n_heads",
             f"{m.n_heads} does not divide {where}.dim = {m.dim}; choose a divisor of {m.dim}",
@@ -202,6 +213,7 @@ def _float8_problems(part: Part, seq_len: int) -> Iterator[Problem]:
     model, tensor = part.model, part.parallel.tensor
     sides = {
         "dim": model.dim,
+        "n_heads x head": model.query_width,
         "n_kv_heads x head": model.kv_heads * model.head_dim,
         "ffn_dim": model.ffn_dim,
     }

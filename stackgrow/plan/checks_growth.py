@@ -189,6 +189,12 @@ def carry_problems(hop: Hop) -> Iterator[Problem]:
             f"{where}.freeze",
             "has no meaning where widths grow: every layer has new parameters; remove it",
         )
+    elif hop.target.tie_embeddings:
+        yield (
+            f"{where}.freeze",
+            "is not defined with model.tie_embeddings: it freezes the embedding and trains the head, which are one "
+            "matrix; remove it",
+        )
     elif (
         hop.layer_map is None
         or list(hop.layer_map[: hop.source.n_layers]) != own_layers

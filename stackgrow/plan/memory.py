@@ -120,7 +120,7 @@ def local_elements(name: str, shape: Iterable[int], layout: Layout) -> int:
     rows, *columns = shape
     if columns and name.endswith(ROWWISE):
         columns = [_ceil(columns[0], layout.tensor)]
-    elif columns:
+    elif columns or name.endswith(".bias"):
         rows = _ceil(rows, layout.tensor)
     return _ceil(rows, layout.shard) * math.prod(columns)
 
@@ -130,18 +130,22 @@ def _ceil(a: int, b: int) -> int:
 
 
 class _Sizes:
-    """Bytes of the tensors of one layer and of the head. D width, K width of keys, F FFN width, V vocabulary, T tokens
-    of a micro-batch, t ranks of tensor parallel, which share what lies between its gathers and scatters."""
+    """Bytes of the tensors of one layer and of the head. D width, Q and K widths of queries and keys, F FFN
+    width, V vocabulary, T tokens of a micro-batch, t ranks of tensor parallel, which share what lies between its
+    gathers and scatters."""
 
     def __init__(self, stage: TrainStage, layout: Layout, tokens: int):
         model = stage.model
         self.D = model.dim
         self.K = model.kv_heads * model.head_dim
+        self.Q = model.query_width
         self.F = model.ffn_dim
         self.V = model.vocab_size
         self.T = tokens
         self.t = layout.tensor
         self.heads = model.n_heads
+        self.normed = model.qk_norm
+        self.tied = model.tie_embeddings
         self.mode = stage.train.activation_checkpoint
         self.compiled = stage.train.compile
         self.chunk = stage.train.loss_chunk
@@ -172,7 +176,7 @@ class _Sizes:
 
     def kept(self, mode: str) -> int:
         """What one layer keeps for its backward pass under ``activation_checkpoint``."""
-        D, K, F, t = self.D, self.K, self.F, self.t
+        D, Q, K, F, t = self.D, self.Q, self.K, self.F, self.t
         if mode == "full":
             return self.T * self.stream * D // t
         residual_streams = 1
@@ -183,15 +187,17 @@ class _Sizes:
             mode == "selective"
         ):  # wq, wv, w1 and w2, attention, and what tensor parallel scatters
             scattered = 2 * D if t > 1 else 0
-            own = (D + K + F + D + scattered) // t
+            own = (Q + K + F + Q + scattered) // t
             if not self.compiled:
                 own += D
         elif self.compiled:  # q, attention and its product, k, v; gate, up, their product; the norms' outputs
-            own = (3 * D + 2 * K + 3 * F) // t + 2 * D
+            own = (2 * Q + D + 2 * K + 3 * F) // t + 2 * D
         else:  # q, attention, k, v; gate, its SiLU, up, their product; autocast copies a norm's output for each product
             residual_streams = 2
             norms = 5 * D if self.autocast else 2 * D
-            own = (2 * D + 2 * K + 4 * F) // t + norms
+            own = (2 * Q + 2 * K + 4 * F) // t + norms
+        if self.normed and mode == "none":  # queries and keys before their norms
+            own += (Q + K) // t
         return self.T * (
             residual_streams * self.stream * D // t + self.wide * own + statistics
         )
@@ -224,5 +230,12 @@ class _Sizes:
         products = 3 * self.F if self.mode == "full" else 3 * self.F // 2
         gradients = self.T * self.wide * (min(self.t, 2) * self.D + products // self.t)
         start = recomputed + gradients + self.head_scatter
-        end = self.layer_weights + self.layer_scatter + 2 * self.T * self.wide * self.D
+        # A tied head's matrix stays gathered for the embedding, and so does its gradient.
+        tied = 2 * self.head_weights if self.tied else 0
+        end = (
+            tied
+            + self.layer_weights
+            + self.layer_scatter
+            + 2 * self.T * self.wide * self.D
+        )
         return 2 * self.layer_weights + max(start, end)

@@ -148,11 +148,16 @@ def slowdown(
 def recomputed(stage: TrainStage) -> float:
     """What is multiplied again, over all products: the layers' forward ones, or with "selective" every second."""
     model = stage.model
-    D, K, F = model.dim, model.kv_heads * model.head_dim, model.ffn_dim
+    D, Q, K, F = (
+        model.dim,
+        model.query_width,
+        model.kv_heads * model.head_dim,
+        model.ffn_dim,
+    )
     again = {
         "none": 0,
-        "selective": D * (K + D + F),  # wk, wo, w3
-        "full": D * (2 * K + 2 * D + 3 * F),
+        "selective": D * (K + Q + F),  # wk, wo, w3
+        "full": D * (2 * K + 2 * Q + 3 * F),
     }
     products = (
         2 * model.n_layers * again[stage.train.activation_checkpoint]

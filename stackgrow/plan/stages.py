@@ -117,8 +117,7 @@ class TrainStage:
     @property
     def flops_per_token(self) -> float:
         """6 N with N all parameters that multiply, i.e. without the input embedding (torchtitan's count)."""
-        matmul = self.model.parameters() - self.model.vocab_size * self.model.dim
-        return guidelines.training_flops(matmul, 1)
+        return guidelines.training_flops(self.model.multiplied_parameters(), 1)
 
     @property
     def flops(self) -> float:
@@ -152,15 +151,17 @@ class TrainStage:
 
     @property
     def attention_flops(self) -> float:
-        dim, seq_len = self.model.dim, self.seq_len
+        width, seq_len = self.model.query_width, self.seq_len
         frozen_tokens = self.batches.tokens(self.frozen_steps)
         spared = (
-            guidelines.attention_flops(self.frozen_layers, dim, seq_len, frozen_tokens)
+            guidelines.attention_flops(
+                self.frozen_layers, width, seq_len, frozen_tokens
+            )
             * 2
             / 3
         )
         return (
-            guidelines.attention_flops(self.model.n_layers, dim, seq_len, self.tokens)
+            guidelines.attention_flops(self.model.n_layers, width, seq_len, self.tokens)
             - spared
         )
 

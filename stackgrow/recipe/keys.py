@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stackgrow.recipe import values
+from stackgrow.recipe.families import ALWAYS_STATED, FAMILIES, GIVEN, Family
 from stackgrow.recipe.values import Duration, Kind, Phase, Rewarm, Share
 
 # The operators' names alone, for the schema. What each one is stands in growth/operators.py, which this room must not
@@ -139,15 +140,37 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Model:
-    """A Llama-2-style decoder: RMSNorm, SwiGLU, RoPE without scaling, no biases, untied head."""
+class RopeScaling:
+    """Llama 3.1's scaling of the rotary frequencies, for texts longer than those it was first trained on."""
 
-    family: str = key(values.choice("llama2"), "architecture")
+    factor: float = key(
+        values.number(1), "the longest wavelengths become this much longer"
+    )
+    low_freq_factor: float = key(
+        values.number(above=True),
+        "wavelengths above original_length / this are scaled in full",
+        1.0,
+    )
+    high_freq_factor: float = key(
+        values.number(above=True),
+        "wavelengths below original_length / this stay",
+        4.0,
+    )
+    original_length: int = key(
+        values.integer(2), "tokens in a text before the scaling", 8192
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder with RMSNorm, a SwiGLU layer and RoPE; what its family says stands in families.py."""
+
+    family: str = key(
+        values.choice(*FAMILIES), "architecture, and the defaults of the keys below"
+    )
     dim: int = key(values.integer(2, MAX_WIDTH), "hidden width D")
     n_layers: int = key(values.integer(1, 4096), "number of layers L")
-    n_heads: int = key(
-        values.integer(1, MAX_WIDTH), "attention heads; head width is dim / n_heads"
-    )
+    n_heads: int = key(values.integer(1, MAX_WIDTH), "attention heads")
     n_kv_heads: int = key(
         values.integer(0, MAX_WIDTH),
         "key/value heads (grouped-query attention); 0 means n_heads",
@@ -160,17 +183,65 @@ class Model:
         values.integer(2, 2**22),
         "vocabulary V: the token store's, or a multiple of 64 that pads it",
     )
-    norm_eps: float = key(values.number(0, 1, above=True), "epsilon of RMSNorm", 1e-5)
-    rope_theta: float = key(values.number(1), "base of the rotary frequencies", 10000.0)
+    norm_eps: float = key(
+        values.number(0, 1, above=True),
+        "epsilon of RMSNorm; default: the family's",
+        None,
+    )
+    rope_theta: float = key(
+        values.number(1), "base of the rotary frequencies; default: the family's", None
+    )
     init: str = key(
         values.choice("paper", "torchtitan", "torch"),
         "initialization: \"paper\" N(0, sqrt(2/(5 d_in))), MLP output N(0, 1/(sqrt(d_in) L)); torchtitan's; or torch's "
         "own, embedding N(0, 1), which the published base and scratch runs have",
         "paper",
     )
+    head_dim_: int | None = key(
+        values.integer(2, MAX_WIDTH),
+        "width of a head; default: the family's, or dim / n_heads",
+        None,
+    )
+    tie_embeddings: bool = key(
+        values.boolean(),
+        "the output head is the embedding's matrix; default: the family's",
+        None,
+    )
+    qk_norm: bool = key(
+        values.boolean(),
+        "RMSNorm over each query's and each key's head; default: the family's",
+        None,
+    )
+    attention_bias: bool = key(
+        values.boolean(),
+        "biases of queries, keys and values; default: the family's",
+        None,
+    )
+    rope_scaling: RopeScaling | None = table(
+        RopeScaling,
+        "Llama 3.1's scaled rotary frequencies; without the table, they are not scaled",
+        optional=True,
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "n_kv_heads", self.n_kv_heads or self.n_heads)
+        for name in GIVEN:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self._family, name))
+
+    @property
+    def _family(self) -> Family:
+        return FAMILIES[self.family or "llama2"]
+
+    @property
+    def implied(self) -> set[str]:
+        """The keys that need not be stated, the family saying the same."""
+        return {
+            name
+            for name in GIVEN
+            if name not in ALWAYS_STATED
+            and getattr(self, name) == getattr(self._family, name)
+        }
 
     @property
     def kv_heads(self) -> int:
@@ -178,27 +249,47 @@ class Model:
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.n_heads
+        return self.head_dim_ or self._family.head_dim or self.dim // self.n_heads
+
+    @property
+    def states_head_dim(self) -> bool:
+        """Whether heads have a width of their own, whatever dim / n_heads is."""
+        return bool(self.head_dim_ or self._family.head_dim)
+
+    @property
+    def query_width(self) -> int:
+        """Channels of all query heads."""
+        return self.n_heads * self.head_dim
 
     def layer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """One layer's parameter names -> shapes. D width, F FFN width, KV width of all key/value heads."""
+        """One layer's parameter names -> shapes. D width, F FFN width, Q and KV widths of all query and of all
+        key/value heads."""
         D = self.dim
         F = self.ffn_dim
+        Q = self.query_width
         KV = self.kv_heads * self.head_dim
-        return {
-            "attention.wq.weight": (D, D),
+        shapes: dict[str, tuple[int, ...]] = {
+            "attention.wq.weight": (Q, D),
             "attention.wk.weight": (KV, D),
             "attention.wv.weight": (KV, D),
-            "attention.wo.weight": (D, D),
+            "attention.wo.weight": (D, Q),
             "feed_forward.w1.weight": (F, D),
             "feed_forward.w2.weight": (D, F),
             "feed_forward.w3.weight": (F, D),
             "attention_norm.weight": (D,),
             "ffn_norm.weight": (D,),
         }
+        if self.attention_bias:
+            shapes["attention.wq.bias"] = (Q,)
+            shapes["attention.wk.bias"] = (KV,)
+            shapes["attention.wv.bias"] = (KV,)
+        if self.qk_norm:
+            shapes["attention.q_norm.weight"] = (self.head_dim,)
+            shapes["attention.k_norm.weight"] = (self.head_dim,)
+        return shapes
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Parameter names (torchtitan's) -> shapes, in model order. D width, V vocabulary."""
+        """Parameter names (torchtitan's) -> shapes, in model order. D width, V vocabulary. A tied head has none."""
         D = self.dim
         V = self.vocab_size
         shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (V, D)}
@@ -206,12 +297,18 @@ class Model:
             for name, shape in self.layer_tensors().items():
                 shapes[f"layers.{layer}.{name}"] = shape
         shapes["norm.weight"] = (D,)
-        shapes["output.weight"] = (V, D)
+        if not self.tie_embeddings:
+            shapes["output.weight"] = (V, D)
         return shapes
 
     def parameters(self) -> int:
-        """All parameters, embedding and head included."""
-        return self.non_embedding_parameters() + 2 * self.vocab_size * self.dim
+        """All parameters, embedding and head included; where they are tied, once."""
+        matrices = 1 if self.tie_embeddings else 2
+        return self.non_embedding_parameters() + matrices * self.vocab_size * self.dim
+
+    def multiplied_parameters(self) -> int:
+        """Those that every token is multiplied by: all but the input embedding, a tied head's matrix being its head."""
+        return self.non_embedding_parameters() + self.vocab_size * self.dim
 
     def non_embedding_parameters(self) -> int:
         """Parameters without the input embedding and the output head."""
@@ -407,7 +504,7 @@ class Base:
     )
     from_: str = key(
         values.path(),
-        "start from these weights: a Hugging Face Llama folder, or a distributed checkpoint",
+        "start from these weights: a Hugging Face model folder, or a distributed checkpoint",
         "",
     )
     position: int = key(

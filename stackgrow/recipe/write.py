@@ -9,7 +9,7 @@ from typing import Any
 
 import tomli_w
 
-from stackgrow.recipe.keys import Recipe
+from stackgrow.recipe.keys import Model, Recipe
 from stackgrow.recipe.values import Duration, Phase, Share
 
 
@@ -19,7 +19,8 @@ def toml_name(spec: dataclasses.Field[Any]) -> str:
 
 
 def to_dict(value: Any) -> Any:
-    """A recipe as plain TOML values: amounts with their unit, defaults filled in, absent tables left out."""
+    """A recipe as plain TOML values: amounts with their unit, defaults filled in, absent tables left out, and
+    what a model's family says."""
     if isinstance(value, (Duration, Share, Phase)):
         return str(value)
     if isinstance(value, dict):
@@ -29,9 +30,10 @@ def to_dict(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value
     tree = {}
+    implied = value.implied if isinstance(value, Model) else ()
     for spec in dataclasses.fields(value):
         entry = getattr(value, spec.name)
-        is_absent = entry in (None, "", (), {})
+        is_absent = entry in (None, "", (), {}) or spec.name in implied
         if not is_absent and not spec.metadata.get("typed_only"):
             tree[toml_name(spec)] = to_dict(entry)
     return tree

@@ -24,11 +24,11 @@ from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 from stackgrow.checkpoint.verified import read_sealed
 from stackgrow.growth.learned import initial_network, widen, with_output
 from stackgrow.growth.learned_shapes import matrix_names, shapes
-from stackgrow.growth.width import kind
+from stackgrow.growth.width import kind, tensor_name
 from stackgrow.plan.stages import LearnStage
 from stackgrow.recipe.keys import Model
 from stackgrow.titan.model import Llama, LlamaArgs, model_args, sum_on_gloo
-from stackgrow.titan.names import layer_name, titan_name
+from stackgrow.titan.names import titan_name
 from stackgrow.titan.shards import shard_of
 
 
@@ -142,13 +142,12 @@ class LigoLlama(ModelProtocol):
             "depths"
         ].items():  # D [L, l], L layers of the target, l of the source
             source_names = [
-                f"{layer_name(j)}.{weight_type}.weight"
-                for j in range(self.source.n_layers)
+                tensor_name(j, weight_type) for j in range(self.source.n_layers)
             ]
             stacked = torch.stack([wide[name] for name in source_names])  # [l, ...]
             layers = (D @ stacked.flatten(1)).view(-1, *stacked.shape[1:])  # [L, ...]
             for i, weight in enumerate(layers.unbind()):
-                mixed[f"{layer_name(i)}.{weight_type}.weight"] = weight
+                mixed[tensor_name(i, weight_type)] = weight
 
         weights = {}
         for name in self.target.tensors():

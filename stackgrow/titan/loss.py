@@ -121,6 +121,28 @@ def chunk_head(head: nn.Linear, chunk: int) -> None:
     head.loss = cross_entropy_loss
 
 
+class TiedHead(nn.Linear):
+    """An output layer without a weight of its own: it reads the embedding's [V, D], which stays one parameter with one
+    name, whatever shards it."""
+
+    embedding: nn.Embedding
+
+    @property
+    def weight(self) -> Tensor:
+        return self.embedding.weight
+
+
+class TiedChunkedHead(TiedHead, ChunkedHead):
+    """Both at once."""
+
+
+def tie_head(head: nn.Linear, embedding: nn.Embedding) -> None:
+    """Makes a model's output layer a ``TiedHead``."""
+    del head.weight
+    head.__class__ = TiedChunkedHead if isinstance(head, ChunkedHead) else TiedHead
+    head.__dict__["embedding"] = embedding  # not a part of the head: no second name
+
+
 def build_loss(job_config: JobConfig, **_: Any) -> Loss:
     """torchtitan's loss; one that the head has summed already, a scalar, is passed on."""
     loss = build_cross_entropy_loss(job_config)

@@ -1,4 +1,9 @@
-"""The Llama-2-style model of a recipe, built from torchtitan's Llama 3 with the recipe's own numbers."""
+"""The model of a recipe, built from torchtitan's Llama 3 with the recipe's own numbers.
+
+What other families have besides stands here: heads of a width of their own, norms of queries and keys, biases, a tied
+head. torchtitan's own Qwen 3 is not used: its rotation pairs a head's halves, so that weights, checkpoints and growths
+would follow another order by family, and its tied head is a second name of one parameter, which FSDP2 shards twice.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torch.nn.attention.flex_attention import BlockMask
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.config import JobConfig
@@ -18,14 +24,19 @@ from torchtitan.models.llama3 import (
     parallelize_llama,
 )
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
-from torchtitan.models.llama3.model.model import Attention, FeedForward
+from torchtitan.models.llama3.model.model import (
+    Attention,
+    FeedForward,
+    apply_rotary_emb,
+    precompute_freqs_cis,
+)
 
 from stackgrow.growth.draw import draw, generator
 from stackgrow.growth.mask import kept_outputs
 from stackgrow.plan.stages import GrowthMask
 from stackgrow.recipe.keys import Model
 from stackgrow.titan.attention import causal_mask, document_mask, use_flash_attention
-from stackgrow.titan.loss import ChunkedHead, chunk_head
+from stackgrow.titan.loss import ChunkedHead, chunk_head, tie_head
 from stackgrow.titan.names import stored_name, titan_name
 from stackgrow.titan.shards import shard_of
 
@@ -46,6 +57,10 @@ class MaskedGrowth:
 class LlamaArgs(TransformerModelArgs):
     """torchtitan's arguments and ours."""
 
+    head_dim: int = 128
+    qk_norm: bool = False
+    attention_bias: bool = False
+    tie_embeddings: bool = False
     init: str = "paper"  # how the weights are drawn
     seed: int = 0
     attention: str = "sdpa"  # the recipe's train.attention
@@ -54,6 +69,19 @@ class LlamaArgs(TransformerModelArgs):
         None  # the token that begins documents; given where they are kept apart
     )
     masked: MaskedGrowth | None = None
+
+    @property
+    def has_own_attention(self) -> bool:
+        """Whether torchtitan's attention is not this model's."""
+        own_width = self.head_dim * self.n_heads != self.dim
+        return own_width or self.qk_norm or self.attention_bias
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """torchtitan's count, whose heads are dim / n_heads wide and whose head has a matrix of its own."""
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        embedding = 0 if self.tie_embeddings else self.vocab_size * self.dim
+        attention = 2 * self.n_layers * self.n_heads * self.head_dim * seq_len
+        return parameters, 6 * (parameters - embedding + attention)
 
 
 def model_args(
@@ -68,6 +96,14 @@ def model_args(
     torchtitan computes the FFN width as ``int(multiplier * int(8 D / 3))``: the half below aims at the middle of the
     interval that truncates to the wanted width. Its RoPE scaling is always on; factor 1 leaves the frequencies alone.
     """
+    scaling = RoPEScalingArgs(scaling_factor=1.0)
+    if model.rope_scaling:
+        scaling = RoPEScalingArgs(
+            scaling_factor=model.rope_scaling.factor,
+            low_freq_factor=model.rope_scaling.low_freq_factor,
+            high_freq_factor=model.rope_scaling.high_freq_factor,
+            original_max_position_embeddings=model.rope_scaling.original_length,
+        )
     return LlamaArgs(
         dim=model.dim,
         n_layers=model.n_layers,
@@ -78,7 +114,11 @@ def model_args(
         ffn_dim_multiplier=(model.ffn_dim + 0.5) / int(2 * 4 * model.dim / 3),
         norm_eps=model.norm_eps,
         rope_theta=model.rope_theta,
-        rope_scaling_args=RoPEScalingArgs(scaling_factor=1.0),
+        rope_scaling_args=scaling,
+        head_dim=model.head_dim,
+        qk_norm=model.qk_norm,
+        attention_bias=model.attention_bias,
+        tie_embeddings=model.tie_embeddings,
         init=model.init,
         seed=seed,
         masked=MaskedGrowth(mask.source, model, mask.layer_map) if mask else None,
@@ -88,6 +128,52 @@ def model_args(
         attention=attention,
         loss_chunk=loss_chunk,
     )
+
+
+class OwnAttention(Attention):
+    """torchtitan's attention with heads of any width, biases of queries, keys and values (Qwen 2), and norms of
+    queries and keys before they are rotated (Qwen 3)."""
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__(args)
+        self.head_dim = args.head_dim
+        queries = self.n_heads * args.head_dim
+        keys = self.n_kv_heads * args.head_dim
+        self.wq = nn.Linear(args.dim, queries, bias=args.attention_bias)
+        self.wk = nn.Linear(args.dim, keys, bias=args.attention_bias)
+        self.wv = nn.Linear(args.dim, keys, bias=args.attention_bias)
+        self.wo = nn.Linear(queries, args.dim, bias=False)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if args.qk_norm:
+            self.q_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps)
+            self.k_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        freqs_cis: Tensor,
+        attention_masks: BlockMask | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """``x`` [B, T, D] -> [B, T, D]; under tensor parallel, of this rank's heads."""
+        B, T, _ = x.shape
+        q = self.wq(x).view(B, T, -1, self.head_dim)
+        k = self.wk(x).view(B, T, -1, self.head_dim)
+        v = self.wv(x).view(B, T, -1, self.head_dim)
+        q = self.q_norm(q)
+        k = self.k_norm(k)
+        q, k = apply_rotary_emb(q, k, freqs_cis=freqs_cis, positions=positions)
+        mask = {"block_mask": attention_masks} if self.attn_type == "flex" else {}
+        attended = self.inner_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            enable_gqa=self.enable_gqa,
+            **mask,
+        )
+        heads = attended.transpose(1, 2).contiguous()
+        return self.wo(heads.view(B, T, -1))
 
 
 class _Masked:
@@ -101,7 +187,7 @@ class _Masked:
 
 
 MASKED = {}  # class of module -> the same, masked
-for _plain in (nn.Embedding, nn.Linear, Attention, FeedForward):
+for _plain in (nn.Embedding, nn.Linear, Attention, OwnAttention, FeedForward):
     MASKED[_plain] = type(f"Masked{_plain.__name__}", (_Masked, _plain), {})
 
 
@@ -124,6 +210,9 @@ class Llama(Transformer):
 
     def __init__(self, args: LlamaArgs):
         super().__init__(args)
+        if args.has_own_attention:
+            for layer in self.layers.values():
+                layer.attention = OwnAttention(args)
         self.masked: list[MaskedModule] = []
         if args.masked:
             self._mask_outputs(args.masked)
@@ -131,6 +220,14 @@ class Llama(Transformer):
             use_flash_attention(self)
         if args.loss_chunk:
             chunk_head(self.output, args.loss_chunk)
+        if args.tie_embeddings:
+            tie_head(self.output, self.tok_embeddings)
+
+    def _precompute_freqs_cis(self) -> Tensor:
+        args = self.model_args
+        return precompute_freqs_cis(
+            args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling_args
+        )
 
     def _mask_outputs(self, growth: MaskedGrowth) -> None:
         with torch.device("cpu"):  # the model itself is built on the meta device
@@ -196,9 +293,26 @@ def parallelize(
     """torchtitan's parallelization, on gloo too; with torch.compile, the loss inside the head is compiled as well."""
     if isinstance(model.output, ChunkedHead):
         model.output.loss = build_cross_entropy_loss(job_config)
+    if parallel_dims.tp_enabled and model.model_args.qk_norm:
+        shard_head_norms(model, parallel_dims)
     model = parallelize_llama(model, parallel_dims, job_config)
+    # The head reads the embedding's matrix after the embedding is through: it stays gathered for the backward pass.
+    if model.model_args.tie_embeddings and isinstance(model.tok_embeddings, FSDPModule):
+        model.tok_embeddings.set_reshard_after_forward(False)
     sum_on_gloo(model)
     return model
+
+
+def shard_head_norms(model: Any, parallel_dims: ParallelDims) -> None:
+    """Norms of queries and keys, [B, T, heads, head_dim], see the heads of their rank; their weights are whole, and
+    their gradients summed over the ranks."""
+    by_heads = SequenceParallel(sequence_dim=2, use_local_output=True)
+    for layer in model.layers.values():
+        parallelize_module(
+            layer.attention,
+            parallel_dims.get_mesh("tp"),
+            {"q_norm": by_heads, "k_norm": by_heads},
+        )
 
 
 def sum_on_gloo(model: nn.Module) -> None:

@@ -91,7 +91,7 @@ def test_weights_in_bfloat16_are_refused(stage: ImportStage, tmp_path: Path) -> 
 
 def test_no_folder_and_no_model(stage: ImportStage, tmp_path: Path) -> None:
     assert (
-        "is no folder; name a Hugging Face Llama folder or a DCP checkpoint"
+        "is no folder; name a Hugging Face model folder or a DCP checkpoint"
         in message(stage, tmp_path / "nothing")
     )
     (tmp_path / "empty").mkdir()

@@ -21,7 +21,7 @@ from stackgrow.growth.learned import (
     widen,
     with_output,
 )
-from stackgrow.growth.learned_shapes import LAYER_KINDS
+from stackgrow.growth.learned_shapes import layer_kinds
 from stackgrow.growth.rules import Alias, GrowthError
 from stackgrow.recipe.keys import Model
 
@@ -177,7 +177,7 @@ def test_initial_network_is_the_identity_over_small_rows() -> None:
         )
     assert not torch.equal(network.widths["q"], network.widths["k"])
     stacked = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1], [1, 0]])
-    assert set(network.depths) == set(LAYER_KINDS)
+    assert set(network.depths) == set(layer_kinds(source))
     assert all(torch.equal(D, stacked) for D in network.depths.values())
     assert_same(initial_network(source, target, SEED).widths, network.widths)
     assert not torch.equal(

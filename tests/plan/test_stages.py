@@ -434,6 +434,15 @@ DEFINING = {
     "model.norm_eps": "1e-6",
     "model.rope_theta": "5000",
     "model.init": "torchtitan",
+    "model.family": "llama3",
+    "model.head_dim": "4",
+    "model.tie_embeddings": "true",
+    "model.qk_norm": "true",
+    "model.attention_bias": "true",
+    "model.rope_scaling.factor": "8.0",
+    "model.rope_scaling.low_freq_factor": "2.0",
+    "model.rope_scaling.high_freq_factor": "3.0",
+    "model.rope_scaling.original_length": "1024",
     "data.seq_len": "32",
     "data.document_mask": "true",  # with train.attention = "flex"
     "base.n_layers": "1",  # with model.n_layers = 4
@@ -468,14 +477,14 @@ def free_keys(cls: type = Recipe, where: str = "") -> dict[str, bool]:
 
 
 def test_every_key_is_classified() -> None:
-    """Beside them: pipeline and context take no value but 1, family has one value, the sizes are tested below."""
+    """Beside them: pipeline and context take no value but 1, the sizes are tested below."""
     keys = free_keys()
     assert {k for k, free in keys.items() if free} == {
         *FREE,
         "parallel.pipeline",
         "parallel.context",
     }
-    rest = {"model.family", "model.n_layers", "budget.tokens"}
+    rest = {"model.n_layers", "budget.tokens"}
     rest |= {
         "validation.sequences",
         "validation.take",
@@ -509,6 +518,8 @@ def test_defining_keys_change_every_stage_hash(tmp_path: Path, key: str) -> None
         "base.n_layers": ("model.n_layers=4",),
         "base.position": ("base.from=elsewhere",),
     }.get(key, ())
+    if key.startswith("model.rope_scaling.") and not key.endswith(".factor"):
+        extra = ("model.rope_scaling.factor=4.0",)
     extra = ("train.attention=flex",) if key == "data.document_mask" else extra
     assert set(hashes(tmp_path, f"{key}={DEFINING[key]}", *extra).values()).isdisjoint(
         hashes(tmp_path).values()

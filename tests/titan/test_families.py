@@ -1,0 +1,208 @@
+"""The model of every family: its parameters, its cost, its gradients in chunks, compiled, and on two ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from families_for_tests import TINY
+from growth_for_tests import deviation, llama, weights
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from stackgrow.growth.draw import draw, generator
+from stackgrow.plan.guidelines import attention_flops
+from stackgrow.recipe.keys import Model
+from stackgrow.titan.loss import TiedHead, chunk_head
+from stackgrow.titan.model import Llama, model_args, parallelize
+from stackgrow.titan.names import stored_name
+
+FAMILIES = ("llama2", "llama3", "mistral, own head_dim", "qwen3", "smollm2", "qwen2")
+LAYOUTS = {
+    "FSDP": {"dp_shard": 2, "tp": 1},
+    "tensor parallel": {"dp_shard": 1, "tp": 2},
+}
+ROUNDING = 1e-5  # of the largest entry: float32 sums in another order
+TOKENS = torch.randint(0, 97, (2, 33), generator=torch.Generator().manual_seed(4))
+
+
+def loss_of(network: nn.Module, tokens: Tensor) -> Tensor:
+    logits = network(tokens[:, :-1])
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+    )
+
+
+def gradients(network: nn.Module) -> dict[str, Tensor]:
+    """By the names of a checkpoint, whole."""
+    found = {}
+    for name, weight in network.named_parameters():
+        grad: Any = weight.grad
+        found[stored_name(name)] = (
+            grad.full_tensor() if isinstance(grad, DTensor) else grad
+        )
+    return found
+
+
+def whole_gradients(model: Model) -> dict[str, Tensor]:
+    network = llama(model, weights(model))
+    loss_of(network, TOKENS).backward()
+    return gradients(network)
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert deviation(found[name], gradient) < ROUNDING, name
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_tensors_are_the_models_parameters(case: str) -> None:
+    model = TINY[case]
+    with torch.device("meta"):
+        network = Llama(model_args(model, 0))
+    shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+    assert shapes == model.tensors()
+    assert model.parameters() == sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_flops_are_those_of_the_matrix_products(case: str) -> None:
+    """6 N a token, with the head's matrix once, tied or not. Norms and biases are in N and in no product; attention, which
+    torch does not count on a CPU, is as wide as the heads."""
+    model = TINY[case]
+    network = llama(model, weights(model))
+    with FlopCounterMode(display=False) as counted:
+        loss_of(network, TOKENS).backward()
+    vectors = sum(shape[0] for shape in model.tensors().values() if len(shape) == 1)
+    tokens = 2 * 32
+    products = 6 * (model.multiplied_parameters() - vectors)
+    assert counted.get_total_flops() == tokens * products
+    _, per_token = network.model_args.get_nparams_and_flops(network, 32)
+    attention = attention_flops(model.n_layers, model.n_heads * model.head_dim, 32, 1)
+    assert per_token == 6 * model.multiplied_parameters() + attention
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_initial_weights_are_the_same_for_whoever_draws_them(case: str) -> None:
+    model = TINY[case]
+    args = model_args(model, 7)
+    args.max_seq_len = 32
+    network = Llama(args)
+    with torch.no_grad():
+        network.init_weights()
+    for name, weight in network.named_parameters():
+        whole = draw(name, model.tensors()[name], model, generator(7, name))
+        assert torch.equal(weight, whole), name
+    loss = loss_of(network, TOKENS) / TOKENS[:, 1:].numel()
+    assert loss.item() == pytest.approx(torch.tensor(97.0).log().item(), rel=0.15)
+
+
+@pytest.mark.parametrize("init", ["paper", "torchtitan", "torch"])
+def test_a_tied_matrix_is_drawn_as_a_head(init: str) -> None:
+    model = dataclasses.replace(TINY["smollm2"], init=init, dim=256, n_heads=4)
+    drawn = draw("tok_embeddings.weight", (97, 256), model, generator(0))
+    assert drawn.std().item() < 0.1, "N(0, 1) would make logits of sqrt(D)"
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_the_loss_in_chunks_has_the_same_gradients(case: str) -> None:
+    model = TINY[case]
+    args = model_args(model, 0, loss_chunk=10)
+    args.max_seq_len = 32
+    network = Llama(args)
+    network.load_state_dict(weights(model))
+    network(TOKENS[:, :-1], labels=TOKENS[:, 1:]).backward()
+    assert_close(gradients(network), whole_gradients(model))
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_compiled_layer_has_the_same_gradients(case: str) -> None:
+    """Traced whole, forward and backward, as train.compile does; the code that is generated is torch's matter."""
+    model = dataclasses.replace(TINY[case], n_layers=1)
+    network = llama(model, weights(model))
+    for name, layer in list(network.layers.named_children()):
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        network.layers.register_module(name, compiled)
+    loss_of(network, TOKENS).backward()
+    torch._dynamo.reset()
+    assert_close(gradients(network), whole_gradients(model))
+
+
+def test_a_tied_head_is_one_parameter_with_one_name() -> None:
+    network = llama(TINY["smollm2"], weights(TINY["smollm2"]))
+    assert isinstance(network.output, TiedHead)
+    assert not list(network.output.parameters())
+    with torch.no_grad():
+        network.tok_embeddings.weight.fill_(2.0)
+    assert (network.output.weight == 2.0).all()
+    head = nn.Linear(4, 3, bias=False)
+    chunk_head(head, 2)
+    assert list(head.parameters()), "one of its own where it is not tied"
+
+
+def _on_two_ranks(rank: int, folder: str) -> None:
+    """One of two processes: one step of every family on each layout, parallelized as a run is. Rank 0 writes down the
+    gradients: FSDP has the sum over two sequences, one on each rank, tensor parallel that of both on both."""
+    # Here, for the device comes before torchtitan, in a new process as well.
+    from torchtitan.config.job_config import JobConfig
+    from torchtitan.distributed import ParallelDims
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    torch.set_num_threads(1)
+    config = JobConfig()
+    config.training.seq_len = 32
+    config.training.mixed_precision_param = "float32"
+    config.activation_checkpoint.mode = "none"
+    config.parallelism.disable_loss_parallel = True
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for layout, degrees in LAYOUTS.items():
+        dims = ParallelDims(
+            dp_replicate=1, cp=1, pp=1, ep=1, etp=1, world_size=2, **degrees
+        )
+        dims.build_mesh()
+        found[layout] = {}
+        for case, model in TINY.items():
+            network = parallelize(llama(model, weights(model)), dims, config)
+            tokens = TOKENS[rank : rank + 1] if layout == "FSDP" else TOKENS
+            loss_of(network, tokens).backward()
+            found[layout][case] = gradients(network)
+    if rank == 0:
+        torch.save(found, f"{folder}/gradients")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """{layout: {family: gradients}}, of two processes that load torchtitan once for all of them."""
+    folder: Path = tmp_path_factory.mktemp("two-ranks")
+    spawn = multiprocessing.get_context("spawn")
+    ranks = [
+        spawn.Process(target=_on_two_ranks, args=(rank, str(folder)))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
+        assert process.exitcode == 0
+    loaded: dict[str, dict[str, dict[str, Tensor]]] = torch.load(folder / "gradients")
+    return loaded
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", TINY)
+def test_two_ranks_have_the_gradients_of_one(
+    on_two_ranks: dict[str, dict[str, dict[str, Tensor]]], case: str, layout: str
+) -> None:
+    assert_close(on_two_ranks[layout][case], whole_gradients(TINY[case]))
