@@ -9,11 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch.distributed.checkpoint as dcp
+from growth_for_tests import weights as tensors
 from launch import REPOSITORY, VOCABULARY, Workplace, losses, weights
 from recipes_for_tests import RECIPE_FILES as FILES
 
+from stackgrow.checkpoint.hf import export_hf
 from stackgrow.plan.resolve import make_plan
-from stackgrow.plan.stages import GrowStage, Plan
+from stackgrow.plan.stages import GrowStage, ImportStage, Plan
 from stackgrow.recipe.load import load_recipe
 from stackgrow.run_folder.folder import RunFolder
 
@@ -57,7 +60,9 @@ def reduced(file: Path) -> list[str]:
         if growth.freeze
     ]
     sets += [
-        f"growth[{i}].timing={STEPS * (i + 1)} steps" for i in range(len(recipe.growth))
+        f"growth[{i}].timing={STEPS * (i + 1)} steps"
+        for i, growth in enumerate(recipe.growth)
+        if growth.timing != "start"
     ]
     if recipe.base and recipe.base.model:
         sets += NARROW
@@ -84,9 +89,20 @@ def plan_of(file: Path) -> Plan:
     return make_plan(load_recipe(file, reduced(file)), file)
 
 
+def make_base(workplace: Workplace, plan: Plan) -> None:
+    """The model that a recipe begins with, with random weights, in the folder where the recipe looks for it."""
+    for stage in plan.stages:
+        if isinstance(stage, ImportStage):
+            checkpoint = workplace.folder / "models" / f"{plan.recipe.name}-dcp"
+            dcp.save(tensors(stage.source), checkpoint_id=checkpoint, no_dist=True)
+            export_hf(checkpoint, workplace.folder / stage.folder, stage.source)
+
+
 @pytest.fixture(scope="module")
 def output(workplace: Workplace) -> str:
     folders = {folder_of(plan_of(file)): file for file in FILES}
+    for file in FILES:
+        make_base(workplace, plan_of(file))
     jobs: list = [
         (str(file), [*reduced(file), f"run.folder={folder}"])
         for folder, file in folders.items()
@@ -116,7 +132,7 @@ def test_recipe_trains_end_to_end(
 
     last = plan.train_stages[-1]
     assert (
-        weights(run.stage(last.name).checkpoint(STEPS)).keys()
+        weights(run.stage(last.name).checkpoint(last.steps)).keys()
         >= last.model.tensors().keys()
     )
     for stage in plan.stages:
