@@ -22,6 +22,7 @@ FAMILIES = {
         "model.rope_scaling.factor=8.0",
         "model.rope_scaling.original_length=128",
     ),
+    "mistral": ("model.family=mistral",),
     "qwen2": ("model.family=qwen2",),
 }
 LAYOUTS = {

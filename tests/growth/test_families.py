@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,14 +19,16 @@ from stackgrow.growth.learned import (
     with_output,
 )
 from stackgrow.growth.moments import POWERS, with_moments
-from stackgrow.growth.operators import growth_rules
+from stackgrow.growth.operators import OPERATORS, growth_rules
 from stackgrow.growth.rules import GrowthError, Moment
 from stackgrow.growth.width import split_rules
 from stackgrow.growth.zero import zero_width_rules
 from stackgrow.plan.stages import GrowthMask
+from stackgrow.recipe.families import FAMILIES
 from stackgrow.recipe.keys import Model
 from stackgrow.recipe.values import Duration
 
+README = Path(__file__).parents[2] / "README.md"
 LAYERS = [0, 1, 0, 1]
 ROUNDING = 1e-5  # of the largest logit: float32 through the layers
 UNTIED = [case for case, model in TINY.items() if not model.tie_embeddings]
@@ -242,6 +245,42 @@ def test_growth_changes_no_part_of_the_family(change: dict[str, bool]) -> None:
         growth_rules("stack", model, replace(deeper(model), **change), LAYERS)
     with pytest.raises(GrowthError, match=f"{next(iter(change))} False -> True"):
         growth_rules("split", model, replace(wider(model), **change))
+
+
+def directions(model: Model, operator: str) -> str:
+    """In which an operator grows a model of this family, as the rules themselves say."""
+    found = []
+    for direction, target in (("depth", deeper(model)), ("width", wider(model))):
+        layer_map = LAYERS if direction == "depth" and operator != "learn" else None
+        try:
+            network = None
+            if operator == "learn":
+                network = initial_network(model, target, 0)
+            growth_rules(operator, model, target, layer_map, 0, network)
+            found.append(direction)
+        except GrowthError:
+            pass
+    return ", ".join(found)
+
+
+def family_table() -> str:
+    """Every cell is a test that runs over the table TINY: operators here; train, ranks, compile in tests/titan and, as
+    whole runs, in tests/e2e; import and export in tests/checkpoint."""
+    columns = ["train", *OPERATORS, "import, export", "FSDP, TP", "compile"]
+    lines = [
+        f"| family | models | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for name, family in FAMILIES.items():
+        operators = [directions(TINY[name], operator) for operator in OPERATORS]
+        cells = [f"`{name}`", family.models, "yes", *operators, "yes", "yes", "yes"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_readme_has_the_table_of_families() -> None:
+    assert {model.family for model in TINY.values()} == FAMILIES.keys()
+    assert family_table() in README.read_text(encoding="utf-8"), family_table()
 
 
 def test_unscaled_frequencies_would_give_other_logits() -> None:

@@ -64,6 +64,8 @@ def process() -> Iterator[ProcessPoolExecutor]:
         ),
         (256, ["model.n_kv_heads=4", "train.loss_chunk=1024", "parallel.shard=256"]),
         (8, ["parallel.tensor=8", "train.precision=fp32", "base.train.micro_batch=2"]),
+        (32, ["model.family=qwen3", "model.head_dim=64", "model.tie_embeddings=true"]),
+        (256, ["model.family=qwen2", "model.tie_embeddings=true", "parallel.tensor=8"]),
     ],
 )
 def test_shards_of_the_7b(

@@ -11,14 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from families_for_tests import TINY
-from growth_for_tests import deviation, llama, weights
+from growth_for_tests import apply, deviation, llama, weights
+from test_ligo import sealed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from stackgrow.growth.draw import draw, generator
+from stackgrow.growth.learned import initial_network, learned_rules
 from stackgrow.plan.guidelines import attention_flops
 from stackgrow.recipe.keys import Model
+from stackgrow.titan.ligo import LigoArgs, LigoLlama
 from stackgrow.titan.loss import TiedHead, chunk_head
 from stackgrow.titan.model import Llama, model_args, parallelize
 from stackgrow.titan.names import stored_name
@@ -145,6 +148,40 @@ def test_a_tied_head_is_one_parameter_with_one_name() -> None:
     head = nn.Linear(4, 3, bias=False)
     chunk_head(head, 2)
     assert list(head.parameters()), "one of its own where it is not tied"
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_learned_maps_compute_what_they_are_folded_into(
+    case: str, tmp_path: Path
+) -> None:
+    source = TINY[case]
+    target = dataclasses.replace(
+        source, n_layers=3, dim=96, n_heads=8, n_kv_heads=4, ffn_dim=176
+    )
+    state = weights(source)
+    checkpoint = sealed(state, tmp_path / "source")
+    args = LigoArgs(
+        source=source,
+        target=target,
+        checkpoint=str(checkpoint),
+        seed=4,
+        llama=model_args(target, 0),
+    )
+    args.llama.max_seq_len = 32
+    with torch.device("meta"):
+        learning = LigoLlama(args)
+    learning.to_empty(device="cpu")
+    learning.init_weights()
+    network = initial_network(source, target, seed=4)
+    folded = apply(learned_rules(source, target, network), state)
+    with torch.no_grad():
+        found = learning(TOKENS[:, :-1])
+        expected = llama(target, folded)(TOKENS[:, :-1])
+    assert deviation(found, expected) < ROUNDING
+    loss_of(learning, TOKENS).backward()
+    for name, matrix in learning.named_parameters():
+        assert matrix.grad is not None, name
+        assert matrix.grad.any(), name
 
 
 def _on_two_ranks(rank: int, folder: str) -> None:
