@@ -31,7 +31,7 @@ LAYOUTS = {
     "tensor parallel": (("parallel.tensor=2",), 2),
     "compiled": (("train.compile=true",), 0),
 }
-# Every family's gradients on two ranks are compared in tests/titan/test_families.py; whole runs cost more.
+# Every family's gradients on two ranks are compared in tests/titan/test_family_models.py; whole runs cost more.
 RUNS = [
     ("qwen3, tied", "FSDP, loss in chunks"),
     ("qwen3, tied", "tensor parallel"),
