@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from launch import BASE, TARGET, Workplace, assert_audited, losses, stage_of, weights
 
+from stackgrow.run_folder.folder import METRICS, VALIDATION
+
 # As tests/e2e/test_parallel.py measures it: float32 sums in another order.
 SUMMATION_ORDER = 2e-6
 SHORT = ("budget.tokens=12Ki", "growth[0].timing=6Ki")  # 6 steps, growth, 6 steps
@@ -70,7 +72,7 @@ def test_every_layout_has_the_losses_of_one_process(
     sets, ranks = LAYOUTS[layout]
     run = tmp_path / "run"
     workplace.run(*FAMILIES[case], *SHORT, *sets, f"run.folder={run}", warm_ranks=ranks)
-    for name in ("metrics.jsonl", "validation.jsonl"):
+    for name in (METRICS, VALIDATION):
         expected, found = losses(references[case], name), losses(run, name)
         assert found.keys() == expected.keys()
         for key, loss in found.items():
@@ -88,9 +90,7 @@ def test_killed_and_resumed_it_is_the_same_run(
     workplace.run(*sets)
     assert_audited(run)
     assert losses(run) == losses(references[case])
-    assert losses(run, "validation.jsonl") == losses(
-        references[case], "validation.jsonl"
-    )
+    assert losses(run, VALIDATION) == losses(references[case], VALIDATION)
     for stage in (BASE, TARGET):
         found = weights(stage_of(run, stage).checkpoint(6))
         assert found == weights(stage_of(references[case], stage).checkpoint(6))
