@@ -223,7 +223,7 @@ def test_checkpoint_of_a_run(
 
 REFUSALS = {
     "give --source-heads": STACK,
-    "heads of dim / heads channels": [*STACK, "--source-heads", 5],
+    "5 attention heads do not fit": [*STACK, "--source-heads", 5],
     "nothing grows": ["--operator", "stack", "--source-heads", 4],
     "does not grow in width": [*SPLIT[2:], "--operator", "stack", "--source-heads", 4],
     "must not shrink": ["--operator", "zero", "--dim", 16, "--source-heads", 4],
