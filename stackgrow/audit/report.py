@@ -1,4 +1,4 @@
-"""What an audit looked at, what it found and what it rests on, as plain values as text and as a page."""
+"""What an audit looked at, what it found and what it rests on, as plain values, as text and as a page."""
 
 from __future__ import annotations
 

@@ -96,13 +96,13 @@ def _run(file: str, sets: Sequence[str], rank: int) -> None:
         if rank == 0:  # which alone looks at the run folder: see process/ranks.py
             try:
                 session.plan, session.identity = claim(held, plan, order, file, sets)
+                note = held_out_note(session.plan.recipe)
             except (RunError, OSError) as error:
                 refusal = disk_error(error) if isinstance(error, OSError) else error
                 if session.world_size == 1:
                     raise refusal from error
             else:
                 _watch(session)
-                note = held_out_note(session.plan.recipe)
                 if note:
                     logging.getLogger(__name__).warning(note)
         try:
