@@ -22,6 +22,7 @@ from stackgrow.run_folder.lines import read_records
 FAULTY = Path(__file__).with_name("faulty.py")
 RUN_RECIPE = str(REPOSITORY / "tools" / "run_recipe.py")
 VOCABULARY = 512
+SHELL = dict(os.environ)  # before any test has run
 PROCESS_GROUP = (
     "RANK",
     "LOCAL_RANK",
@@ -188,11 +189,9 @@ def run_tool(
 
 
 def environment() -> dict[str, str]:
-    """A user's shell: without what a process group in the tests' own process has set."""
-    kept = {
-        name: value for name, value in os.environ.items() if name not in PROCESS_GROUP
-    }
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    """A user's shell: without what process groups in the tests' own process have set, RANK as well as what torchtitan
+    sets, which a run would state and an audit compare."""
+    return {**SHELL, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
 def stage_of(run: Path, name: str) -> StageFolder:
