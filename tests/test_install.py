@@ -79,21 +79,29 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--no-index",
         str(wheel),
     ]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=120)
+    # pip would take the checkout on PYTHONPATH for the package that is to be installed.
+    done = subprocess.run(
+        install, env=shell_of_a_user(), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def shell_of_a_user() -> dict[str, str]:
+    """Without the checkout's modules."""
+    shell = environment()
+    del shell["PYTHONPATH"]
+    return shell
 
 
 def stackgrow(
     installed: Path, folder: Path, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
-    shell = environment()
-    del shell["PYTHONPATH"]  # the wheel's modules, not the checkout's
     command = [str(installed / "bin" / "stackgrow"), *arguments]
     return subprocess.run(
         command,
         cwd=folder,
-        env=shell,
+        env=shell_of_a_user(),
         capture_output=True,
         text=True,
         timeout=300,

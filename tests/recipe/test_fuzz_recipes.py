@@ -308,6 +308,8 @@ def test_a_mutated_recipe_is_planned_or_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # which is a write
+    # This process goes on with other tests, whose children would ignore a closed terminal as those of a run do.
+    monkeypatch.setattr("stackgrow.process.signals.watch", lambda: None)
     file, codes, slowest = tmp_path / "mine.toml", Counter[str](), 0.0
     for case in range(share, CASES, SHARES):
         chance = random.Random(f"{SEED}-{case}")
