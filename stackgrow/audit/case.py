@@ -13,8 +13,10 @@ from stackgrow import seal
 from stackgrow.audit.report import WrongRequest
 from stackgrow.errors import DamagedError, LockedError
 from stackgrow.plan.stages import Plan, Stage
+from stackgrow.run_folder.extended import counted_from_before, is_announced_only
 from stackgrow.run_folder.folder import (
     DONE,
+    EXTENDED,
     FOUND,
     GROWTH,
     LEDGER,
@@ -36,6 +38,7 @@ READ_AS_A_WHOLE = (
     STAGE_FILE,
     GROWTH,
     FOUND,
+    EXTENDED,
     seal.MANIFEST,
 )
 MOST_FAULTS = 5  # that a message names
@@ -67,6 +70,14 @@ class Case:
 
     def done(self, stage: Stage) -> dict[str, Any] | None:
         return self.folder(stage).done()
+
+    def made(self, stage: Stage, manifest: dict[str, Any]) -> bool:
+        """Whether a sealed checkpoint is one that ``stage`` makes, or made when it was shorter."""
+        made_by = manifest["stage_hash"]
+        if made_by == self.hashes[stage.name]:
+            return True
+        shorter = counted_from_before(self.folder(stage), self.hashes[stage.name])
+        return bool(manifest["step"] <= shorter.get(made_by, -1))
 
     def within(self, path: Path) -> str:
         return str(path.relative_to(self.run.path))
@@ -101,6 +112,11 @@ def open_case(path: Path, data: Sequence[Path] = ()) -> Case:
         raise DamagedError(f"{path} is no run folder: it has no {PROVENANCE}")
     plan = plan_of_run(path)
     hashes = plan.stage_hashes(record["data"]["manifest_hash"])
+    for name, stage_hash in hashes.items():
+        if is_announced_only(run.stage(name), stage_hash):
+            raise WrongRequest(
+                f"{path} was killed as {name} was about to be extended: give the same command again, then audit it"
+            )
     if data:
         plan = _with_stores(path, plan, data)
     return Case(run, plan, record, hashes, data_from_recipe=not data)

@@ -11,6 +11,7 @@ import tomli
 from stackgrow import seal
 from stackgrow.audit import contents
 from stackgrow.audit.case import Case, open_case
+from stackgrow.audit.longer import extended, was_extended
 from stackgrow.audit.report import Audit, Look, NotChecked, RestsOn
 from stackgrow.plan.stages import Stage, TrainStage
 from stackgrow.recipe.load import Problem
@@ -56,6 +57,8 @@ def audit_run(
         audit.look(name, check(case))
     audit.look("provenance", _provenance(case))
     audit.look("stages", _stages(case))
+    if was_extended(case):
+        audit.look("extended", extended(case))
     audit.look("checkpoints", contents.checkpoints(case))
     audit.look("records", contents.records(case))
     audit.look("growth", contents.growth(case))

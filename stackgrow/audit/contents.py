@@ -43,7 +43,7 @@ def checkpoints(case: Case) -> Look:
     for stage in case.plan.stages:
         for checkpoint in case.checkpoints(stage):
             where, manifest = case.within(checkpoint.path), checkpoint.manifest
-            if not stage.imports and manifest["stage_hash"] != case.hashes[stage.name]:
+            if not stage.imports and not case.made(stage, manifest):
                 yield where, "is of another recipe, or of another stage"
             faults = seal.damage(checkpoint.path, manifest) or _inside(
                 case, stage, checkpoint
@@ -205,7 +205,7 @@ def _as_sealed(case: Case, stage: Stage, file: Path) -> Iterator[Problem]:
         stated = checkpoint.manifest.get("records", {}).get(
             file.name, {"bytes": 0, "sha256": "not stated"}
         )
-        if _prefix_hash(file, stated["bytes"]) != stated["sha256"]:
+        if prefix_hash(file, stated["bytes"]) != stated["sha256"]:
             yield (
                 case.within(file),
                 f"is not what it was when {name} was sealed: edited, or cut",
@@ -218,7 +218,7 @@ def _as_sealed(case: Case, stage: Stage, file: Path) -> Iterator[Problem]:
             yield case.within(file), f"was added to after {name} was sealed"
 
 
-def _prefix_hash(file: Path, size: int) -> str:
+def prefix_hash(file: Path, size: int) -> str:
     """The SHA-256 of a file's first ``size`` bytes, or of all where it has fewer."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:

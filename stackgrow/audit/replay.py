@@ -25,6 +25,7 @@ from stackgrow.recipe.keys import Recipe
 from stackgrow.recipe.values import MAX_INT, Duration
 from stackgrow.run.engine import stage_job
 from stackgrow.run_folder import provenance
+from stackgrow.run_folder.extended import counted_from_before
 from stackgrow.run_folder.folder import (
     METRICS,
     PROVENANCE,
@@ -152,6 +153,7 @@ def _job(case: Case, request: Request, recipe: Recipe, scratch: RunFolder) -> St
         folder,
         case.output(source) if source else None,
     )
+    job.shorter = counted_from_before(case.folder(stage), case.hashes[stage.name])
     if request.first:
         job.resume = case.folder(stage).checkpoint(request.first)
     folder.path.mkdir(exist_ok=True)

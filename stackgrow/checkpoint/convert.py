@@ -11,7 +11,6 @@ A hard link is the same file: saving over a grown checkpoint in place would trun
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -40,11 +39,9 @@ from stackgrow.checkpoint.verified import Reader
 from stackgrow.growth.rules import Alias, Compute, Rule, Rules, Zeros
 from stackgrow.process.ranks import wait_for
 from stackgrow.process.signals import stop_if_asked
-from stackgrow.seal.files import sync_folder
+from stackgrow.seal.files import link, sync_folder
 from stackgrow.seal.tensors import fingerprint
 
-# What file systems answer that cannot link, or not this file, or not once more.
-CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 MOST_PROBLEMS = 8  # told in one message
 
 
@@ -170,7 +167,7 @@ def commit(
     linked = []
     copied = []
     for name in files:
-        if _link(source / name, work / name):
+        if link(source / name, work / name):
             linked.append(name)
         else:
             copied.append(name)
@@ -455,17 +452,3 @@ def _work_folder(target: Path) -> Path:
 def _index_file(target: Path, rank: int) -> Path:
     """What a rank has written into its data file: {name: WrittenTensor}. Gone in the target."""
     return _work_folder(target) / f"__grown_{rank}.json"
-
-
-def _link(source: Path, target: Path) -> bool:
-    """Hard link a data file; where the file system cannot, copy it and return False."""
-    try:
-        os.link(source.resolve(), target)
-        return True
-    except OSError as error:
-        if error.errno not in CANNOT_LINK:
-            raise
-    shutil.copyfile(source, target)
-    with target.open("rb") as stream:
-        os.fsync(stream.fileno())
-    return False

@@ -114,11 +114,13 @@ def check_all(arguments: argparse.Namespace) -> None:
     plan, order = check(arguments.recipe, arguments.set)
     if os.environ.get("RANK", "0") != "0":
         return
-    check_folder(plan, order, arguments.recipe)
+    longer = check_folder(plan, order, arguments.recipe)
     ranks = numbered(int(os.environ.get("WORLD_SIZE", "1")), "rank")
     print(f"nothing is wrong with {arguments.recipe} on {ranks}; checked beside it:")
     for item in unchecked(plan):
         print(f"- {item}")
+    if longer:
+        print(longer)
     note = held_out_note(plan.recipe)
     if note:
         print(f"to be noted: {note}")

@@ -249,6 +249,10 @@ class TrainStage:
             raise ValueError(
                 f"step {step} is not in {self.name}, which has steps 1 to {self.steps}"
             )
+        return self.rate_at(step)
+
+    def rate_at(self, step: int) -> float:
+        """The same, for steps beyond the last too: the checkpoint of a step holds the rate of the next."""
         if self.schedule:
             return self._scheduled(step + self.schedule.steps) * self.schedule.factor(
                 step

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from stackgrow import seal
 from stackgrow.errors import ChangedError, DamagedError
-from stackgrow.plan.stages import Plan, Stage
-from stackgrow.recipe.keys import Validation
+from stackgrow.plan.stages import Plan, Stage, TrainStage
+from stackgrow.recipe.keys import LossSlope, Validation
 from stackgrow.recipe.load import load_recipe
+from stackgrow.recipe.values import Duration
+from stackgrow.run.extend import find_extension
 from stackgrow.run_folder import provenance
+from stackgrow.run_folder.extended import Extension
 from stackgrow.run_folder.folder import RunFolder, StageFolder
-from stackgrow.seal import read_json
 from stackgrow.text import differences
 
 ENGINE = ("torch", "torchtitan")  # whose minor versions change numerics and formats
 MOST_CHANGES = 6  # that a message names
 
 
-def refuse_changed(plan: Plan, run: RunFolder, hashes: dict[str, str]) -> None:
-    """An edited recipe must not go on in the folder of the old one. ``hashes``: of the plan's stages, by their names.
+def refuse_changed(
+    plan: Plan, run: RunFolder, hashes: dict[str, str]
+) -> Extension | None:
+    """An edited recipe must not go on in the folder of the old one, unless all that was edited is how long the last
+    stage is, which then is extended. ``hashes``: of the plan's stages, by their names.
 
     Raises:
         ChangedError: naming the stage and the values that differ.
         DamagedError: a stage's own files contradict each other.
     """
     stages = {stage.name: stage for stage in plan.stages}
+    extension = None
     for folder in run.stages():
-        _refuse_changed_stage(
-            plan, folder, stages.get(folder.name), hashes.get(folder.name)
-        )
+        stored = _stored(folder)
+        if stored is None or stored.get("stage_hash") == hashes.get(folder.name):
+            continue
+        if folder.name == plan.stages[-1].name:
+            extension = find_extension(plan, run, hashes[folder.name])
+        if extension is None:
+            raise _changed(plan, folder, stored, stages.get(folder.name))
+    return extension
 
 
 def refuse_other_validation(plan: Plan, run: RunFolder, validation_hash: str) -> None:
@@ -60,11 +74,9 @@ def _which_text(validation: Validation) -> dict[str, object]:
     return {"sequences": validation.sequences, "take": validation.take}
 
 
-def _refuse_changed_stage(
-    plan: Plan, folder: StageFolder, stage: Stage | None, stage_hash: str | None
-) -> None:
-    """``stage``: of the plan, with the folder's name; None where the plan has none."""
-    stored = read_json(folder.stage_file)
+def _stored(folder: StageFolder) -> dict[str, Any] | None:
+    """What a stage says that it is; None where it has not begun."""
+    stored = seal.read_json(folder.stage_file)
     done = folder.done()
     if done is not None and (
         stored is None or stored.get("stage_hash") != done.get("stage_hash")
@@ -72,18 +84,45 @@ def _refuse_changed_stage(
         raise DamagedError(
             f"{folder.done_file} and {folder.stage_file} disagree; restore them or move {folder.path} away"
         )
-    if stored is None or stored.get("stage_hash") == stage_hash:
-        return
+    return stored
+
+
+def _changed(
+    plan: Plan, folder: StageFolder, stored: dict[str, Any], stage: Stage | None
+) -> ChangedError:
+    """``stage``: of the plan, with the folder's name; None where the plan has none."""
+    hint = ""
     if stage is None:
         changes = ["the recipe has no such stage"]
     else:
         before = {"seed": stored.get("seed"), **stored.get("stage", {})}
         now = {"seed": plan.recipe.seed, **stage.identity()}
         changes = list(differences(before, now))
+        if isinstance(stage, TrainStage):
+            hint = _timing_hint(plan, stage, before, changes)
     what = "; ".join(changes[:MOST_CHANGES]) or "the data or a stage before it"
-    raise ChangedError(
+    return ChangedError(
         f"{folder.path} was made by another recipe: {what}. Undo the change, or use another folder "
-        f"(--set run.folder={plan.recipe.folder}-2), or move {folder.name} and the stages after it away"
+        f"(--set run.folder={plan.recipe.folder}-2), or move {folder.name} and the stages after it away{hint}"
+    )
+
+
+def _timing_hint(
+    plan: Plan, stage: TrainStage, before: dict[str, Any], changes: list[str]
+) -> str:
+    """What to write where a growth came at another time because the budget is another; "" where none did."""
+    growth = sum(one.index < stage.index for one in plan.growths)
+    if len(changes) != 1 or not changes[0].startswith("steps: ") or stage.learns_maps:
+        return ""
+    if growth == len(plan.recipe.growth):
+        return ""
+    timing = plan.recipe.growth[growth].timing
+    if isinstance(timing, Duration | LossSlope):
+        return ""
+    tokens = stage.start_tokens + stage.batches.tokens(before["steps"])
+    return (
+        f'. growth[{growth}].timing = "{timing}" follows from the budget; to go on with a larger one, write '
+        f'down what it came to: growth[{growth}].timing = "{tokens} tokens"'
     )
 
 

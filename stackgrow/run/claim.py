@@ -15,15 +15,18 @@ from stackgrow.data.order import Order
 from stackgrow.errors import LockedError
 from stackgrow.plan.stages import ImportStage, Plan
 from stackgrow.process.logs import log_to
+from stackgrow.process.progress import say
 from stackgrow.process.ranks import lock
 from stackgrow.recipe.load import Problem, RecipeError
 from stackgrow.recipe.write import to_toml
+from stackgrow.run import extend
 from stackgrow.run.changed import (
     changed_versions,
     refuse_changed,
     refuse_other_validation,
 )
 from stackgrow.run_folder import provenance
+from stackgrow.run_folder.extended import Extension
 from stackgrow.run_folder.folder import RunFolder
 from stackgrow.run_folder.found import with_found
 
@@ -48,12 +51,19 @@ def claim(
     held.enter_context(run_lock(run))
 
     # Nothing is written before it is known that this is the run that was begun here.
-    changes = _changes(plan, run, order)
+    changes, extension = _changes(plan, run, order)
+    if extension:
+        extend.announce(plan, run, extension)
 
     # What runs stands in the folder before it runs.
     session = held.enter_context(provenance.session(run, plan, file, sets, order))
+    if extension:
+        provenance.add(run, plan.stages[-1].name, extended=extension.hash)
     _write_recipe(plan, run, sets)
     log_to(run.log_file(0))
+    if extension:
+        say(extend.told(plan, run, extension))
+        extend.begin(plan, run, extension)
     if changes:
         logger.warning(
             "Other versions than in the session before: %s", "; ".join(changes)
@@ -61,8 +71,9 @@ def claim(
     return plan, session
 
 
-def check_folder(plan: Plan, order: Order, file: str) -> None:
-    """Whether ``claim`` would take the folder; begins no session, and makes no folder.
+def check_folder(plan: Plan, order: Order, file: str) -> str:
+    """Whether ``claim`` would take the folder; begins no session, and makes no folder. Returns how a finished run would
+    be gone on with, where it would; else "".
 
     Raises:
         RecipeError, RunError: as claim does.
@@ -72,16 +83,22 @@ def check_folder(plan: Plan, order: Order, file: str) -> None:
     problems = _import_problems(plan, run)
     if problems:
         raise RecipeError(file, problems)
-    if run.path.is_dir():
-        with run_lock(run):
-            _changes(plan, run, order)
+    if not run.path.is_dir():
+        return ""
+    with run_lock(run):
+        _, extension = _changes(plan, run, order)
+    return extend.told(plan, run, extension) if extension else ""
 
 
-def _changes(plan: Plan, run: RunFolder, order: Order) -> list[str]:
-    """The versions that are not as in the session before; RunError where the run cannot go on for what has changed."""
-    refuse_changed(plan, run, plan.stage_hashes(order.data_hash))
+def _changes(
+    plan: Plan, run: RunFolder, order: Order
+) -> tuple[list[str], Extension | None]:
+    """The versions that are not as in the session before, and how the run's last stage becomes longer, if it does;
+    RunError where the run cannot go on for what has changed."""
+    extension = refuse_changed(plan, run, plan.stage_hashes(order.data_hash))
     refuse_other_validation(plan, run, provenance.validation_hash(plan, order))
-    return changed_versions(run, accept=plan.recipe.run.accept_versions)
+    versions = changed_versions(run, accept=plan.recipe.run.accept_versions)
+    return versions, extension
 
 
 def _import_problems(plan: Plan, run: RunFolder) -> list[Problem]:

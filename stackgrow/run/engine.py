@@ -38,6 +38,7 @@ from stackgrow.run.changed import ENGINE
 from stackgrow.run.claim import claim
 from stackgrow.run.preflight import check, held_out_note
 from stackgrow.run_folder import provenance
+from stackgrow.run_folder.extended import counted_from_before
 from stackgrow.run_folder.folder import RunFolder, StageFolder
 from stackgrow.run_folder.found import with_found, write_found
 from stackgrow.run_folder.ledger import ledger
@@ -268,6 +269,7 @@ def _train(session: _Session, stage: TrainStage, inputs: _Inputs) -> Path:
     stage_hash = session.hashes[stage.name]
     job = stage_job(recipe, stage, stage_hash, folder, inputs.source)
     job.session = session.identity
+    job.shorter = from_rank0(lambda: counted_from_before(folder, stage_hash))
     job.finds_end = stage.until is not None and stage.name not in session.plan.found
     if recipe.eval and not stage.learns_maps:
         job.after_step = Evaluation(recipe, stage_hash, session.run.path).after_step

@@ -3,9 +3,10 @@
 runs/NAME/                     RunFolder
   recipe.toml  provenance.json  requirements.lock  ledger.json  run.lock  report.html  eval/  logs/
   stage-0-train-2L/            StageFolder
-    stage.json  found.json  growth.json  metrics.jsonl  validation.jsonl  tb/  DONE
+    stage.json  found.json  growth.json  metrics.jsonl  validation.jsonl  tb/  DONE  extended.json
     checkpoint/step-N/         of a train stage; a grow stage has its one checkpoint in checkpoint/ itself
     quarantine/                what was torn or damaged, moved aside
+    ended-at-N/                what stood here when the stage ended with step N, before it was extended: a StageFolder
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ LOGS = "logs"
 
 STAGE_FILE = "stage.json"
 FOUND = "found.json"
+EXTENDED = "extended.json"
 GROWTH = "growth.json"
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
@@ -67,6 +69,19 @@ class StageFolder:
     @property
     def found_file(self) -> Path:
         return self.path / FOUND
+
+    @property
+    def extended_file(self) -> Path:
+        return self.path / EXTENDED
+
+    def ended_at(self, step: int) -> StageFolder:
+        """What is kept of the end with ``step`` that the stage had before it was extended, if it was."""
+        return StageFolder(self.path / f"ended-at-{step}")
+
+    @property
+    def results(self) -> Path:
+        """In ``ended_at``: the benchmark results of checkpoints that were taken out of the way."""
+        return self.path / EVAL
 
     @property
     def growth_file(self) -> Path:
@@ -250,7 +265,7 @@ class RunFolder:
 
 def run_of(path: Path) -> Path | None:
     """The run that a checkpoint at ``path`` lies in, or that ``path`` itself is."""
-    for folder in (path, *path.absolute().parents[:3]):
+    for folder in (path, *path.absolute().parents[:4]):
         if RunFolder(folder).recipe_file.is_file():
             return folder
     return None

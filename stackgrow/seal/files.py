@@ -24,6 +24,8 @@ from stackgrow.errors import DamagedError
 MANIFEST = "MANIFEST.json"
 QUARANTINE = "quarantine"
 READ_AT_ONCE = 1 << 22  # bytes
+# What file systems answer that cannot link, or not this file, or not once more.
+CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 _STEP = re.compile(r"step-([0-9]+)")
 
 
@@ -82,6 +84,25 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def link(source: Path, target: Path) -> bool:
+    """Hard link a data file; where the file system cannot, copy it and return False."""
+    try:
+        os.link(source.resolve(), target)
+        return True
+    except OSError as error:
+        if error.errno not in CANNOT_LINK:
+            raise
+    copy(source, target)
+    return False
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a file so that its content outlives a power cut; its name is for the caller to sync."""
+    shutil.copyfile(source, target)
+    with target.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def contents(folder: Path) -> list[str]:

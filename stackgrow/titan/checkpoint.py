@@ -87,7 +87,7 @@ class StageCheckpoints(CheckpointManager):
             raise DamagedError(
                 f"{source}: the stage's input is not sealed; run the growth stage again"
             )
-        if own and manifest["stage_hash"] != self.job.stage_hash:
+        if own and not self.job.is_own(manifest):
             raise ChangedError(
                 f"{source} was made by another recipe; move it away or undo the change"
             )

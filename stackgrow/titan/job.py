@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,9 @@ class StageJob:
         None  # a checkpoint of this stage in another run folder, to go on from where this has none
     )
 
+    # The stage was shorter once: hash of that -> the last step whose checkpoint of it is this stage's, too.
+    shorter: Mapping[str, int] = field(default_factory=dict)
+
     finds_end: bool = False  # the loss has yet to decide at which step the stage ends
     session: str = ""  # the identity of this session in the run's provenance, on rank 0
 
@@ -68,6 +71,13 @@ class StageJob:
     def micro_batch(self) -> int:
         """Sequences per forward pass on one rank."""
         return self.stage.micro_batch(self.data_ranks)
+
+    def is_own(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether a sealed checkpoint is one that this stage makes."""
+        made_by = manifest["stage_hash"]
+        if made_by == self.stage_hash:
+            return True
+        return bool(manifest["step"] <= self.shorter.get(made_by, -1))
 
     def micro_batches(self, step: int) -> int:
         """Forward passes of each rank in one optimizer step, whose gradients accumulate."""

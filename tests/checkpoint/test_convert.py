@@ -16,7 +16,6 @@ import torch.multiprocessing as mp
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-from stackgrow.checkpoint import convert
 from stackgrow.checkpoint.convert import begin, commit, grow_checkpoint, write_part
 from stackgrow.checkpoint.dcp import (
     METADATA,
@@ -28,6 +27,7 @@ from stackgrow.checkpoint.dcp import (
 from stackgrow.growth.depth import depth_rules, interleave_map, stack_map
 from stackgrow.growth.rules import Compute, Rule, Rules
 from stackgrow.recipe.keys import Model
+from stackgrow.seal import link
 
 SMALL = Model(dim=8, n_layers=3, n_heads=2, n_kv_heads=1, ffn_dim=10, vocab_size=7)
 LAYER = [
@@ -200,7 +200,7 @@ def test_a_link_that_fails_for_another_reason_is_no_copy(tmp_path: Path) -> None
     (tmp_path / "source").write_text("source")
     (tmp_path / "target").write_text("target")
     with pytest.raises(FileExistsError):
-        convert._link(tmp_path / "source", tmp_path / "target")
+        link(tmp_path / "source", tmp_path / "target")
     assert (tmp_path / "target").read_text() == "target"
 
 

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint import filesystem
 
 from stackgrow import seal
 from stackgrow.checkpoint import convert, grow
-from stackgrow.run import engine
+from stackgrow.run import engine, extend
 from stackgrow.titan.checkpoint import StageCheckpoints
 from stackgrow.titan.metrics import RecordWriter
 from stackgrow.titan.trainer import StageTrainer
@@ -63,6 +63,9 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "grow.written": (convert, "write_part", ">"),
     "grow.committed": (convert, "commit", ">"),
     "grow.sealed": (grow, "seal_grown", ">"),
+    "extend.kept": (extend, "keep_ended", ">"),
+    "extend.announced": (extend, "announce", ">"),
+    "extend.begun": (extend, "delete", "<"),
     "found": (engine, "write_found", ">"),
     "done": (engine, "_done_record", ">"),
 }
