@@ -50,15 +50,19 @@ def make_plan(recipe: str | Path, sets: Sequence[str] = ()) -> Plan:
 
 def run_recipe(recipe: str | Path, sets: Sequence[str] = ()) -> Run:
     """Runs a recipe, or goes on with it, in this process, and returns the finished run. Under torchrun every rank calls
-    it.
+    it. Call it in the main thread: while it runs, SIGINT (a notebook's stop button) and SIGTERM save and stop the run.
 
     Raises:
         RecipeError: anything wrong with the recipe, before anything is created on disk.
         RunError: the run cannot go on; the message says why, and what to do.
     """
+    from stackgrow.process import signals
     from stackgrow.run import engine
 
-    engine.run(str(recipe), sets)
+    try:
+        engine.run(str(recipe), sets)
+    finally:
+        signals.unwatch()
     return load_run(make_plan(recipe, sets).recipe.folder)
 
 
@@ -130,10 +134,16 @@ class Run:
         self, loss: Literal["train", "validation"] = "train"
     ) -> dict[str, list[Any]]:
         """The records of all stages, one after the other, as columns: stage, step, tokens and flops (of the whole run,
-        the base's included), loss. pandas makes a table of it as it is."""
+        the base's included), loss. pandas makes a table of it as it is.
+
+        Raises:
+            ValueError: another word than "train" or "validation".
+        """
         from stackgrow.run_folder.folder import RunFolder
         from stackgrow.run_folder.lines import iter_records
 
+        if loss not in ("train", "validation"):
+            raise ValueError(f'{loss!r} is no loss of a run: "train" or "validation"')
         columns: dict[str, list[Any]] = {
             "stage": [],
             "step": [],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,12 @@ import torch
 import stackgrow
 from stackgrow.errors import DamagedError
 from stackgrow.growth.rules import GrowthError
+from stackgrow.process import signals
 from stackgrow.recipe.keys import Model
+from stackgrow.recipe.load import RecipeError
 
 REPOSITORY = Path(__file__).parents[1]
+RECIPES = REPOSITORY / "recipes"
 SMALL = Model(family="llama2", dim=8, n_layers=2, n_heads=2, ffn_dim=16, vocab_size=11)
 LARGE = Model(family="llama2", dim=8, n_layers=6, n_heads=2, ffn_dim=16, vocab_size=11)
 
@@ -95,3 +99,16 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 def test_the_version_is_the_installed_one() -> None:
     assert stackgrow.__version__[0].isdigit()
+
+
+def test_a_run_from_python_gives_the_signals_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    with pytest.raises(RecipeError):
+        stackgrow.run_recipe(tmp_path / "missing.toml")
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
+
+
+def test_curves_of_another_name_are_refused(tmp_path: Path) -> None:
+    run = stackgrow.Run(tmp_path, stackgrow.make_plan(RECIPES / "quickstart.toml"))
+    with pytest.raises(ValueError, match='"train" or "validation"'):
+        run.curves("validaton")  # type: ignore[arg-type]

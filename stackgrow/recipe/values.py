@@ -23,6 +23,11 @@ MAX_DIGITS = 40  # in the text of an amount: enough for any, and too few to chok
 WHOLE_NUMBER = r"[0-9]+(?:_[0-9]+)*"
 TOKENS = rf"({WHOLE_NUMBER}(?:\.[0-9]+)?) ?(K|M|B|T|Ki|Mi|Gi|Ti)?(?: ?tokens?)?"
 STEPS = rf"({WHOLE_NUMBER}) ?steps?"
+BARE_NUMBER = rf"{WHOLE_NUMBER}(?:\.[0-9]+)?"  # of tokens or of steps?
+# A length in tokens says that it is one, unless it is 0 of either.
+LENGTH_IN_TOKENS = (
+    rf"{BARE_NUMBER} ?(?:(?:K|M|B|T|Ki|Mi|Gi|Ti)(?: ?tokens?)?|tokens?)|0"
+)
 SHARE = r"([0-9]+(?:\.[0-9]+)?) ?%"
 
 
@@ -301,6 +306,10 @@ def _length(given: str, rule: str) -> Duration:
     match = _matched(STEPS, given)
     if match is not None:
         return Duration(int(match[1]), "steps")
+    if given != "0" and _matched(BARE_NUMBER, given) is not None:
+        raise ValueError(
+            f'an amount with its unit: "{given} tokens", "{given} steps", or a suffix as in "10B" (tokens)'
+        )
     return Duration(_token_amount(given, rule), "tokens")
 
 
@@ -318,7 +327,7 @@ def duration(low: int = 0, words: tuple[str, ...] = (), *, share: bool = False) 
     """A length of training with its unit, ``"10B"`` tokens or ``"3000 steps"``, or one of ``words``; with ``share``
     also ``"5%"`` of the token budget."""
     rule = f'an amount of at least {low} with its unit, "10B" (tokens) or "3000 steps"'
-    pattern = f"{TOKENS}|{STEPS}"
+    pattern = f"{LENGTH_IN_TOKENS}|{STEPS}"
     if share:
         rule += ' or "5%" (of budget.tokens)'
         pattern += f"|{SHARE}"
@@ -358,7 +367,7 @@ def phases() -> Kind:
         _require(isinstance(value, list), rule)
         return tuple(parse_phase(entry) for entry in value)
 
-    pattern = f"^({TOKENS}) for ({TOKENS}|{STEPS})$"
+    pattern = f"^({TOKENS}) for ({LENGTH_IN_TOKENS}|{STEPS})$"
     return Kind(
         rule, parse, {"type": "array", "items": {"type": "string", "pattern": pattern}}
     )

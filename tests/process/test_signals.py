@@ -161,3 +161,32 @@ def test_a_hangup_that_is_ignored_stays_ignored() -> None:
     )
     assert rest(process) == "None\n"
     assert process.wait(timeout=20) == 0
+
+
+def test_a_caller_that_lives_on_has_its_own_signals_again() -> None:
+    """As a notebook after stackgrow.run_recipe: twice, a request in the first before it had started."""
+    process = start(
+        """
+        import threading
+        signals.START_SECONDS = 1
+        mine = lambda *_: print('mine')
+        signal.signal(signal.SIGUSR1, mine)
+        before = [signal.getsignal(number) for number in signals.SIGNALS]
+        signals.watch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # for the listener
+        print('ready')
+        print(signals.asked())
+        signals.unwatch()
+        print(signals.asked(), before == [signal.getsignal(number) for number in signals.SIGNALS])
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(1.5)  # the listener has ended; nothing ends the process that had not started
+        print(threading.active_count())
+        signals.watch()
+        os.kill(os.getpid(), signal.SIGINT)
+        print(signals.asked())
+        signals.unwatch()
+        """
+    )
+    assert rest(process) == "SIGTERM\nNone True\nmine\n1\nSIGINT\n"
+    assert process.wait(timeout=20) == 0

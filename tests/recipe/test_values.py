@@ -35,6 +35,8 @@ ACCEPTED: list[tuple[Kind, Any, Any]] = [
     (values.duration(), "3_000 steps", Duration(3000, "steps")),
     (values.duration(), "1 step", Duration(1, "steps")),
     (values.duration(), "10B", Duration(10**10, "tokens")),
+    (values.duration(), "80000 tokens", Duration(80000, "tokens")),
+    (values.duration(), "0", Duration(0, "tokens")),
     (values.duration(words=("auto",)), "auto", "auto"),
     (values.layer_list(), [0, 1, 0], (0, 1, 0)),
 ]
@@ -176,3 +178,21 @@ def test_nearest_is_exact_beyond_floats() -> None:
 )
 def test_amounts_have_three_digits_and_a_suffix(amount: float, text: str) -> None:
     assert human(amount) == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "number"),
+    [
+        (values.duration(share=True), "80000", "80000"),
+        (values.duration(), "1_000.5", "1_000.5"),
+        (values.phases(), ["512Ki for 3000"], "3000"),
+    ],
+)
+def test_a_length_without_its_unit_is_refused_with_what_may_be_meant(
+    kind: Kind, given: Any, number: str
+) -> None:
+    """80000 tokens and 80000 steps are different runs."""
+    with pytest.raises(ValueError, match=f'"{number} tokens", "{number} steps"'):
+        kind.parse(given)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(given, kind.schema)
