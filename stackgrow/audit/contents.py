@@ -163,10 +163,8 @@ def _lines(case: Case, stage: TrainStage, name: str) -> Generator[Problem, None,
                 for key, value in stage.place(step).items()
                 if record.get(key) != value
             ]
-            if name == METRICS and not math.isclose(
-                record["lr"], stage.learning_rate(step), rel_tol=SAME_RATE
-            ):
-                wrong.append("lr")
+            if name == METRICS:
+                wrong += _wrong_rates(stage, step, record)
             if wrong:
                 yield where, f"step {step}: {', '.join(wrong)} is not what the plan has"
     except DamagedError as error:
@@ -179,6 +177,15 @@ def _lines(case: Case, stage: TrainStage, name: str) -> Generator[Problem, None,
         if missing:
             yield where, f"steps {missing[:5]} are missing"
     return len(steps)
+
+
+def _wrong_rates(stage: TrainStage, step: int, record: dict[str, Any]) -> Iterator[str]:
+    due = {"lr": stage.learning_rate(step)}
+    if stage.new_rate:
+        due["lr_new"] = stage.new_learning_rate(step)
+    for name, rate in due.items():
+        if not math.isclose(record[name], rate, rel_tol=SAME_RATE):
+            yield name
 
 
 def _due_steps(case: Case, stage: TrainStage, name: str) -> set[int]:

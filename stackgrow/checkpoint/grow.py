@@ -17,7 +17,7 @@ from stackgrow.growth.learned import HyperNetwork
 from stackgrow.growth.learned_shapes import matrix_names, shapes
 from stackgrow.growth.moments import with_moments
 from stackgrow.growth.noise import noisy_rules
-from stackgrow.growth.operators import growth_rules, operator_named
+from stackgrow.growth.operators import growth_rules, operator_named, settings_of
 from stackgrow.growth.rules import Alias, Moment, Rules
 from stackgrow.plan.stages import GrowStage
 from stackgrow.recipe.keys import Model
@@ -114,8 +114,7 @@ def rules_of(stage: GrowStage, network: Path | None = None) -> Rules:
             stage.seed,
             network=learned,
             moment=moment,
-            norm=stage.norm,
-            maps=stage.maps,
+            **settings_of(stage),
         )
         if stage.noise:
             made = noisy_rules(
@@ -177,9 +176,9 @@ def growth_record(
     }
     if moments:
         growth["moments"] = moments
-    for name in operator_named(stage.operator).options:
-        if name in ("norm", "maps"):
-            growth[name] = getattr(stage, name)
+    for name, value in settings_of(stage).items():
+        if name in operator_named(stage.operator).keys:
+            growth[name] = value
     if own.is_own(stage.operator):
         growth["operator_file_sha256"] = own.file_hash(stage.operator)
     return growth

@@ -9,7 +9,8 @@ c^2 because exp_avg_sq is the mean of a square, so that a copy's next step, lr e
 source's in size, for every c above 0 (eps aside). These are the moments of the map, not of the gradients that the
 grown model will see: a split also divides what flows back to a copy, by shares that differ between its readers.
 "asymmetric" (as SPARKLING does to copied channels, arXiv 2602.02472) lets the first copy of each entry keep its
-moments and gives all others 0, so that copies part. G_learn mixes many entries into one: exp_avg_sq, which knows no
+moments and gives all others 0, so that copies part. Its own split, ``shares = "rms"``, leaves out c: its eq. 24 has
+S' = [S, 0], and scaling S brought it nothing. G_learn mixes many entries into one: exp_avg_sq, which knows no
 covariances, has no image there.
 
 The step counter, which corrects the bias of moments that began at 0, is one per tensor: the source's, or 0 for a
@@ -21,8 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from stackgrow.growth.rules import Alias, Compute, Moment, Rule, Rules, Shape, Zeros
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OPTIMIZER_STATE = "optimizer.state."  # AdamW's moments and step counters
 POWERS = {
@@ -47,6 +52,20 @@ def with_moments(rules_of: Callable[[Moment | None], Rules], asymmetric: bool) -
         source_shapes.update(_state_shapes(weights.source_shapes, state))
         target_shapes.update(_state_shapes(weights.target_shapes, state))
     return Rules(targets, source_shapes, target_shapes, frozenset(dropped))
+
+
+def new_entries(rules: Rules, name: str) -> Tensor | None:
+    """True where the target's tensor ``name`` has an entry that is new, or copies what one before it copies, too; None
+    where it has none. ``rules`` are those of an asymmetric moment, which leave it 0 there."""
+    import torch
+
+    rule = rules.targets[name]
+    if isinstance(rule, Alias):
+        return None
+    if isinstance(rule, Zeros):
+        return torch.ones(rules.target_shapes[name], dtype=torch.bool)
+    ones = [torch.ones(rules.source_shapes[source]) for source in rule.sources]
+    return rule.fn(*ones) == 0
 
 
 def _state_shapes(shapes: Mapping[str, Shape], state: str) -> dict[str, Shape]:

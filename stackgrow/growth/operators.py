@@ -55,7 +55,7 @@ class Operator:
     whole: str = ""  # width and depth in one, from a network that a stage of its own trains first
     needs: Mapping[str, str] = field(
         default_factory=dict
-    )  # keys of [[growth]] that it alone has: an example of each
+    )  # keys of [[growth]] that it alone has: an example of each, as TOML
     options: tuple[str, ...] = ()  # keys of [[growth]] that it has and some others lack
     refuses: Mapping[str, str] = field(
         default_factory=dict
@@ -83,6 +83,8 @@ class Operator:
 
 
 DEPTH, WIDTH, BOTH = "depth", "width", "both"
+# Keys of [[growth]] that are arguments of growth_rules by the same names.
+SETTINGS = ("norm", "maps", "shares", "shrink_factor", "perturbation")
 FLOAT8 = 'replaces the layers that "random" masks and "learn" makes'
 MADE = "is not supported where weights are made in the forward pass"
 
@@ -105,7 +107,7 @@ _TABLE = (
         preserves='in width yes with norm = "copied" and whole factors, else all but RMSNorm; in depth no',
         width="width:split_rules",
         depth="depth:depth_rules",
-        options=("norm",),
+        options=("norm", "shares"),
     ),
     Operator(
         name="zero",
@@ -124,7 +126,7 @@ _TABLE = (
         preserves="yes, while the mask is 0; in width as far as RMSNorm's epsilon allows",
         width="zero:random_width_rules",
         depth="zero:random_depth_rules",
-        needs={"ramp": "1000 steps"},
+        needs={"ramp": '"1000 steps"'},
         forbids=(
             Limit("precision", ("bf16", "fp32"), FLOAT8),
             Limit(
@@ -147,12 +149,13 @@ _TABLE = (
         directions=(DEPTH, WIDTH, BOTH),
         preserves="no",
         whole="learned:learned_rules",
-        needs={"learn_steps": "100 steps"},
+        needs={"learn_steps": '"100 steps"'},
         options=("learn", "maps"),
         refuses={
             "layer_map": "learns how layers mix",
             "order": "learns how layers mix",
             "optimizer": "mixes many weights into one: their exp_avg_sq do not tell its",
+            "lr_new": "mixes all weights into each, so that none is new",
         },
         forbids=(
             Limit("precision", ("bf16", "fp32"), FLOAT8),
@@ -165,6 +168,16 @@ _TABLE = (
                 'is not supported: "learn" makes every weight on every rank',
             ),
         ),
+    ),
+    Operator(
+        name="shrink",
+        title="shrink, zero-pad, perturb: smaller weights under the noise of a new model",
+        paper="later: arXiv 2411.07340, 2605.13405",
+        directions=(WIDTH,),
+        preserves="no",
+        width="shrink:shrink_rules",
+        needs={"shrink_factor": "0.4", "perturbation": "1.0"},
+        refuses={"noise": "perturbs by itself"},
     ),
 )
 OPERATORS: Mapping[str, Operator] = {operator.name: operator for operator in _TABLE}
@@ -190,6 +203,16 @@ def operator_named(name: str) -> Operator:
     )
 
 
+def settings_of(growth: object) -> dict[str, Any]:
+    """The SETTINGS that a [[growth]], or the stage that carries it out, has."""
+    settings = {}
+    for name in SETTINGS:
+        value = getattr(growth, name)
+        if value is not None:
+            settings[name] = value
+    return settings
+
+
 def growth_rules(
     name: str,
     source: Model,
@@ -200,13 +223,16 @@ def growth_rules(
     moment: Moment | None = None,
     norm: str = "scaled",
     maps: str = "paper",
+    shares: str = "drawn",
+    shrink_factor: float = 0.4,
+    perturbation: float = 1.0,
 ) -> Rules:
     """The rules of one growth: in width where the geometry differs, then in depth by ``layer_map``, if given.
 
     ``seed`` should differ between the growths of a run. An operator that is learned takes its trained HyperNetwork
-    instead of a map, and has no rules for a ``moment``. ``norm`` is for "split" (width.py), ``maps`` for "learn"
-    (learned_shapes.py). Raises GrowthError for an unknown operator, and where it does not define the growth;
-    own.TrustError for a function of the user's own that may not run.
+    instead of a map, and has no rules for a ``moment``. ``norm`` and ``shares`` are for "split" (width.py), ``maps``
+    for "learn" (learned_shapes.py), the last two for "shrink" (shrink.py). Raises GrowthError for an unknown operator,
+    and where it does not define the growth; own.TrustError for a function of the user's own that may not run.
     """
     operator = operator_named(name)
     available = {
@@ -218,6 +244,9 @@ def growth_rules(
         "moment": moment,
         "norm": norm,
         "maps": maps,
+        "shares": shares,
+        "shrink_factor": shrink_factor,
+        "perturbation": perturbation,
         "grown": target,
     }
     if own.is_own(name):

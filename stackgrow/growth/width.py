@@ -75,6 +75,7 @@ def split_rules(
     seed: int,
     moment: Moment | None = None,
     norm: str = "scaled",
+    shares: str = "drawn",
 ) -> Rules:
     """G_direct widthwise (eqs. 4-11): E' = E R, W' = L W R, mu' = sqrt(d)/sqrt(D) [mu, mu_copied].
 
@@ -90,8 +91,14 @@ def split_rules(
 
     An embedding that is the head, too, is copied without shares: the last norm takes those of the head, channel by
     channel. Biases and the norms of queries and keys are copied with their heads.
+
+    ``shares`` is "drawn" for those above, or "rms" for SPARKLING's (arXiv 2602.02472): all columns of a matrix that
+    reads copies are multiplied by one factor, ``rms_factor``, which keeps the RMS of its outputs. Norms are copied, and
+    AdamW's moments with none of the factors (its eq. 24). It preserves the function at whole factors alone.
     """
     check_widths(source, target)
+    if shares == "rms":
+        _check_rms(source, target, norm)
     if source.norm_eps != target.norm_eps:
         raise GrowthError(
             f"a split keeps norm_eps: {source.norm_eps:g}, not {target.norm_eps:g}"
@@ -116,9 +123,31 @@ def split_rules(
             )
         else:
             targets[name] = _split_matrix(
-                name, shape, copied[0], copied[1], seed, moment, memory
+                name, shape, copied[0], copied[1], seed, moment, memory, shares
             )
     return Rules(targets, source.tensors(), target.tensors())
+
+
+def _check_rms(source: Model, target: Model, norm: str) -> None:
+    if source.dim == target.dim:
+        return
+    if norm != "copied":
+        raise GrowthError(
+            'a split with shares = "rms" copies RMSNorm\'s weights (SPARKLING): give norm = "copied"'
+        )
+    if source.tie_embeddings:
+        raise GrowthError(
+            'a split with shares = "rms" does not widen a model with tie_embeddings: the embedding is copied, the head '
+            'divided, and SPARKLING multiplies the logits instead, which no checkpoint has room for; use "drawn"'
+        )
+
+
+def rms_factor(inputs: int, grown: int) -> float:
+    """Of a matrix whose ``inputs`` become ``grown`` ones by copying (arXiv 2602.02472, eq. 17): the deviation of a sum
+    of independent terms stays, of which some count twice, or, beyond twice the width, all grown / inputs times."""
+    if grown <= 2 * inputs:
+        return math.sqrt(inputs / (3 * grown - 2 * inputs))
+    return inputs / grown
 
 
 def copied_channels(source: Model, target: Model) -> dict[str, list[int]]:
@@ -259,12 +288,17 @@ def _split_matrix(
     seed: int,
     moment: Moment | None,
     memory: Reused,
+    shares: str,
 ) -> Compute:
     """L W R [d_out', d_in'] from W, whose ``shape`` is [d_out, d_in]; of the embedding, which makes its columns, the
     copy E R without shares."""
     power = moment.power if moment else 1
     asymmetric = moment is not None and moment.asymmetric
-    shared = kind(name) != "tok_embeddings"
+    is_embedding = kind(name) == "tok_embeddings"
+    drawn = shares == "drawn" and not is_embedding
+    factor = 1.0
+    if shares == "rms" and not is_embedding and not moment:
+        factor = rms_factor(shape[1], len(copied_columns))
 
     def fn(weight: Tensor) -> Tensor:
         import torch
@@ -272,16 +306,17 @@ def _split_matrix(
         rows = torch.tensor(copied_rows)
         columns = torch.tensor(copied_columns)
         wide = memory.empty((len(rows), len(columns)), weight.dtype)
-        rng = generator(seed, "split", name)
-        shares = _shares(columns, shape[1], rng) ** power
+        parts = _shares(columns, shape[1], generator(seed, "split", name)) ** power
 
         # Some rows at a time stay in the processor's cache between the copy and the product.
         with one_thread():
             for some_rows, part in zip(rows.split(ROWS), wide.split(ROWS), strict=True):
                 narrow = weight.index_select(0, some_rows)
                 torch.index_select(narrow, 1, columns, out=part)
-                if shared:
-                    part *= shares
+                if drawn:
+                    part *= parts
+                elif factor != 1:
+                    part.copy_(times(part, factor))
 
         # A moment of which the first copy alone keeps its own.
         if asymmetric:

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from stackgrow.growth import learned_shapes, own
-from stackgrow.growth.operators import OPERATORS, growth_rules
+from stackgrow.growth.operators import OPERATORS, growth_rules, settings_of
 from stackgrow.growth.rules import GrowthError, Moment
 from stackgrow.plan.checks import head_problems
 from stackgrow.plan.parts import Hop, factor_of
 from stackgrow.plan.stages import TrainStage
 from stackgrow.recipe.keys import Growth, Recipe
 from stackgrow.recipe.load import Problem
+from stackgrow.recipe.write import to_dict
 
 MAX_LAYERS = 4096
 # What a schedule that goes on from one stage to the next must have in common in both: keys of [train], and what they
@@ -110,10 +111,12 @@ def _make_rules(hop: Hop) -> None:
     if hop.operator.learned:
         learned_shapes.check_learned(hop.source, hop.target)
     elif not own.is_own(name):
-        growth_rules(name, hop.source, hop.target, hop.layer_map)
+        settings = settings_of(hop.growth)
+        growth_rules(name, hop.source, hop.target, hop.layer_map, **settings)
     elif own.trusted():
         growth_rules(name, hop.source, hop.target, hop.layer_map)
-        if hop.growth.optimizer != "reset":  # which not every function can carry over
+        carried = hop.growth.optimizer != "reset" or hop.growth.lr_new
+        if carried:  # which not every function can
             growth_rules(name, hop.source, hop.target, hop.layer_map, moment=Moment(1))
 
 
@@ -125,7 +128,7 @@ def operator_key_problems(hop: Hop) -> Iterator[Problem]:
         if name not in given:
             yield (
                 f"{hop.where}.{name}",
-                f'is missing; "{operator.name}" needs it, such as "{example}"',
+                f'is missing; "{operator.name}" needs it, such as {example}',
             )
     for name, reason in operator.refuses.items():
         if name in given:
@@ -134,7 +137,7 @@ def operator_key_problems(hop: Hop) -> Iterator[Problem]:
                 f"remove it, or use {json.dumps(default)}" if default else "remove it"
             )
             rule = f'is not defined for "{operator.name}", which {reason}; {remedy}'
-            yield f"{hop.where}.{name}", f"{json.dumps(value)} {rule}"
+            yield f"{hop.where}.{name}", f"{json.dumps(to_dict(value))} {rule}"
     for name in sorted(_keys_of_some_operators() - operator.keys):
         if name in given:
             yield (
@@ -181,6 +184,12 @@ def carry_problems(hop: Hop) -> Iterator[Problem]:
             yield f"{where}.optimizer", f'{rule} "reset"'
         if growth.lr != "restart":
             yield f"{where}.lr", f'{rule} "restart"'
+    is_defined = "lr_new" not in hop.operator.refuses
+    if growth.lr_new and is_defined and growth.lr != "continue":
+        yield (
+            f"{where}.lr_new",
+            'stands beside a schedule that goes on for all other parameters; give lr = "continue", or remove it',
+        )
     if growth.freeze is None:
         return
     own_layers = list(range(hop.source.n_layers))
@@ -231,4 +240,23 @@ def continued_problems(
             f"{where}.lr",
             f'goes on with the schedule of {before.name}, which ends with it: train.horizon is "stage"; give the '
             f'steps of all stages that share the schedule, "{stage.schedule.steps + stage.steps} steps" or more',
+        )
+
+
+def new_rate_problems(stage: TrainStage, where: str) -> Iterator[Problem]:
+    """New parameters have a rate of their own beside a cosine, and as long as that is."""
+    if not stage.new_rate or not stage.schedule:
+        return
+    if stage.train.schedule != "cosine":
+        yield (
+            f"{where}.lr_new",
+            f'ends in a cosine (SPARKLING, eq. 28), and train.schedule is "{stage.train.schedule}"; use "cosine", or '
+            "remove it",
+        )
+    left = stage.horizon_steps - stage.schedule.steps
+    rising = stage.new_rate.rewarm.rewarm_steps
+    if rising >= left:
+        yield (
+            f"{where}.lr_new",
+            f"rises for {rising} of the {left} steps that its schedule has left, and then falls; lower rewarm_steps",
         )

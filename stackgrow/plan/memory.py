@@ -104,6 +104,8 @@ def stage_memory(
     )
     beside = max(sizes.loss() + sizes.head_weights, sizes.backward())
     working = activations + sizes.cast + beside + FP32 * stage.made_parameters
+    if stage.new_rate:  # a copy of the weights during the update, and which are new
+        working = max(working, FP32 * elements) + elements
     return Memory(
         parameters=parameters,
         gradients=gradients,

@@ -54,6 +54,14 @@ class Freeze:
 
 
 @dataclass(frozen=True)
+class NewRate:
+    """What ``growth`` made new has a rate of its own (SPARKLING, arXiv 2602.02472)."""
+
+    growth: GrowStage
+    rewarm: Rewarm
+
+
+@dataclass(frozen=True)
 class TrainStage:
     """Trains one model for ``steps`` optimizer steps from data position ``start_sequences`` on; where ``until`` is
     given, ``steps`` are the most until the stage has found its end itself. 0 steps: it saves the model as it is
@@ -75,6 +83,7 @@ class TrainStage:
         None  # None: the learning rate's schedule begins with the stage
     )
     freeze: Freeze | None = None
+    new_rate: NewRate | None = None
     document_mask: bool = False
 
     trains: ClassVar[bool] = True
@@ -259,6 +268,24 @@ class TrainStage:
             )
         return self._scheduled(step)
 
+    def new_learning_rate(self, step: int) -> float:
+        """The rate of new parameters in optimizer step ``step`` (SPARKLING, eq. 28): from the schedule's at the growth
+        to ratio times that in ``rewarm_steps``, then by a cosine to the schedule's end."""
+        assert self.new_rate
+        assert self.schedule
+        rewarm = self.new_rate.rewarm
+        at_growth = self._scheduled(self.schedule.steps + 1)
+        peak = rewarm.ratio * at_growth
+        steps_since = step - 1
+        if steps_since < rewarm.rewarm_steps:
+            risen = steps_since / rewarm.rewarm_steps
+            return at_growth + (peak - at_growth) * risen
+
+        decay_steps = self.horizon_steps - self.schedule.steps - rewarm.rewarm_steps
+        progress = (steps_since - rewarm.rewarm_steps) / decay_steps
+        floor = self.train.min_learning_rate
+        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
     def _scheduled(self, step: int) -> float:
         """The rate of the schedule's own step ``step``, from 1."""
         peak = self.train.learning_rate
@@ -355,6 +382,9 @@ class GrowStage:
     kind: str = "grow"
     norm: str = "scaled"
     maps: str = "paper"
+    shares: str = "drawn"
+    shrink_factor: float | None = None
+    perturbation: float | None = None
 
     trains: ClassVar[bool] = False
     learns_maps: ClassVar[bool] = False
@@ -386,7 +416,9 @@ class GrowStage:
         return dict(self.target.tensors())
 
     def identity(self) -> dict[str, Any]:
-        return _without_plain(to_dict(self), norm="scaled", maps="paper")
+        return _without_plain(
+            to_dict(self), norm="scaled", maps="paper", shares="drawn"
+        )
 
     @property
     def mask(self) -> GrowthMask | None:

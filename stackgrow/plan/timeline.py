@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
+from stackgrow.growth.operators import settings_of
 from stackgrow.plan.batches import Batches
 from stackgrow.plan.checks import schedule_problems
-from stackgrow.plan.checks_growth import continued_problems
+from stackgrow.plan.checks_growth import continued_problems, new_rate_problems
 from stackgrow.plan.parts import Hop, Part
 from stackgrow.plan.stages import (
     Continued,
@@ -15,6 +16,7 @@ from stackgrow.plan.stages import (
     GrowStage,
     ImportStage,
     LearnStage,
+    NewRate,
     Stage,
     TrainStage,
 )
@@ -104,8 +106,7 @@ class Timeline:
             seed=self.recipe.seed + index,
             ramp=growth.ramp,
             optimizer=None if growth.optimizer == "reset" else growth.optimizer,
-            norm=growth.norm,
-            maps=growth.maps,
+            **settings_of(growth),
         )
         self.stages.append(stage)
         self.grown = hop
@@ -197,13 +198,20 @@ class Timeline:
         freeze = None
         if grown.growth.freeze:
             freeze = Freeze(grown.source.n_layers, grown.growth.freeze)
+        new_rate = None
+        growth = self.stages[-1]
+        if grown.growth.lr_new and isinstance(growth, GrowStage):
+            new_rate = NewRate(growth, grown.growth.lr_new)
         schedule = None
         of_models = [before for before in self.trained if not before.learns_maps]
         if of_models:
             schedule = continued(grown.growth, of_models[-1])
-        stage = dataclasses.replace(stage, schedule=schedule, freeze=freeze)
+        stage = dataclasses.replace(
+            stage, schedule=schedule, freeze=freeze, new_rate=new_rate
+        )
         if schedule:
             self.problems.extend(continued_problems(stage, of_models[-1], grown.where))
+            self.problems.extend(new_rate_problems(stage, grown.where))
         return stage
 
     def _no_room(self, part: Part) -> Problem:

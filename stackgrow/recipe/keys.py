@@ -16,7 +16,7 @@ from stackgrow.recipe.values import Duration, Kind, Phase, Rewarm, Share
 
 # The operators' names alone, for the schema. What each one is stands in growth/operators.py, which this room must not
 # know; a test keeps the two equal.
-OPERATORS = ("stack", "split", "zero", "random", "learn")
+OPERATORS = ("stack", "split", "zero", "random", "learn", "shrink")
 MAX_WIDTH = (
     2**16
 )  # planning a growth takes memory and time with every channel; GPT-3 has 12,288
@@ -584,6 +584,22 @@ class Growth:
         "whole factors (official code)",
         "scaled",
     )
+    shares: str = key(
+        values.choice("drawn", "rms"),
+        'with "split": what the copies of an input weigh: parts of it, drawn, that add up to 1 (eqs. 4-11); or, as all '
+        "inputs of a widened weight, one factor that keeps the RMS of its outputs (SPARKLING, eq. 17)",
+        "drawn",
+    )
+    shrink_factor: float | None = key(
+        values.number(0, 1, above=True),
+        'with "shrink": what the old weights are multiplied by; its authors use 0.4',
+        None,
+    )
+    perturbation: float | None = key(
+        values.number(0, 100),
+        'with "shrink": what the noise is multiplied by, which is a new model\'s initial weights: 1 for all of it',
+        None,
+    )
     # What of the training goes on over the growth.
     optimizer: str = key(
         values.choice("reset", "copy", "asymmetric"),
@@ -595,6 +611,12 @@ class Growth:
         values.rewarm("restart", "continue"),
         "the schedule: begins anew; goes on where the stage before left it; or goes on so, from ratio times its rate",
         "restart",
+    )
+    lr_new: Rewarm | None = key(
+        values.rewarm(highest=100),
+        'beside lr = "continue", the rate of new parameters: from the schedule\'s it rises to ratio times that in '
+        "rewarm_steps, then falls by a cosine of its own (SPARKLING, eq. 28), until the next growth",
+        None,
     )
     freeze: Duration | None = key(
         values.duration(1),

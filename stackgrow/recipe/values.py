@@ -373,11 +373,14 @@ def phases() -> Kind:
     )
 
 
-def rewarm(*words: str) -> Kind:
-    """One of ``words``, or a table ``{ rewarm_steps = 100, ratio = 0.1 }``."""
-    parts = {"rewarm_steps": integer(), "ratio": number(0, 1, above=True)}
-    rule = f"one of {', '.join(_quoted(words))}, or {{ rewarm_steps = 100, ratio = 0.1 }}: "
-    rule += ", ".join(f"{key} {part.rule}" for key, part in parts.items())
+def rewarm(*words: str, highest: float = 1) -> Kind:
+    """One of ``words``, or a table ``{ rewarm_steps = 100, ratio = 0.1 }``, whose ratio is at most ``highest``."""
+    parts = {"rewarm_steps": integer(), "ratio": number(0, highest, above=True)}
+    example = "{ rewarm_steps = 100, ratio = 0.1 }"
+    if highest > 1:
+        example = "{ rewarm_steps = 250, ratio = 1.3 }"
+    rule = f"one of {', '.join(_quoted(words))}, or {example}" if words else example
+    rule += ": " + ", ".join(f"{key} {part.rule}" for key, part in parts.items())
 
     def parse(value: Any) -> str | Rewarm:
         if isinstance(value, str):
@@ -395,6 +398,8 @@ def rewarm(*words: str) -> Kind:
         "required": list(parts),
         "additionalProperties": False,
     }
+    if not words:
+        return Kind(rule, parse, table)
     return Kind(rule, parse, {"anyOf": [{"enum": list(words)}, table]})
 
 

@@ -246,6 +246,9 @@ def _continued_schedule(stage: TrainStage) -> str:
     rewarm = stage.schedule.rewarm
     if rewarm:
         text += f", rising from {rewarm.ratio:g} of its rate in {rewarm.rewarm_steps:,} steps"
+    if stage.new_rate:
+        rewarm = stage.new_rate.rewarm
+        text += f"; of new parameters rising to {rewarm.ratio:g} times that in {rewarm.rewarm_steps:,} steps"
     return text
 
 

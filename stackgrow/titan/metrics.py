@@ -110,6 +110,8 @@ class StageMetrics(MetricsProcessor):
         record |= extra_metrics or {}
         if self.job.stage.mask:
             record["mask"] = self.job.stage.mask_value(step)
+        if self.job.stage.new_rate:
+            record["lr_new"] = self.job.stage.new_learning_rate(step)
 
         super().log(
             step, global_avg_loss, global_max_loss, grad_norm

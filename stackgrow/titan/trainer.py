@@ -7,7 +7,7 @@ import gc
 import json
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -30,6 +30,7 @@ from stackgrow.titan.config import job_config
 from stackgrow.titan.freeze import begin_frozen, freeze
 from stackgrow.titan.guard import StepGuard, Verdict
 from stackgrow.titan.job import StageJob
+from stackgrow.titan.new_rate import NewParameters
 
 
 class StageTrainer(Trainer):
@@ -50,6 +51,11 @@ class StageTrainer(Trainer):
         self.guard = StepGuard(
             job.stage.name, job.stage.train, copies=job.stage.parallel.tensor
         )
+        self.new_parameters: NewParameters | None = None
+        if job.stage.new_rate:
+            self.new_parameters = NewParameters(
+                self.model_parts[0], job.stage.new_rate.growth
+            )
         self.checkpointer = StageCheckpoints(
             job,
             self.metrics_processor.sealed,
@@ -138,7 +144,8 @@ class StageTrainer(Trainer):
         self.metrics_processor.pace.begin()
         if verdict.update:
             self.checkpointer.maybe_wait_for_staging()
-            self.optimizers.step()
+            with self._rate_of_new(lr):
+                self.optimizers.step()
         self.lr_schedulers.step()
 
         if verdict.event or self.metrics_processor.should_log(self.step):
@@ -152,6 +159,13 @@ class StageTrainer(Trainer):
         if verdict.error:
             raise verdict.error
         return verdict
+
+    def _rate_of_new(self, lr: float) -> AbstractContextManager[None]:
+        """Around an update with rate ``lr``: new parameters may have another."""
+        if not self.new_parameters:
+            return nullcontext()
+        own = self.stage_job.stage.new_learning_rate(self.step)
+        return self.new_parameters.rate_times(own / lr)
 
     def _backward(self, batches: Iterator[Batch]) -> Tensor:
         """Accumulates the gradient of the mean loss per token of a step; returns this rank's share of that loss."""

@@ -13,12 +13,13 @@ from stackgrow.plan.resolve import make_plan
 from stackgrow.recipe.load import load_recipe
 from stackgrow.run_folder.folder import RunFolder
 
-# 1 -> 2 layers under FSDP, then 2 -> 4 under tensor parallel; each freezes what it grew from for a while.
+# 1 -> 2 layers under FSDP, then 2 -> 4 under tensor parallel; each freezes what it grew from for a while, and the last
+# gives what is new a rate of its own.
 SETS = [
     "budget.tokens=28Ki", "base.n_layers=1", "train.horizon=40 steps", "checkpoint.keep=9",
     "growth=[{operator='stack', factor=2, timing='8 steps', optimizer='asymmetric', freeze='6 steps',"
     " lr={rewarm_steps=4, ratio=0.1}}, {operator='stack', factor=2, timing='18 steps', optimizer='copy',"
-    " freeze='4Ki', lr='continue', parallel={tensor=2}}]",
+    " freeze='4Ki', lr='continue', lr_new={rewarm_steps=2, ratio=1.5}, parallel={tensor=2}}]",
 ]  # fmt: skip
 FSDP, TENSOR = "stage-2-train-2L", "stage-4-train-4L"
 
@@ -107,6 +108,9 @@ def test_rates_and_flops_are_the_plans(undisturbed: Path) -> None:
         for step in range(1, stage.steps + 1):
             record = records(undisturbed)[stage.name, step]
             assert record["lr"] == pytest.approx(stage.learning_rate(step), rel=1e-12)
+            assert record.get("lr_new") == (
+                stage.new_learning_rate(step) if stage.new_rate else None
+            )
             assert record["flops"] == stage.start_flops + stage.flops_after(step)
 
 

@@ -152,7 +152,7 @@ def test_biases_go_with_their_heads(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in TINY if "qwen3" in case])
-@pytest.mark.parametrize("operator", ["split", "zero"])
+@pytest.mark.parametrize("operator", ["split", "zero", "shrink"])
 def test_norms_of_queries_and_keys_stay_in_width(case: str, operator: str) -> None:
     model = TINY[case]
     small = weights(model)
@@ -163,7 +163,7 @@ def test_norms_of_queries_and_keys_stay_in_width(case: str, operator: str) -> No
             assert torch.equal(grown[norm], small[norm])
 
 
-@pytest.mark.parametrize("operator", ["split", "zero", "random", "learn"])
+@pytest.mark.parametrize("operator", ["split", "zero", "random", "learn", "shrink"])
 def test_a_head_under_a_norm_does_not_get_wider(operator: str) -> None:
     model = tiny("llama2", qk_norm=True)
     target = replace(model, dim=96, ffn_dim=176)
@@ -215,7 +215,7 @@ def test_maps_of_widths_are_the_products_of_the_paper(case: str) -> None:
         assert torch.equal(grown[name], want.float()), name
 
 
-@pytest.mark.parametrize("operator", ["split", "zero"])
+@pytest.mark.parametrize("operator", ["split", "zero", "shrink"])
 @pytest.mark.parametrize("case", TINY)
 def test_moments_follow_the_same_map(case: str, operator: str) -> None:
     """exp_avg by its coefficients, exp_avg_sq by their squares: 0 where an entry copies nothing."""

@@ -59,6 +59,7 @@ CASES = {
     "zero wider heads": ("zero", GQA, {"dim": 32, "ffn_dim": 40}, None, 0.0),
     "zero both": ("zero", GQA, {**DEEP, **WIDE, "n_kv_heads": 4}, STACK, 0.0),
     "zero both, noise": ("zero", GQA, {**DEEP, **WIDE, "n_kv_heads": 4}, STACK, 0.2),
+    "shrink": ("shrink", MHA, {**WIDE, "n_kv_heads": 8}, None, 0.0),
     "random depth": ("random", GQA, DEEP, STACK, 0.0),
     "random both": ("random", GQA, {**DEEP, **WIDE, "n_kv_heads": 4}, STACK, 0.0),
 }

@@ -36,8 +36,8 @@ TARGETS = {
 }
 
 
-def test_the_table_names_the_five_operators() -> None:
-    assert list(OPERATORS) == ["stack", "split", "zero", "random", "learn"]
+def test_the_table_names_the_operators() -> None:
+    assert list(OPERATORS) == ["stack", "split", "zero", "random", "learn", "shrink"]
     for name, operator in OPERATORS.items():
         assert operator.name == name
 
@@ -172,13 +172,13 @@ REFUSED = [
         "stak",
         WIDE,
         None,
-        "no growth operator 'stak': the operators are stack, split, zero, random, learn",
+        "no growth operator 'stak': the operators are stack, split, zero, random, learn, shrink",
     ),
     (
         "stack",
         WIDE,
         None,
-        "'stack' does not grow in width: use split, zero, random, learn",
+        "'stack' does not grow in width: use split, zero, random, learn, shrink",
     ),
     (
         "stack",

@@ -18,8 +18,15 @@ from torch import Tensor, nn
 
 from stackgrow.growth.depth import depth_rules
 from stackgrow.growth.draw import generator
-from stackgrow.growth.rules import Alias, GrowthError
-from stackgrow.growth.width import _shares, copied_channels, split_rules
+from stackgrow.growth.rules import Alias, GrowthError, Moment
+from stackgrow.growth.width import (
+    AXES,
+    _shares,
+    copied_channels,
+    kind,
+    rms_factor,
+    split_rules,
+)
 from stackgrow.recipe.keys import Model
 
 MHA = Model(dim=16, n_layers=2, n_heads=4, ffn_dim=20, vocab_size=11)
@@ -296,3 +303,85 @@ def test_depth_after_width_gets_a_valid_source() -> None:
         depth_rules([0, 1, 2, 0, 1, 2], TWICE, replace(TWICE, n_layers=6)).source_shapes
         == rules.target_shapes
     )
+
+
+def rms_split(source: Model, target: Model, moment: Moment | None = None) -> Tensors:
+    rules = split_rules(source, target, SEED, moment, norm="copied", shares="rms")
+    return apply(rules, weights(source))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rms_shares_are_one_factor_for_a_matrix(case: str) -> None:
+    """SPARKLING, eqs. 9, 11 and 17: W' = alpha [W, W_copied], with the channels of a split; norms are copied."""
+    source, target, _, _ = CASES[case]
+    small, channels = weights(source), copied_channels(source, target)
+    grown = rms_split(source, target)
+    for name, W in small.items():
+        copied = W
+        for dimension, axis in enumerate(AXES[kind(name)]):
+            copied = copied.index_select(dimension, torch.tensor(channels[axis]))
+        alpha = 1.0
+        if W.dim() == 2 and name != "tok_embeddings.weight":
+            c = copied.shape[1] / W.shape[1] - 1
+            alpha = 1 / math.sqrt(1 + 3 * c) if c <= 1 else 1 / (1 + c)
+        want = (copied.double() * alpha).float()
+        assert torch.allclose(grown[name], want, rtol=2e-7, atol=0), name
+
+
+def test_rms_shares_keep_the_rms_of_what_is_computed() -> None:
+    """Of inputs that are independent, as eq. 7 has it, at 1 to 4 times the width: within 2%."""
+    rng = torch.Generator().manual_seed(0)
+    d = 512
+    W = torch.randn(256, d, generator=rng)
+    x = torch.randn(d, 256, generator=rng)
+    before = (W @ x).square().mean().sqrt().item()
+    for D in (d, 640, 768, 1024, 1536, 2048):
+        copied = torch.arange(D) % d
+        y = rms_factor(d, D) * W[:, copied] @ x[copied]
+        assert y.square().mean().sqrt().item() == pytest.approx(before, rel=0.02), D
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_rms_shares_preserve_the_function_at_whole_factors(factor: int) -> None:
+    target = replace(
+        MHA,
+        dim=16 * factor,
+        n_heads=4 * factor,
+        n_kv_heads=4 * factor,
+        ffn_dim=20 * factor,
+    )
+    grown = rms_split(MHA, target)
+    assert deviation(logits(target, grown), logits(MHA, weights(MHA))) < 1e-5
+
+
+def test_rms_shares_do_not_preserve_the_function_at_others() -> None:
+    source, target, _, _ = CASES["mha, 3/2"]
+    grown = rms_split(source, target)
+    assert deviation(logits(target, grown), logits(source, weights(source))) > 0.01
+
+
+def test_rms_shares_leave_moments_their_size() -> None:
+    """Eq. 24: S' = [S, 0], without the factor; and [S, S] for a copy."""
+    source, target, _, _ = CASES["mha, 3/2"]
+    small, channels = weights(source), copied_channels(source, target)
+    for power in (1, 2):
+        copies = rms_split(source, target, Moment(power))
+        firsts = rms_split(source, target, Moment(power, asymmetric=True))
+        for name, S in small.items():
+            wide = S
+            for dimension, axis in enumerate(AXES[kind(name)]):
+                wide = wide.index_select(dimension, torch.tensor(channels[axis]))
+            assert torch.equal(copies[name], wide), name
+            kept = tuple(slice(size) for size in S.shape)
+            assert torch.equal(firsts[name][kept], S), name
+            assert firsts[name].count_nonzero() == S.count_nonzero(), name
+
+
+def test_rms_shares_are_refused_where_they_are_not_defined() -> None:
+    source, target, _, _ = CASES["mha"]
+    with pytest.raises(GrowthError, match='give norm = "copied"'):
+        split_rules(source, target, SEED, shares="rms")
+    split_rules(source, replace(source, ffn_dim=40), SEED, shares="rms")
+    tied = (replace(model, tie_embeddings=True) for model in (source, target))
+    with pytest.raises(GrowthError, match="tie_embeddings"):
+        split_rules(*tied, SEED, norm="copied", shares="rms")

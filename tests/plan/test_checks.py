@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ CONTINUE = [
     "growth[0].lr=continue",
     "growth[1].lr={rewarm_steps=10, ratio=0.25}",
 ]
+NEW = ["growth[1].lr=continue", "growth[1].lr_new={rewarm_steps=6, ratio=1.3}"]
 LEARN = edited(
     ('operator = "stack"\nfactor = 2\ntiming = "40 steps"',
      'operator = "learn"\nfactor = 2\ntiming = "40 steps"\nlearn_steps = "5 steps"'),
@@ -169,6 +171,14 @@ def test_the_recipe_is_read_back(tmp_path: Path) -> None:
         (LEARN, ["growth[1].freeze=8 steps"], "growth[1].freeze", ("it is none", "remove freeze")),
         (RECIPE, ["growth[1].operator=zero", "growth[1].freeze=8 steps", "base.model.dim=32", "base.model.n_heads=2",
                   "growth[0].model={dim=32, n_heads=2}"], "growth[1].freeze", ("where widths grow", "remove it")),
+        (RECIPE, NEW[1:], "growth[1].lr_new", ('give lr = "continue"',)),
+        (RECIPE, [*CONTINUE, NEW[1]], "growth[1].lr_new", ('give lr = "continue"',)),
+        (RECIPE, [*CONTINUE[:2], *NEW, "train.schedule=linear"], "growth[1].lr_new",
+         ('train.schedule is "linear"', 'use "cosine"')),
+        (RECIPE, [*CONTINUE[:2], NEW[0], "growth[1].lr_new={rewarm_steps=80, ratio=1.3}"], "growth[1].lr_new",
+         ("rises for 80 of the 80 steps", "lower rewarm_steps")),
+        (RECIPE, ["growth[1].lr_new=1.3"], "growth[1].lr_new", ("rewarm_steps = 250, ratio = 1.3",)),
+        (LEARN, NEW[1:], "growth[1].lr_new", ("so that none is new",)),
     ],
 )  # fmt: skip
 def test_what_a_growth_cannot_carry_over_is_refused(
@@ -177,3 +187,34 @@ def test_what_a_growth_cannot_carry_over_is_refused(
     problems = problems_of(tmp_path, text, sets)
     assert where in problems, problems
     assert all(part in problems[where] for part in parts), problems[where]
+
+
+def test_new_parameters_have_a_rate_of_their_own(tmp_path: Path) -> None:
+    """SPARKLING, eq. 28, written out: from the schedule's rate at the growth up to 1.3 times that, then a cosine to the
+    end of the schedule that all others follow."""
+    *_, last = plan_of(tmp_path, RECIPE, [*CONTINUE[:2], *NEW]).train_stages
+    assert last.schedule == Continued(40)
+    assert last.new_rate is not None
+    assert last.new_rate.growth.target == last.model
+    at_growth, floor = last.learning_rate(1), last.train.min_learning_rate
+    left = 120 - 40
+    for step in range(1, last.steps + 1):
+        t = step - 1
+        if t < 6:
+            want = at_growth * (1 + 0.3 * t / 6)
+        else:
+            cosine = 0.5 * (1 + math.cos(math.pi * (t - 6) / (left - 6)))
+            want = floor + (1.3 * at_growth - floor) * cosine
+        assert last.new_learning_rate(step) == pytest.approx(want, rel=1e-12)
+    assert last.new_learning_rate(1) == at_growth
+    assert last.new_learning_rate(7) == pytest.approx(1.3 * at_growth)
+
+
+def test_a_rate_of_new_parameters_is_part_of_the_stage_and_of_no_other(
+    tmp_path: Path,
+) -> None:
+    sets = [*CONTINUE[:2], NEW[0]]
+    plain = plan_of(tmp_path, RECIPE, sets).stage_hashes("")
+    hashes = plan_of(tmp_path, RECIPE, [*sets, NEW[1]]).stage_hashes("")
+    changed = [name for name in plain if plain[name] != hashes[name]]
+    assert changed == ["stage-4-train-8L"]
