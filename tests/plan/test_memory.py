@@ -202,3 +202,20 @@ def test_learned_maps_are_few_and_their_models_whole(tmp_path: Path) -> None:
     assert learned.working - trained.working == 4 * (
         stages[0].model.parameters() + 2 * grown.model.parameters()
     )
+
+
+def test_a_rate_of_new_parameters_takes_a_copy_of_the_weights(tmp_path: Path) -> None:
+    """While the update is made, beside a byte for each that tells which are new (titan/new_rate.py)."""
+    sets = ["train.horizon=120 steps", "growth[1].lr=continue"]
+    new = "growth[1].lr_new={rewarm_steps=6, ratio=1.3}"
+    wide = ["model.ffn_dim=4096", "train.activation_checkpoint=full"]
+    for more, is_largest in ([], False), ([*wide, "train.micro_batch=1"], True):
+        plain, own = (
+            plan_of(tmp_path, RECIPE, [*sets, *more, *keys]).train_stages[-1]
+            for keys in ([], [new])
+        )
+        parameters = own.model.parameters()
+        before = stage_memory(plain, Layout(1, 1, 1)).working
+        after = stage_memory(own, Layout(1, 1, 1)).working
+        assert after == max(before, 4 * parameters) + parameters
+        assert (4 * parameters > before) == is_largest
