@@ -51,10 +51,34 @@ def audit_run(
     case = opened[0]
     if "replay" not in further:
         audit.not_checked.append("losses: no step was trained again (--replay)")
-    state = "finished" if case.run.ledger_file.is_file() else "not finished"
-    audit.title = f"{case.plan.recipe.name}, {state}"
+    audit.title = f"{case.plan.recipe.name}, {_state(case)}"
     for name, check in further.items():
         audit.look(name, check(case))
+    if case.run.holds_records_only():
+        _look_at_kept_records(audit, case, full)
+    else:
+        _look_at_run(audit, case, full)
+    audit.rests_on.append(
+        "nobody having written the whole folder anew: no signature is looked at (SECURITY.md)"
+    )
+    return audit
+
+
+def _state(case: Case) -> str:
+    if case.run.holds_records_only():
+        return "records that were kept without their run"
+    return "finished" if case.run.ledger_file.is_file() else "not finished"
+
+
+def _look_at_kept_records(audit: Audit, case: Case, full: bool) -> None:
+    """Without checkpoints there are no seals: the records are held against the recipe alone."""
+    audit.look("sessions", _kept_sessions(case))
+    audit.look("records", contents.kept_records(case))
+    audit.look("eval", contents.evaluations(case))
+    audit.look("data", contents.data(case, full))
+
+
+def _look_at_run(audit: Audit, case: Case, full: bool) -> None:
     audit.look("provenance", _provenance(case))
     audit.look("stages", _stages(case))
     if was_extended(case):
@@ -64,10 +88,6 @@ def audit_run(
     audit.look("growth", contents.growth(case))
     audit.look("eval", contents.evaluations(case))
     audit.look("data", contents.data(case, full))
-    audit.rests_on.append(
-        "nobody having written the whole folder anew: no signature is looked at (SECURITY.md)"
-    )
-    return audit
 
 
 def _open_and_check_recipe(run: Path, data: Sequence[Path], opened: list[Case]) -> Look:
@@ -77,21 +97,27 @@ def _open_and_check_recipe(run: Path, data: Sequence[Path], opened: list[Case]) 
     recipe = tomli.loads(case.run.recipe_file.read_text(encoding="utf-8"))
     recipe_hash = canonical_hash(recipe)
     sessions = case.record["sessions"]
+    if not sessions and case.run.holds_records_only():
+        if recipe_hash != case.record["recipe_hash"]:
+            yield RECIPE, f"is not the recipe of {PROVENANCE} ({recipe_hash[:12]})"
+        return f"{recipe_hash[:12]}, as in provenance.json"
     hashes = [session["recipe_hash"] for session in sessions]
     if recipe_hash not in hashes:
         yield RECIPE, f"is not the recipe of any session ({recipe_hash[:12]})"
         # What was changed is seen against the last one, whose text stands in provenance.json.
         text_hash = sessions[-1]["texts"]["recipe"]
-        last_recipe = tomli.loads(case.record["texts"][text_hash])
-        for change in differences(last_recipe, recipe):
-            yield RECIPE, change
+        last_text = case.record.get("texts", {}).get(text_hash)
+        if last_text is not None:
+            for change in differences(tomli.loads(last_text), recipe):
+                yield RECIPE, change
     return f"{recipe_hash[:12]}, as in provenance.json"
 
 
 def _provenance(case: Case) -> Look:
     """Sessions are chained to each other and to the checkpoints that they made."""
     sessions = case.record["sessions"]
-    yield from _session_chain(case, sessions)
+    yield from _session_chain(sessions)
+    yield from _texts(case, sessions)
     for stage in case.plan.own_stages:
         yield from _makers_of_checkpoints(case, stage, sessions)
     packages = case.run.requirements_file.read_text(encoding="utf-8")
@@ -105,14 +131,7 @@ def _provenance(case: Case) -> Look:
             )
             break
 
-    # All sessions had the same tokens, to train on and to be measured by.
-    trained_on = {session["data"]["manifest_hash"] for session in sessions}
-    if len(trained_on) > 1:
-        yield PROVENANCE, "the sessions trained on different data"
-    validated_on = {session["data"]["validation_hash"] for session in sessions}
-    if len(validated_on) > 1:
-        yield PROVENANCE, "the sessions validated on different data"
-
+    yield from _same_data(sessions)
     yield from _code(sessions)
     yield RestsOn(
         "what provenance.json says of machines, packages and environment, which nobody can measure afterwards"
@@ -121,7 +140,32 @@ def _provenance(case: Case) -> Look:
     return f"{numbered(len(sessions), 'session')}; the last: {end}"
 
 
-def _session_chain(case: Case, sessions: list[dict[str, Any]]) -> Iterator[Problem]:
+def _same_data(sessions: list[dict[str, Any]]) -> Iterator[Problem]:
+    """All sessions had the same tokens, to train on and to be measured by."""
+    trained_on = {session["data"]["manifest_hash"] for session in sessions}
+    if len(trained_on) > 1:
+        yield PROVENANCE, "the sessions trained on different data"
+    validated_on = {session["data"]["validation_hash"] for session in sessions}
+    if len(validated_on) > 1:
+        yield PROVENANCE, "the sessions validated on different data"
+
+
+def _kept_sessions(case: Case) -> Look:
+    """What is known of the sessions that wrote kept records; of some runs none were written down."""
+    sessions = case.record["sessions"]
+    yield from _session_chain(sessions)
+    if "texts" in case.record:
+        yield from _texts(case, sessions)
+    elif sessions:
+        yield NotChecked(
+            "the texts of recipe and packages that the sessions name: they were not kept"
+        )
+    yield from _same_data(sessions)
+    yield RestsOn(f"what provenance.json says of these records: {case.record['kept']}")
+    return numbered(len(sessions), "session") if sessions else "none is known"
+
+
+def _session_chain(sessions: list[dict[str, Any]]) -> Iterator[Problem]:
     before: dict[str, Any] | None = None
     for number, session in enumerate(sessions):
         if session["previous"] != provenance.link(before, session.get("chain")):
@@ -130,11 +174,14 @@ def _session_chain(case: Case, sessions: list[dict[str, Any]]) -> Iterator[Probl
                 f"session {number} does not follow the one before it: one of them was edited",
             )
         before = session
+
+
+def _texts(case: Case, sessions: list[dict[str, Any]]) -> Iterator[Problem]:
+    """The recipe, the packages and what else ran as text, against the hashes in the sessions."""
+    for number, session in enumerate(sessions):
         for name, text_hash in session["texts"].items():
-            if (
-                provenance.text_hash(case.record["texts"].get(text_hash, ""))
-                != text_hash
-            ):
+            text = case.record["texts"].get(text_hash, "")
+            if provenance.text_hash(text) != text_hash:
                 yield (
                     PROVENANCE,
                     f"session {number}: the text of {name} is not the one that ran",

@@ -147,6 +147,19 @@ def records(case: Case) -> Look:
     return f"{metrics} of metrics, {validations} of validation, each as it was sealed"
 
 
+def kept_records(case: Case) -> Look:
+    """Every line against the recipe: steps in order, tokens, FLOPs and learning rate as planned. Losses are in no
+    recipe, and the seals that hold what was measured went with the checkpoints."""
+    metrics = validations = 0
+    for train_stage in case.plan.train_stages:
+        metrics += yield from _lines(case, train_stage, METRICS)
+        validations += yield from _lines(case, train_stage, VALIDATION)
+    yield NotChecked(
+        "weights, growth and the losses in the records: the checkpoints, whose seals state them, were not kept"
+    )
+    return f"{metrics} of metrics, {validations} of validation, each at a step and with tokens that the recipe has"
+
+
 def _lines(case: Case, stage: TrainStage, name: str) -> Generator[Problem, None, int]:
     """One file of a stage's records against the plan; returns how many there are."""
     file = case.folder(stage).record_file(name)

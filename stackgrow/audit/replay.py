@@ -18,7 +18,7 @@ from stackgrow.audit.case import Case
 from stackgrow.audit.report import Look, NotChecked, WrongRequest
 from stackgrow.errors import DamagedError
 from stackgrow.plan.checks import world_problems
-from stackgrow.plan.stages import TrainStage
+from stackgrow.plan.stages import Plan, TrainStage
 from stackgrow.process.logs import log_to
 from stackgrow.process.ranks import from_rank0
 from stackgrow.recipe.keys import Recipe
@@ -53,6 +53,10 @@ class Request:
     stage: TrainStage
     first: int
     last: int
+
+    @property
+    def count(self) -> int:
+        return self.last - self.first
 
     def holds(self, step: int) -> bool:
         return self.first < step <= self.last
@@ -203,22 +207,51 @@ def _compared(
                     f"{name} differs by {size:.1e} when trained again",
                 )
 
-    # In words.
-    what = f"{stage.name} {request.first} to {last}: {numbered(len(numbers), 'number')}"
+    return (yield from in_words(case.plan, request, numbers, tensors, others))
+
+
+def in_words(
+    plan: Plan,
+    request: Request,
+    numbers: Sequence[float],
+    tensors: Sequence[float],
+    others: Sequence[str],
+) -> Look:
+    """What a replay has compared, and what it leaves open. ``numbers``, ``tensors``: the relative differences that it
+    saw; ``others``: circumstances that differ."""
+    stage = request.stage
+    what = f"{stage.name} {request.first} to {request.last}: {numbered(len(numbers), 'number')}"
     if tensors:
-        what += f", {numbered(len(tensors), 'tensor')} of {kept.name}"
+        what += (
+            f", {numbered(len(tensors), 'tensor')} of {seal.step_name(request.last)}"
+        )
     worst = max([*numbers, *tensors], default=0.0)
     what += f"; largest difference {worst:.1e}" if worst else "; equal bit for bit"
-    yield NotChecked(
-        f"losses: all steps but {request.first + 1} to {last} of {stage.name}"
-    )
-    if others:
+
+    # What differs in no bit has used no tolerance.
+    if others and worst:
+        loss_limit = LOSS_TOLERANCE[stage.train.precision]
+        weight_limit = WEIGHT_TOLERANCE[stage.train.precision]
+        what += f"; allowed are {loss_limit:g} and for weights {weight_limit:g}, since {', '.join(others)} differ"
         yield NotChecked(
             f"equality bit for bit: {', '.join(others)} differ, and a tolerance was used"
         )
-        if tensors:
-            yield NotChecked("the optimizer's state")
-        what += f"; allowed are {loss_limit:g} and for weights {weight_limit:g}, since {', '.join(others)} differ"
+    elif others:
+        what += f", though {', '.join(others)} differ"
+
+    # The rest of the run.
+    if request.count < sum(stage.steps for stage in plan.train_stages):
+        yield NotChecked(
+            f"the losses of the steps that were not trained again: all but {request.first + 1} to {request.last} of "
+            f"{stage.name}"
+        )
+    if not tensors:
+        yield NotChecked(
+            f"the weights after the steps that were trained again: {seal.step_name(request.last)} of {stage.name} is "
+            "not kept"
+        )
+    elif others:
+        yield NotChecked("the optimizer's state")
     return what
 
 

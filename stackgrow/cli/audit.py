@@ -27,7 +27,13 @@ from stackgrow.audit.case import Case, open_case
 from stackgrow.audit.chain import audit_run
 from stackgrow.audit.report import Look, audit_page
 from stackgrow.audit.same import same_run
-from stackgrow.cli.options import add_trust, parser_of, quiet_at_closed_pipe, tell
+from stackgrow.cli.options import (
+    add_trust,
+    parser_of,
+    quiet_at_closed_pipe,
+    require_writable,
+    tell,
+)
 from stackgrow.errors import DamagedError, RunError
 from stackgrow.growth import own
 from stackgrow.recipe.load import RecipeError
@@ -48,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.against:
         further["against"] = lambda case: same_run(case, open_case(arguments.against))
     try:
+        require_writable(arguments.html)
         if os.environ.get("RANK", "0") != "0":
             if arguments.replay:  # trains along, and finds nothing
                 list(further["replay"](open_case(arguments.run, arguments.data)))
@@ -55,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         audit = audit_run(
             arguments.run, arguments.data, full=arguments.full, further=further
         )
+        if arguments.html:
+            seal.write_text(arguments.html, audit_page(audit))
     except RecipeError as error:  # which a run wrote itself
         return tell(DamagedError(error))
     except RunError as error:
         return tell(error)
-    if arguments.html:
-        seal.write_text(arguments.html, audit_page(audit))
     print(json.dumps(audit.to_dict(), indent=1) if arguments.json else audit.render())
     return DamagedError.exit_code if audit.findings else 0
 

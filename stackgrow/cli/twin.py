@@ -11,7 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stackgrow.cli.options import add_set, parser_of, quiet_at_closed_pipe
+from stackgrow.cli.options import (
+    add_set,
+    parser_of,
+    quiet_at_closed_pipe,
+    require_writable,
+)
 from stackgrow.errors import RunError
 from stackgrow.plan.resolve import make_plan
 from stackgrow.plan.stages import Plan
@@ -39,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = Path(arguments.recipe)
     out = arguments.out or given.with_name(f"{given.stem}{SUFFIX}.toml")
     try:
+        require_writable(out)
         plan = _plan_of(given, arguments.set)
         twin = scratch_twin(plan, given)
         with out.open("x", encoding="utf-8") as file:

@@ -135,7 +135,7 @@ def _status(folder: RunFolder, plan: Plan, provenance: dict[str, Any]) -> str:
     date = str(
         ended.get("at") or (sessions[-1].get("started") if sessions else "")
     ).replace("T", " ")[:16]
-    if "kept" in provenance:
+    if folder.holds_records_only():
         status = "records of a run, kept without it"
     elif all(folder.stage(stage.name).is_done() for stage in plan.stages):
         status = f"finished {date}".strip()

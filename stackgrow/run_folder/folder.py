@@ -255,6 +255,13 @@ class RunFolder:
         """The same, whatever a stranger's file holds: for who shows it, and checks each value."""
         return seal.read_json(self.provenance_file) or {}
 
+    def holds_records_only(self) -> bool:
+        """Whether this is what was kept of a run without its checkpoints, as in recipes/experiments/results."""
+        has_more = any(
+            stage.is_done() or stage.checkpoints.exists() for stage in self.stages()
+        )
+        return "kept" in self.stated_provenance() and not has_more
+
     def data_hash(self) -> str:
         """The hash of the data that the run was begun with; "" where nothing is written down yet."""
         data = self.stated_provenance().get("data")

@@ -19,6 +19,7 @@ FINISHED = "finished"
 RUNNING = "running"
 STOPPED = "stopped"
 DAMAGED = "damaged"
+RECORDS_ONLY = "records only"  # kept without the run: there is nothing to go on from
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ def state_of(folder: Path) -> RunState:
             stage_folder = run.stage(stage.name)
             if stage_folder.metrics_file.is_file() or stage_folder.is_done():
                 last = stage
-        if run.ledger_file.is_file():
+        if run.holds_records_only():
+            state, why = RECORDS_ONLY, ""
+        elif run.ledger_file.is_file():
             state, why = FINISHED, ""
         elif holder_of(run) is not None:
             state, why = RUNNING, ""

@@ -1,0 +1,68 @@
+"""Records that were kept without their run: what an audit, and a list of runs, says of them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stackgrow.audit.chain import audit_run
+from stackgrow.run_folder.folder import RunFolder
+from stackgrow.run_folder.state import RECORDS_ONLY, state_of
+
+RESULTS = Path(__file__).parents[2] / "recipes" / "experiments" / "results"
+KEPT = sorted(path for path in RESULTS.iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("run", KEPT, ids=lambda run: run.name)
+def test_kept_records_are_those_of_their_recipe(run: Path) -> None:
+    audit = audit_run(run)
+    assert audit.findings == []
+    assert audit.verdict.startswith("PASSED, BUT NOT CHECKED: ")
+    assert "the losses in the records: the checkpoints" in audit.verdict
+    assert audit.title.endswith("records that were kept without their run")
+    assert state_of(run).state == RECORDS_ONLY
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> RunFolder:
+    """Records with two sessions."""
+    shutil.copytree(RESULTS / "deep_24x32_stack-1", tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+def test_what_is_not_as_the_recipe_has_it_is_found(copy: RunFolder) -> None:
+    file = copy.stages()[0].metrics_file
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    third = json.loads(lines[2])
+    third["tokens"] += 1
+    lines[2] = json.dumps(third) + "\n"
+    file.write_text("".join(lines), encoding="utf-8")
+    (finding,) = audit_run(copy.path).findings
+    assert finding.check == "records"
+    assert finding.message == (f"step {third['step']}: tokens is not what the plan has")
+
+
+def test_an_edited_session_is_found(copy: RunFolder) -> None:
+    record = copy.provenance()
+    record["sessions"][0]["hardware"]["cpus"] = 64
+    copy.provenance_file.write_text(json.dumps(record), encoding="utf-8")
+    (finding,) = audit_run(copy.path).findings
+    assert "session 1 does not follow the one before it" in finding.message
+
+
+def test_an_edited_recipe_is_found(copy: RunFolder) -> None:
+    text = copy.recipe_file.read_text(encoding="utf-8")
+    assert "beta1 = 0.9" in text
+    edited = text.replace("beta1 = 0.9", "beta1 = 0.8")
+    copy.recipe_file.write_text(edited, encoding="utf-8")
+    found = audit_run(copy.path).findings
+    assert any("is not the recipe of any session" in one.message for one in found)
+
+
+def test_a_run_with_checkpoints_is_no_kept_record_whatever_it_says(
+    copy: RunFolder,
+) -> None:
+    copy.stages()[0].checkpoints.mkdir()
+    assert not copy.holds_records_only()
+    assert state_of(copy.path).state != RECORDS_ONLY
