@@ -51,8 +51,8 @@ def layout(parallel: Parallel, ranks: int) -> Layout:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on rank 0. ``working`` is the largest of its moments: the loss, the backward pass of a layer, and, where new
-    parameters have a rate of their own, the update."""
+    """Bytes on rank 0. ``working`` is the largest of its moments: the loss, the backward pass of a layer, and, where
+    new parameters have a rate of their own, the update."""
 
     parameters: int
     gradients: int
