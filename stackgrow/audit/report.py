@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -16,6 +16,8 @@ from stackgrow.text import numbered, printable
 NEVER_LOOKED_AT = (
     "report.html, TensorBoard's files and logs: they are no part of the proof"
 )
+CAUSE = "recipe"  # the check whose findings lead to others
+MOST_SHOWN = 8  # findings of a check, as text
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,7 @@ class Audit:
         for name, what in self.checks.items():
             lines.append(f"  {name:<13}{what}")
         lines.append(self.verdict)
-        for finding in self.findings:
-            where = f"{finding.where}: " if finding.where else ""
-            lines.append(f"  {finding.check}  {where}{finding.message}")
+        lines += self._finding_lines()
         if self.findings:
             lines += [
                 f"  not checked  {what}" for what in self.not_checked
@@ -120,6 +120,27 @@ class Audit:
         lines += [f"  rests on  {what}" for what in self.rests_on]
         lines.append(f"  never looked at  {NEVER_LOOKED_AT}")
         return "\n".join(lines)
+
+    def _finding_lines(self) -> Iterator[str]:
+        """The findings, of every check as many as can be read. Where the recipe is not the run's, all else is compared
+        with what it never was: of that, the first of each check."""
+        by_check: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            by_check.setdefault(finding.check, []).append(finding)
+        for check, findings in by_check.items():
+            follows = CAUSE in by_check and check != CAUSE
+            shown = findings[: 1 if follows else MOST_SHOWN]
+            for finding in shown:
+                where = f"{finding.where}: " if finding.where else ""
+                yield f"  {check}  {where}{finding.message}"
+            left = len(findings) - len(shown)
+            if left:
+                why = (
+                    f", as can follow from what is wrong with the {CAUSE}"
+                    if follows
+                    else ""
+                )
+                yield f"  {check}  and {left} more{why} (--json has all)"
 
 
 def audit_page(audit: Audit) -> str:

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from stackgrow.cli.options import add_set, parser_of, quiet_at_closed_pipe
 from stackgrow.plan.checks import world_problems
 from stackgrow.plan.resolve import make_plan
+from stackgrow.process.progress import say
 from stackgrow.recipe.load import RecipeError, load_recipe
 from stackgrow.recipe.shipped import find_recipe
-from stackgrow.text import aligned
+from stackgrow.text import aligned, numbered
 
 HEAD = (
     "stage",
@@ -57,9 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     rows: list[tuple[str, ...]] = [HEAD]
     equal = True
+    count = sum(not stage.learns_maps for stage in plan.train_stages)
+    say(
+        f"tracing a step of each of {numbered(count, 'stage')}, on one rank of {arguments.ranks}; a 7B takes minutes",
+        stream=sys.stderr,
+    )
     for compared in compare(plan, arguments.ranks):
         stage, traced, planned = compared.stage, compared.traced, compared.planned
         same = traced.state_equals(planned)
+        say(
+            f"{stage.name}: traced in {traced.seconds:.0f} s ({len(rows)} of {count})",
+            stream=sys.stderr,
+        )
         equal = equal and same
         state = [
             f"{size:,}"

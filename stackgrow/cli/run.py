@@ -111,7 +111,7 @@ def check_all(arguments: argparse.Namespace) -> None:
     from stackgrow.run.preflight import check, held_out_note, unchecked
     from stackgrow.text import numbered
 
-    plan, order = check(arguments.recipe, arguments.set)
+    plan, order = check(arguments.recipe, arguments.set, all_at_once=True)
     if os.environ.get("RANK", "0") != "0":
         return
     longer = check_folder(plan, order, arguments.recipe)

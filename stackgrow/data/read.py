@@ -179,7 +179,18 @@ def list_files(sources: Sequence[Source], skipped: Skipped) -> list[File]:
     files: list[File] = []
     seen: set[str] = set()
     for number, source in enumerate(sources):
-        files += _list_source(number, source, seen, skipped)
+        try:
+            files += _list_source(number, source, seen, skipped)
+        except (PrepareError, OSError):
+            raise
+        except Exception as error:  # each file system's client has its own
+            if "://" not in source.root:
+                raise
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise PrepareError(
+                f"{source.root} cannot be listed ({why}): is there a network, and the proxy or login that it needs? "
+                "Where there is none, copy the files to this machine and name their folder as --input"
+            ) from error
     if not files:
         where = ", ".join(f"{source.root}/{source.pattern}" for source in sources)
         raise PrepareError(f"no documents in {where}; look at --pattern and --exclude")

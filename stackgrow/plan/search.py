@@ -4,12 +4,12 @@ recomputation and communication add. No torch."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from stackgrow.plan.cost import Cluster, model_flops
 from stackgrow.plan.memory import FP32, Layout, Memory, layout, stage_memory
-from stackgrow.plan.stages import TrainStage
+from stackgrow.plan.stages import Plan, TrainStage
 
 NETWORK = 50e9  # bytes per second and GPU between nodes, assumed: 400 Gb/s
 NODE = 8  # GPUs that share NVLink
@@ -50,6 +50,30 @@ def search(
         replace(choice, place=place) for place, choice in enumerate(fitting, start=1)
     ]
     return [choice for choice in placed if choice.place <= best or choice.own]
+
+
+def settings(plan: Plan, best: Mapping[str, Choice]) -> list[str]:
+    """The assignments, each for one ``--set``, by which every stage runs as ``best`` has it for its name. A stage that
+    learns maps is left out: its layout is that of the stage before it."""
+    assignments = []
+    for stage in plan.train_stages:
+        if stage.learns_maps or stage.name not in best:
+            continue
+        choice = best[stage.name]
+        table = ""
+        if plan.recipe.growth:
+            growth = sum(one.index < stage.index for one in plan.growths) - 1
+            table = "base." if growth < 0 else f"growth[{growth}]."
+        values = {
+            "parallel.replicate": choice.layout.replicate,
+            "parallel.shard": choice.layout.shard,
+            "parallel.tensor": choice.layout.tensor,
+            "train.micro_batch": choice.micro_batch,
+            "train.activation_checkpoint": choice.activation_checkpoint,
+        }
+        for key, value in values.items():
+            assignments.append(f"{table}{key}={value}")
+    return assignments
 
 
 def _own_choice(stage: TrainStage, cluster: Cluster, network: float) -> Choice | None:

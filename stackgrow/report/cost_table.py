@@ -11,9 +11,9 @@ from typing import Any
 from stackgrow.plan.cost import Cost, StageCost, model_flops, stage_disk
 from stackgrow.plan.reliability import Machine, hang_gpu_hours, reliabilities
 from stackgrow.plan.saving import Saving
-from stackgrow.plan.search import NETWORK, Choice
+from stackgrow.plan.search import NETWORK, Choice, settings
 from stackgrow.plan.stages import TrainStage
-from stackgrow.text import aligned, human, wrapped
+from stackgrow.text import WIDTH, aligned, human, wrapped
 
 TIME_HEAD = (
     "stage",
@@ -94,6 +94,7 @@ def render_cost(
                 if not fitting
             ]
         )
+        blocks.append(_best_as_settings(cost, choices))
     blocks.append(_bullets(_remarks(cost, assumed, searched=choices is not None)))
     if cost.problems:
         blocks.append(["what does not fit:", *_bullets(cost.problems)])
@@ -227,6 +228,25 @@ def _choice_table(choices: Choices) -> list[tuple[str, ...]]:
     return rows
 
 
+def _best_as_settings(cost: Cost, choices: Choices) -> list[str]:
+    """The first of every stage's choices as the run's command line has it, to be copied as it is."""
+    lines: list[str] = []
+    for assignment in settings(cost.plan, _best(choices)):
+        option = f"--set '{assignment}'"
+        if not lines or len(lines[-1]) + len(option) > WIDTH - 3:
+            lines.append(" ")
+        lines[-1] += f" {option}"
+    if not lines:
+        return []
+    head = "the first of every stage, for the command that runs the recipe, or as keys in the recipe:"
+    return [head, *(f"{line} \\" for line in lines[:-1]), lines[-1]]
+
+
+def _best(choices: Choices) -> dict[str, Choice]:
+    """Of every stage for which something fits."""
+    return {name: fitting[0] for name, fitting in choices.items() if fitting}
+
+
 def _remarks(cost: Cost, assumed: Assumed, searched: bool) -> Iterator[str]:
     """What the figures rest on: assumed, estimated, exact."""
     cluster = cost.cluster
@@ -330,6 +350,7 @@ def cost_dict(
         for name, fitting in choices.items():
             search[name] = [dataclasses.asdict(choice) for choice in fitting]
         plain["search"] = search
+        plain["settings"] = settings(cost.plan, _best(choices))
     plain["problems"] = list(cost.problems)
     return plain
 

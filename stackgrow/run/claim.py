@@ -13,11 +13,11 @@ from pathlib import Path
 from stackgrow import seal
 from stackgrow.data.order import Order
 from stackgrow.errors import LockedError
-from stackgrow.plan.stages import ImportStage, Plan
+from stackgrow.plan.stages import Plan
 from stackgrow.process.logs import log_to
 from stackgrow.process.progress import say
 from stackgrow.process.ranks import lock
-from stackgrow.recipe.load import Problem, RecipeError
+from stackgrow.recipe.load import RecipeError
 from stackgrow.recipe.write import to_toml
 from stackgrow.run import extend
 from stackgrow.run.changed import (
@@ -25,6 +25,7 @@ from stackgrow.run.changed import (
     refuse_changed,
     refuse_other_validation,
 )
+from stackgrow.run.preflight import import_problems
 from stackgrow.run_folder import provenance
 from stackgrow.run_folder.extended import Extension
 from stackgrow.run_folder.folder import RunFolder
@@ -45,7 +46,7 @@ def claim(
     """
     run = RunFolder(Path(plan.recipe.folder).absolute())
     plan = with_found(plan, run, order.data_hash, file)
-    problems = _import_problems(plan, run)
+    problems = import_problems(plan)
     if problems:
         raise RecipeError(file, problems)
     held.enter_context(run_lock(run))
@@ -80,7 +81,7 @@ def check_folder(plan: Plan, order: Order, file: str) -> str:
     """
     run = RunFolder(Path(plan.recipe.folder).absolute())
     plan = with_found(plan, run, order.data_hash, file)
-    problems = _import_problems(plan, run)
+    problems = import_problems(plan)
     if problems:
         raise RecipeError(file, problems)
     if not run.path.is_dir():
@@ -99,16 +100,6 @@ def _changes(
     refuse_other_validation(plan, run, provenance.validation_hash(plan, order))
     versions = changed_versions(run, accept=plan.recipe.run.accept_versions)
     return versions, extension
-
-
-def _import_problems(plan: Plan, run: RunFolder) -> list[Problem]:
-    """What of a base model from elsewhere does not fit, unless the run has it already."""
-    stage = plan.stages[0]
-    if not isinstance(stage, ImportStage) or run.stage(stage.name).is_done():
-        return []
-    from stackgrow.checkpoint.take_over import import_problems
-
-    return import_problems(stage)
 
 
 @contextmanager

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from stackgrow.data.order import Order
 from stackgrow.data.store import Manifest, StoreError, TokenStore
 from stackgrow.evaluate import tasks
+from stackgrow.growth import own
 from stackgrow.plan.checks import world_problems
 from stackgrow.plan.checks_growth import trust_problems
 from stackgrow.plan.resolve import make_plan
-from stackgrow.plan.stages import Plan
+from stackgrow.plan.stages import ImportStage, Plan
 from stackgrow.recipe.keys import Recipe
 from stackgrow.recipe.load import Problem, RecipeError, load_recipe
+from stackgrow.run_folder.folder import RunFolder
 from stackgrow.text import numbered
 
 
-def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
-    """The plan, checked against the token stores and the number of ranks that are there; the order of its data."""
+def check(
+    file: str, sets: Sequence[str], *, all_at_once: bool = False
+) -> tuple[Plan, Order]:
+    """The plan, checked against the token stores and the number of ranks that are there; the order of its data.
+    ``all_at_once``: devices, benchmarks and a base from elsewhere, for which torch is loaded, are looked at where
+    something else is wrong, too.
+
+    Raises:
+        RecipeError: naming everything that was found.
+    """
     recipe = load_recipe(file, sets)
     plan = make_plan(recipe, file)
     problems = [
@@ -36,6 +47,8 @@ def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
             _check_store(recipe, manifest, path, where, problems)
             manifests.append(manifest)
     if problems:
+        if all_at_once:
+            problems += [*_machine_problems(plan), *import_problems(plan)]
         raise RecipeError(
             file, list(dict.fromkeys(problems))
         )  # what is wrong with two stores alike is said once
@@ -45,16 +58,33 @@ def check(file: str, sets: Sequence[str]) -> tuple[Plan, Order]:
         raise RecipeError(
             file, [("data.mix" if recipe.data.mix else "data.path", str(error))]
         ) from error
-    from stackgrow.titan import (
-        device,
-    )  # torch is loaded only for a recipe that is otherwise good
-
-    problems = list(device.problems(plan))
-    if recipe.eval:
-        problems += tasks.problems(recipe.eval)
+    problems = _machine_problems(plan)
     if problems:
+        if all_at_once:
+            problems += import_problems(plan)
         raise RecipeError(file, problems)
     return plan, order
+
+
+def _machine_problems(plan: Plan) -> list[Problem]:
+    """What the machine's devices and packages cannot do; torch is loaded for it."""
+    from stackgrow.titan import device
+
+    problems = list(device.problems(plan))
+    if plan.recipe.eval:
+        problems += tasks.problems(plan.recipe.eval)
+    return problems
+
+
+def import_problems(plan: Plan) -> list[Problem]:
+    """What of a base model from elsewhere does not fit, unless the run has it already."""
+    stage = plan.stages[0]
+    run = RunFolder(Path(plan.recipe.folder).absolute())
+    if not isinstance(stage, ImportStage) or run.stage(stage.name).is_done():
+        return []
+    from stackgrow.checkpoint import take_over
+
+    return take_over.import_problems(stage)
 
 
 def held_out_note(recipe: Recipe) -> str:
@@ -84,6 +114,12 @@ def unchecked(plan: Plan) -> list[str]:
     ]
     if recipe.base and recipe.base.from_:
         left.append(f"the base model in {recipe.base.from_}")
+    for index, growth in enumerate(recipe.growth):
+        if own.is_own(growth.operator) and not own.trusted():
+            left.append(
+                f'growth[{index}].operator = "{growth.operator}": the file that it is in, and what it makes of the '
+                "weights; it is code, and is looked at with --trust alone"
+            )
     if recipe.eval:
         left.append(f"the tasks of lm-eval: {', '.join(recipe.eval.tasks)}")
         if recipe.eval.include:

@@ -1057,6 +1057,22 @@ def test_the_tool_refuses_in_a_line_and_writes_nothing(
     assert not (tmp_path / "store").exists()
 
 
+def test_a_corpus_that_no_network_leads_to_is_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever error its client has for that, as httpx's of Hugging Face."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
+    source = "hf://datasets/cerebras/SlimPajama-627B"
+    done = tool(
+        "--input", source, "--train-tokenizer", 400, "--out", tmp_path / "store"
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"{source} cannot be listed" in done.stderr
+    assert "copy the files to this machine" in done.stderr
+
+
 def test_stdlib_source_is_code_without_its_tests() -> None:
     names = [file.name for file in list_files([stdlib_source()], Skipped())]
     assert {"argparse.py", "json/decoder.py", "asyncio/tasks.py"} <= set(names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,22 @@ def test_search_ranks_the_recipe_s_own_layout() -> None:
     assert [choice.own for choice in chosen] == [True, False, False], (
         "it is counted once"
     )
+
+
+def test_the_best_of_a_search_is_told_as_the_command_line_of_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = str(REPOSITORY / "recipes" / "7b_gstack.toml")
+    arguments = ["--gpus", "256", "--gpu", "h100", "--search"]
+    assert plan_tool([recipe, *arguments]) == 0
+    told = []
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("  --set "):
+            told += shlex.split(line.removesuffix(" \\"))
+    assert told.count("--set") == 15  # five for each of three stages
+    assert plan_tool([recipe, *arguments, "--json", *told]) == 0
+    for choices in json.loads(capsys.readouterr().out)["search"].values():
+        assert [choice["own"] for choice in choices] == [True, False, False]
 
 
 def test_exit_code_tells_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,25 @@ def test_what_the_run_would_refuse_is_refused(
     assert where in capsys.readouterr().err
 
 
+def test_all_that_is_wrong_is_told_at_once_where_the_store_is_missing_too(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["data.path=elsewhere", "train.attention=flash_attn", "base.from=nowhere"]
+    words = [word for assignment in sets for word in ("--set", assignment)]
+    assert main(["tiny.toml", "--check", *words]) == RecipeError.exit_code
+    told = capsys.readouterr().err
+    for where in ("data.path: ", "train.attention: ", "base.from: "):
+        assert where in told
+
+
+def test_an_operator_that_is_code_is_among_what_a_plan_leaves(tmp_path: Path) -> None:
+    left = "\n".join(
+        unchecked(plan_of(tmp_path, RECIPE, ["growth[1].operator=mine:rules"]))
+    )
+    assert 'growth[1].operator = "mine:rules": the file that it is in' in left
+    assert "growth[0].operator" not in left
+
+
 def test_a_folder_with_another_recipe_s_run_is_refused(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
