@@ -142,9 +142,17 @@ def _why(old: TrainStage, other: int | None) -> str:
 def first_other_rate(old: TrainStage, new: TrainStage, most: int) -> int | None:
     """The first step, up to ``most``, at which two stages have different learning rates; None: they have not."""
     for step in range(1, most + 1):
-        if old.rate_at(step) != new.rate_at(step):
+        if _rates(old, step) != _rates(new, step):
             return step
     return None
+
+
+def _rates(stage: TrainStage, step: int) -> list[float]:
+    """Of all parameters, and of those that a growth made new where these have a rate of their own."""
+    rates = [stage.rate_at(step)]
+    if stage.new_rate:
+        rates.append(stage.new_learning_rate(step))
+    return rates
 
 
 def announce(plan: Plan, run: RunFolder, extension: Extension) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from recipes_for_tests import RECIPE, edited, plan_of
 from stackgrow import seal
 from stackgrow.errors import ChangedError, DamagedError
 from stackgrow.plan.stages import Plan
+from stackgrow.recipe.values import Duration
 from stackgrow.recipe.write import to_toml
 from stackgrow.run.changed import refuse_changed
 from stackgrow.run.engine import _open_stage
-from stackgrow.run.extend import announce, begin, find_extension
+from stackgrow.run.extend import announce, begin, find_extension, first_other_rate
 from stackgrow.run_folder.evaluations import write_evaluation
 from stackgrow.run_folder.extended import (
     Extension,
@@ -96,6 +98,22 @@ def test_a_decay_ends_where_a_longer_run_has_none(tmp_path: Path) -> None:
     extension = longer(plan_of(tmp_path, RECIPE, [*WSD, LONGER]), run)
     assert extension is not None
     assert extension.from_step == 46
+
+
+def test_the_rate_of_what_a_growth_made_new_decides_too(tmp_path: Path) -> None:
+    """It falls from its 5 steps of rewarming on to the horizon's end, where all others stay at the peak."""
+    sets = [
+        "train.min_learning_rate=1e-3",
+        "train.horizon=200 steps",
+        "growth[1].lr=continue",
+        "growth[1].lr_new={rewarm_steps=5, ratio=2.0}",
+    ]
+    stage = plan_of(tmp_path, RECIPE, sets).train_stages[-1]
+    assert first_other_rate(stage, stage, most=57) is None
+    train = dataclasses.replace(stage.train, horizon=Duration(300, "steps"))
+    further = dataclasses.replace(stage, train=train)
+    assert stage.rate_at(20) == further.rate_at(20)
+    assert first_other_rate(stage, further, most=57) == 7
 
 
 @pytest.mark.parametrize(
