@@ -71,6 +71,25 @@ def test_a_stage_is_measured_beside_torchtitan(workplace: Workplace) -> None:
     assert 0.1 < json.loads(output.splitlines()[-1])["ratio"] < 10
 
 
+def test_a_stage_of_another_family_is_measured_beside_torchtitan(
+    workplace: Workplace,
+) -> None:
+    sets = []
+    for key in ("family=qwen3", "head_dim=32", "tie_embeddings=true"):
+        sets += ["--set", f"model.{key}"]
+    arguments = ["--recipe", "tiny.toml", *sets, "--steps", "2", "--json"]
+    code, output = workplace.tool("bench/overhead", *arguments)
+    assert code == 0, output
+    report = json.loads(output[output.index("{") :])
+    assert report["steps"] == 2
+    assert 0.1 < report["ratio"] < 10
+    code, output = workplace.tool(
+        "bench/overhead", "--recipe", "tiny.toml", "--set", "model.family=qwen2"
+    )
+    assert code == 2
+    assert "no model of torchtitan's has biases" in output
+
+
 def test_the_handover_is_split_into_its_parts(workplace: Workplace) -> None:
     code, output = workplace.tool("bench/handover", "tiny.toml", "--json")
     assert code == 0, output

@@ -1,96 +1,175 @@
-"""Runs of other families than Llama 2, with growth: on every layout the losses of one process, and resumed bit for bit."""
+"""Other families than Llama 2, trained: on every layout the losses of one process, and after a kill the same run."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from launch import BASE, TARGET, Workplace, assert_audited, losses, stage_of, weights
+from launch import (
+    BASE,
+    TARGET,
+    Workplace,
+    assert_audited,
+    environment,
+    losses,
+    stage_of,
+    weights,
+)
+from warm import Warm
 
+from stackgrow.plan.memory import layout, stage_memory
+from stackgrow.plan.resolve import make_plan
+from stackgrow.recipe.load import load_recipe
 from stackgrow.run_folder.folder import METRICS, VALIDATION
 
 # As tests/e2e/test_parallel.py measures it: float32 sums in another order.
 SUMMATION_ORDER = 2e-6
-SHORT = ("budget.tokens=12Ki", "growth[0].timing=6Ki")  # 6 steps, growth, 6 steps
 FAMILIES = {
-    "qwen3, tied": (
+    "qwen3, tied": [
         "model.family=qwen3",
         "model.head_dim=32",
         "model.tie_embeddings=true",
-    ),
-    "smollm2": ("model.family=smollm2",),
-    "llama3, scaled": (
+    ],
+    "smollm2": ["model.family=smollm2"],
+    "llama3, scaled": [
         "model.family=llama3",
         "model.rope_scaling.factor=8.0",
         "model.rope_scaling.original_length=128",
-    ),
-    "mistral": ("model.family=mistral",),
-    "qwen2": ("model.family=qwen2",),
+    ],
+    "mistral": ["model.family=mistral"],
+    "qwen2": ["model.family=qwen2"],
 }
-LAYOUTS = {
-    "FSDP": ((), 2),
-    "FSDP, loss in chunks": (("train.loss_chunk=100",), 2),
-    "tensor parallel": (("parallel.tensor=2",), 2),
-    "compiled": (("train.compile=true",), 0),
-}
-# Every family's gradients on two ranks are compared in tests/titan/test_family_models.py; whole runs cost more.
-RUNS = [
-    ("qwen3, tied", "FSDP, loss in chunks"),
-    ("qwen3, tied", "tensor parallel"),
-    ("qwen3, tied", "compiled"),
-    ("smollm2", "FSDP"),
-    ("qwen2", "tensor parallel"),
+# Of the base model, with a checkpoint of the second; see family_layouts.py.
+THREE_STEPS = [
+    "train.global_batch_tokens=512",
+    "train.warmup=1 steps",
+    "budget.tokens=3Ki",
+    "growth[0].timing=3 steps",
+    "checkpoint.interval=2 steps",
+    "validation.sequences=4",
 ]
+# The layout of each session; the second begins with the checkpoint of two steps of the first. Two ranks of FSDP and of
+# tensor parallel alone: their gradients are compared in tests/titan/test_family_models.py.
+ALONE: dict[str, list[str]] = {"trained": [], "trained again": []}
+FOUR_RANKS = {
+    "FSDP and tensor parallel": ["parallel.shard=2", "parallel.tensor=2"],
+    "HSDP, loss in chunks": [
+        "parallel.replicate=2",
+        "parallel.shard=2",
+        "train.loss_chunk=100",
+    ],
+}
+
+Found = dict[str, dict[str, Any]]  # session -> what family_layouts.py says of it
+
+
+class Training:
+    """Every family, in processes that are started once for all of them."""
+
+    def __init__(
+        self, workplace: Workplace, folder: Path, sessions: dict[str, list[str]], ranks: int
+    ):  # fmt: skip
+        self.sessions = sessions
+        self.results = folder / "results.json"
+        jobs: dict[str, list[list[str]]] = {}
+        for case, family in FAMILIES.items():
+            common = [*family, *THREE_STEPS, f"run.folder={folder / str(len(jobs))}"]
+            jobs[case] = [[*common, *sets] for sets in sessions.values()]
+        listed = folder / "jobs.json"
+        listed.write_text(json.dumps(jobs))
+        self.process = Warm(
+            Path(__file__).with_name("family_layouts.py"),
+            ["tiny.toml", str(listed), str(self.results)],
+            workplace.folder,
+            environment(),
+            ranks,
+        )
+
+    def found(self) -> dict[str, Found]:
+        """Of every family."""
+        assert self.process.wait(300) == 0, self.process.output()
+        found = {}
+        for case, of_sessions in json.loads(self.results.read_text()).items():
+            found[case] = dict(zip(self.sessions, of_sessions, strict=True))
+        return found
 
 
 @pytest.fixture(scope="module")
-def references(workplace: Workplace) -> dict[str, Path]:
-    """The undisturbed run of one process, of each family."""
-    runs = {}
-    for number, (case, sets) in enumerate(FAMILIES.items()):
-        runs[case] = workplace.folder / f"family-{number}"
-        workplace.run(*sets, *SHORT, f"run.folder={runs[case]}")
-    return runs
+def trained(
+    workplace: Workplace, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Found]:
+    """Of every family what each session left, in one process and in four."""
+    one = Training(workplace, tmp_path_factory.mktemp("one"), ALONE, ranks=0)
+    four = Training(workplace, tmp_path_factory.mktemp("four"), FOUR_RANKS, ranks=4)
+    alone, together = one.found(), four.found()
+    return {case: {**alone[case], **together[case]} for case in FAMILIES}
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_a_family_learns(references: dict[str, Path], case: str) -> None:
-    seen = list(losses(references[case]).values())
-    assert len(seen) == 12
-    assert seen[-1] < seen[0] - 0.5
-    assert_audited(references[case])
+def test_a_family_learns(trained: dict[str, Found], case: str) -> None:
+    seen = [loss for _, loss in trained[case]["trained"][METRICS]]
+    assert len(seen) == 3
+    assert seen[2] < seen[1] - 0.05 < seen[0] - 0.15
 
 
-@pytest.mark.parametrize(("case", "layout"), RUNS)
+@pytest.mark.parametrize("case", FAMILIES)
+def test_after_the_loss_of_a_checkpoint_it_is_the_same_run(
+    trained: dict[str, Found], case: str
+) -> None:
+    """Bit for bit: losses, weights and moments."""
+    assert trained[case]["trained again"] == trained[case]["trained"]
+
+
+@pytest.mark.parametrize("name", FOUR_RANKS)
+@pytest.mark.parametrize("case", FAMILIES)
 def test_every_layout_has_the_losses_of_one_process(
-    workplace: Workplace,
-    references: dict[str, Path],
-    tmp_path: Path,
-    case: str,
-    layout: str,
+    trained: dict[str, Found], case: str, name: str
 ) -> None:
-    sets, ranks = LAYOUTS[layout]
-    run = tmp_path / "run"
-    workplace.run(*FAMILIES[case], *SHORT, *sets, f"run.folder={run}", warm_ranks=ranks)
-    for name in (METRICS, VALIDATION):
-        expected, found = losses(references[case], name), losses(run, name)
-        assert found.keys() == expected.keys()
-        for key, loss in found.items():
-            assert loss == pytest.approx(expected[key], rel=SUMMATION_ORDER), key
+    for file in (METRICS, VALIDATION):
+        expected, found = (
+            dict(trained[case]["trained"][file]),
+            trained[case][name][file],
+        )
+        assert [step for step, _ in found] == list(expected)
+        for step, loss in found:
+            assert loss == pytest.approx(expected[step], rel=SUMMATION_ORDER), step
 
 
-@pytest.mark.parametrize("case", ["qwen3, tied", "qwen2"])
+@pytest.mark.parametrize("name", FOUR_RANKS)
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_rank_holds_the_bytes_that_are_planned(
+    workplace: Workplace, trained: dict[str, Found], case: str, name: str
+) -> None:
+    sets = [*FAMILIES[case], *THREE_STEPS, *FOUR_RANKS[name]]
+    recipe = load_recipe(workplace.folder / "tiny.toml", sets)
+    stage = make_plan(recipe).train_stages[0]
+    planned = stage_memory(stage, layout(stage.parallel, ranks=4))
+    assert trained[case][name]["bytes"] == {
+        "parameters": planned.parameters,
+        "gradients": planned.gradients,
+        "optimizer": planned.optimizer,
+    }
+
+
 def test_killed_and_resumed_it_is_the_same_run(
-    workplace: Workplace, references: dict[str, Path], tmp_path: Path, case: str
+    workplace: Workplace, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    sets = (*FAMILIES[case], *SHORT, f"run.folder={run}")
-    workplace.kill_at("train.step 6", *sets)  # before the sixth step of the base
-    workplace.kill_at("train.step 7", *sets)  # the fifth step of the grown model
-    workplace.run(*sets)
-    assert_audited(run)
-    assert losses(run) == losses(references[case])
-    assert losses(run, VALIDATION) == losses(references[case], VALIDATION)
+    """Through a growth, of the family that has most of its own, and resumed under torchrun."""
+    sets = [*FAMILIES["qwen3, tied"], "budget.tokens=12Ki", "growth[0].timing=6Ki"]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    workplace.run(*sets, f"run.folder={undisturbed}")
+    seen = list(losses(undisturbed).values())
+    assert seen[-1] < seen[0] - 0.5
+    assert_audited(undisturbed)
+
+    # Before the fifth step of the grown model, whose last checkpoint is of the fourth.
+    workplace.kill_at("train.step 11", *sets, f"run.folder={killed}")
+    workplace.run(*sets, f"run.folder={killed}", ranks=1)
+    assert_audited(killed)
+    for file in (METRICS, VALIDATION):
+        assert losses(killed, file) == losses(undisturbed, file)
     for stage in (BASE, TARGET):
-        found = weights(stage_of(run, stage).checkpoint(6))
-        assert found == weights(stage_of(references[case], stage).checkpoint(6))
+        found = weights(stage_of(killed, stage).checkpoint(6))
+        assert found == weights(stage_of(undisturbed, stage).checkpoint(6))

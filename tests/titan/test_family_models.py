@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from families_for_tests import TINY
 from growth_for_tests import apply, deviation, llama, weights
+from side_by_side import plain_model
 from test_ligo import sealed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from stackgrow.growth.draw import draw, generator
@@ -77,19 +79,34 @@ def test_tensors_are_the_models_parameters(case: str) -> None:
 
 @pytest.mark.parametrize("case", TINY)
 def test_flops_are_those_of_the_matrix_products(case: str) -> None:
-    """6 N a token, with the head's matrix once, tied or not. Norms and biases are in N and in no product; attention, which
-    torch does not count on a CPU, is as wide as the heads."""
+    """6 N a token, with the head's matrix once, tied or not, and attention, which is as wide as the heads. Norms and
+    biases are in N and in no product."""
     model = TINY[case]
     network = llama(model, weights(model))
+    for layer in network.layers.values():  # torch counts attention's products as such
+        layer.attention.inner_attention.sdpa_backends = [SDPBackend.MATH]
     with FlopCounterMode(display=False) as counted:
         loss_of(network, TOKENS).backward()
+    tokens, seq_len = 2 * 32, 32
     vectors = sum(shape[0] for shape in model.tensors().values() if len(shape) == 1)
-    tokens = 2 * 32
-    products = 6 * (model.multiplied_parameters() - vectors)
+    heads = model.n_heads * model.head_dim
+    attention = attention_flops(model.n_layers, heads, seq_len, 1)
+    products = 6 * (model.multiplied_parameters() - vectors) + attention
     assert counted.get_total_flops() == tokens * products
-    _, per_token = network.model_args.get_nparams_and_flops(network, 32)
-    attention = attention_flops(model.n_layers, model.n_heads * model.head_dim, 32, 1)
+    _, per_token = network.model_args.get_nparams_and_flops(network, seq_len)
     assert per_token == 6 * model.multiplied_parameters() + attention
+
+
+@pytest.mark.parametrize("case", [case for case in TINY if "qwen2" not in case])
+def test_a_stage_is_measured_beside_torchtitans_model_of_the_same_tensors(
+    case: str,
+) -> None:
+    model = TINY[case]
+    model_class, args, _ = plain_model(model, seed=0)
+    with torch.device("meta"):
+        plain = model_class(args)
+    shapes = sorted(tuple(weight.shape) for weight in plain.parameters())
+    assert shapes == sorted(model.tensors().values())
 
 
 @pytest.mark.parametrize("case", TINY)
@@ -127,7 +144,8 @@ def test_the_loss_in_chunks_has_the_same_gradients(case: str) -> None:
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_a_compiled_layer_has_the_same_gradients(case: str) -> None:
-    """Traced whole, forward and backward, as train.compile does; the code that is generated is torch's matter."""
+    """Traced whole, forward and backward, as train.compile does; the code that is generated is torch's matter, and
+    made once, in tests/e2e/test_parallel.py."""
     model = dataclasses.replace(TINY[case], n_layers=1)
     network = llama(model, weights(model))
     for name, layer in list(network.layers.named_children()):

@@ -4,7 +4,10 @@ python tools/bench/overhead.py                      one process
 torchrun --standalone --nproc-per-node 2 tools/bench/overhead.py
 
 Trains the same model on the same batches, with torchtitan's own Trainer and as a stackgrow stage (data from a token
-store, metrics, progress), step by step in turns.
+store, metrics, progress), step by step in turns. Of other families:
+
+python tools/bench/overhead.py --set model.family=llama3 --set model.n_kv_heads=2
+python tools/bench/overhead.py --set model.family=qwen3 --set model.head_dim=64 --set model.tie_embeddings=true
 """
 
 import argparse
@@ -17,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from side_by_side import WARM_UP, compare, job_of
+from side_by_side import WARM_UP, compare, job_of, plain_model
 
 from stackgrow.plan.resolve import make_plan
 from stackgrow.recipe.load import load_recipe
@@ -43,6 +46,10 @@ def main() -> None:
         load_recipe(arguments.recipe, [*arguments.set, "validation.sequences=0"]),
         arguments.recipe,
     )
+    try:
+        plain_model(plan.train_stages[-1].model, plan.recipe.seed)
+    except ValueError as unknown:
+        parser.error(str(unknown))
     with tempfile.TemporaryDirectory() as folder:
         session.start(plan.recipe, Path(folder))
         logging.disable(logging.WARNING)

@@ -15,17 +15,21 @@ import stackgrow.titan  # noqa: F401  (the device comes before torchtitan)
 import torch
 import torch.distributed as dist
 from random_store import device_name
+from torch import nn
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import Transformer
-from torchtitan.protocols import train_spec
+from torchtitan.models.qwen3 import Qwen3Model, Qwen3ModelArgs, parallelize_qwen3
+from torchtitan.protocols import BaseModelArgs, train_spec
 from torchtitan.train import Trainer
 
 from stackgrow.data.loader import WindowDataset
 from stackgrow.plan.stages import Plan, TrainStage
+from stackgrow.recipe.keys import Model
 from stackgrow.titan.config import checkpoint_config, job_config
 from stackgrow.titan.job import StageJob, StageJobConfig
-from stackgrow.titan.model import model_args, parallelize
+from stackgrow.titan.model import model_args, parallelize, sum_on_gloo
 from stackgrow.titan.spec import build_loader, stage_spec
 from stackgrow.titan.trainer import StageTrainer
 
@@ -186,17 +190,58 @@ class PlainTrainer(Timed):
         )
         plain.model = dataclasses.replace(plain.model, name="plain")
         plain.checkpoint = dataclasses.replace(checkpoint_config(job), folder="plain")
+        model_class, args, parallelize_function = plain_model(
+            job.stage.model, job.recipe.seed
+        )
         train_spec._extra_train_specs["plain"] = dataclasses.replace(
             stage_spec(),
-            model_cls=Transformer,
-            model_args={job.stage.name: model_args(job.stage.model, job.recipe.seed)},
-            parallelize_fn=parallelize,
+            model_cls=model_class,
+            model_args={job.stage.name: args},
+            parallelize_fn=parallelize_function,
             build_loss_fn=build_cross_entropy_loss,
             build_dataloader_fn=InMemory(job, config).build,
             build_metrics_processor_fn=None,
         )
         super().__init__(plain)
         self.take_turns(turns)
+
+
+def plain_model(model: Model, seed: int) -> tuple[type[nn.Module], BaseModelArgs, Any]:
+    """torchtitan's own model of the same tensors: its class, its arguments and what parallelizes it. A Qwen 3 where
+    heads have a width or norms of their own or the head is tied, else a Llama 3. Scaled frequencies are a Llama's
+    alone; they are computed before the first step, and cost nothing in it.
+
+    Raises:
+        ValueError: torchtitan has no such model.
+    """
+    args = model_args(model, seed)
+    if model.attention_bias:
+        raise ValueError("model.attention_bias: no model of torchtitan's has biases")
+    if not (args.has_own_attention or model.tie_embeddings):
+        return Transformer, args, parallelize
+    qwen3_args = Qwen3ModelArgs(
+        dim=model.dim,
+        n_layers=model.n_layers,
+        n_heads=model.n_heads,
+        n_kv_heads=model.kv_heads,
+        vocab_size=model.vocab_size,
+        head_dim=model.head_dim,
+        hidden_dim=model.ffn_dim,
+        norm_eps=model.norm_eps,
+        rope_theta=model.rope_theta,
+        qk_norm=model.qk_norm,
+        enable_weight_tying=model.tie_embeddings,
+    )
+    return Qwen3Model, qwen3_args, parallelize_plain_qwen3
+
+
+def parallelize_plain_qwen3(
+    model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig
+) -> nn.Module:
+    """torchtitan's own, on gloo too."""
+    model = parallelize_qwen3(model, parallel_dims, job_config)
+    sum_on_gloo(model)
+    return model
 
 
 class InMemory:
