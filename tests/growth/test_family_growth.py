@@ -266,7 +266,7 @@ def directions(model: Model, operator: str) -> str:
 def family_table() -> str:
     """Every cell is a test that runs over the table TINY: operators here; train, ranks, compile in tests/titan and, as
     whole runs, in tests/e2e; import and export in tests/checkpoint."""
-    columns = ["train", *OPERATORS, "import, export", "FSDP, TP", "compile"]
+    columns = ["train", *OPERATORS, "import, export", "FSDP, HSDP, TP", "compile"]
     lines = [
         f"| family | models | {' | '.join(columns)} |",
         "|---" * (len(columns) + 2) + "|",
