@@ -6,6 +6,7 @@ file path the metadata names. The readers here accept DCP's own classes, plain d
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import math
@@ -143,9 +144,9 @@ class SafeReader(FileSystemReader):
 
     def read_metadata(self) -> meta.Metadata:
         metadata = read_metadata(Path(self.path))
-        metadata.storage_meta = metadata.storage_meta or meta.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        stored = metadata.storage_meta or meta.StorageMeta()
+        session = dataclasses.replace(stored, load_id=self.load_id)
+        return dataclasses.replace(metadata, storage_meta=session)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for item in plan.items:

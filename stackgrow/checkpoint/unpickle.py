@@ -13,6 +13,7 @@ The last makes what was read a tree, which can be compared and printed in linear
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import zipfile
@@ -322,10 +323,18 @@ class MetadataUnpickler(StrictUnpickler):
 
 
 def load_metadata(stream: IO[bytes]) -> meta.Metadata:
-    """The pickle in a ``.metadata``, whose records may hold anything yet. A damaged one raises nearly anything."""
+    """The pickle in a ``.metadata``, whose records may hold anything yet. A damaged one raises nearly anything.
+
+    Who reads the same bytes again may get the same object: nobody changes it.
+    """
     pickled = stream.read(MOST_METADATA + 1)
     if len(pickled) > MOST_METADATA:
         raise UnsafePickleError(f"it is larger than {MOST_METADATA} bytes")
+    return _metadata_in(pickled)
+
+
+@functools.lru_cache(maxsize=2)  # a growth reads its source's some times over
+def _metadata_in(pickled: bytes) -> meta.Metadata:
     metadata = MetadataUnpickler(io.BytesIO(pickled)).load()
     if not isinstance(metadata, meta.Metadata):
         raise UnsafePickleError(

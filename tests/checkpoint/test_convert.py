@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+from warm import in_ranks
 
 from stackgrow.checkpoint.convert import begin, commit, grow_checkpoint, write_part
 from stackgrow.checkpoint.dcp import (
@@ -463,14 +464,14 @@ def run_ranks(rank: int, folder: Path, job: str) -> None:
 
 
 def test_two_ranks_save_grow_and_load(source: Path, tmp_path: Path) -> None:
-    mp.spawn(run_ranks, (tmp_path, "save_and_grow"), nprocs=2)
+    in_ranks(run_ranks, 2, tmp_path, "save_and_grow")
     for name, start in [("from-two", tmp_path / "two-ranks"), ("from-one", source)]:
         record = grow_checkpoint(start, tmp_path / name, depth(MAPS["stack"]))
         assert len(record["linked_files"]) == {"from-two": 2, "from-one": 1}[name]
     want = stacked(MAPS["stack"], weights())
     assert_same(load(tmp_path / "from-two", want), want)
     assert_same(load(tmp_path / "computed", want), computed(want))
-    mp.spawn(run_ranks, (tmp_path, "load_sharded"), nprocs=2)
+    in_ranks(run_ranks, 2, tmp_path, "load_sharded")
     assert (tmp_path / "loaded-0").exists()
     assert (tmp_path / "loaded-1").exists()
 

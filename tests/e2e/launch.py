@@ -57,7 +57,7 @@ operator = "stack"
 timing = "20Ki"
 [train]
 global_batch_tokens = "1Ki"
-micro_batch = 4
+micro_batch = 8
 learning_rate = 3e-3
 warmup = "3 steps"
 horizon = "20 steps"

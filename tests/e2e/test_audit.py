@@ -219,7 +219,7 @@ CHANGES: dict[str, tuple[Callable[[RunFolder], object], str, str, str]] = {
         lambda r: edit_json(r.ledger_file, lambda x: x["total"].update(tokens=41_000)), "stages", "ledger.json", "total.tokens"),
     "edited provenance": (lambda r: edit(r.provenance_file, '"cpus": ', '"cpus": 9'), "provenance", "checkpoint", "no session"),
     "recipe in provenance": (
-        lambda r: edit(r.provenance_file, "micro_batch = 4", "micro_batch = 8"), "provenance", "provenance.json", "not the one that ran"),
+        lambda r: edit(r.provenance_file, "micro_batch = 8", "micro_batch = 4"), "provenance", "provenance.json", "not the one that ran"),
     "how the session ended": (lambda r: edit_json(r.provenance_file, ended_otherwise), "provenance", "provenance.json", "session 1 does not follow"),
     "where a stage began": (
         lambda r: edit_json(r.provenance_file, lambda p: p["sessions"][0]["stages"][TARGET].update(start_step=18)),

@@ -26,6 +26,9 @@ NARROW = [
     "base.model.n_heads=2",
     "base.model.n_kv_heads=1",
     "base.model.ffn_dim=88",
+    # A base of 8 steps: what is looked at comes after it.
+    "growth[0].timing=8Ki",
+    "budget.tokens=20Ki",
 ]
 SUMMATION_ORDER = 2e-6  # float32, as in test_parallel.py; measured 9e-8
 ROUNDING = 1e-6  # of a mean loss over 704 tokens
@@ -70,11 +73,11 @@ def test_growth_record_and_what_is_saved(wide_fsdp: Path) -> None:
     growth = json.loads(RunFolder(wide_fsdp).stage(GROW).growth_file.read_text())
     learned = RunFolder(wide_fsdp).stage(LEARN).checkpoint(8)
     assert growth["operator"] == "learn"
-    assert growth["source"]["position"] == 320
+    assert growth["source"]["position"] == 128
     assert growth["network"]["checkpoint"] == str(learned)
     manifest = seal.read_seal(RunFolder(wide_fsdp).stage(GROW).checkpoints)
     assert manifest is not None
-    assert growth["network"]["position"] == manifest["position"] == 448
+    assert growth["network"]["position"] == manifest["position"] == 256
     assert growth["tensors"] == weights(RunFolder(wide_fsdp).stage(GROW).checkpoints)
     assert {name.split(".")[0] for name in weights(learned)} == {"widths", "depths"}
     validation = losses(wide_fsdp, VALIDATION)
@@ -104,7 +107,7 @@ def test_killed_while_learning_and_while_growing(
 ) -> None:
     run, sets = tmp_path / "run", [*SETS, *NARROW, f"run.folder={tmp_path}/run"]
     workplace.kill_at(
-        "train.step 23", *sets, warm_ranks=2
+        "train.step 11", *sets, warm_ranks=2
     )  # before its first checkpoint
     assert not RunFolder(run).stage(LEARN).sealed_steps()
     workplace.kill_at("train.step 7", *sets, warm_ranks=2)

@@ -58,13 +58,14 @@ def test_operator_runs_and_keeps_its_promise(
     sets, base = CASES[case]
     run = tmp_path / "run"
     workplace.run(
-        "budget.tokens=26Ki",
+        "growth[0].timing=10Ki",
+        "budget.tokens=16Ki",
         *sets,
         f"run.folder={run}",
         warm_ranks=2 if "both" in case else 0,
     )
     validation = losses(run, VALIDATION)
-    before, after = validation[base, 20], validation["stage-2-train-4L", 0]
+    before, after = validation[base, 10], validation["stage-2-train-4L", 0]
     if case in PRESERVING:
         assert abs(after / before - 1) < PRESERVING[case]
     else:
@@ -111,13 +112,14 @@ def test_masked_stage_resumes_and_compiles_alike(
     workplace: Workplace, tmp_path: Path
 ) -> None:
     sets = [
-        "budget.tokens=32Ki",
+        "growth[0].timing=8Ki",
+        "budget.tokens=20Ki",
         "growth[0].operator=random",
         "growth[0].ramp=10 steps",
     ]
     one, two, compiled = tmp_path / "one", tmp_path / "two", tmp_path / "compiled"
     workplace.run(*sets, f"run.folder={one}")
-    workplace.kill_at("train.step 27", *sets, f"run.folder={two}")
+    workplace.kill_at("train.step 15", *sets, f"run.folder={two}")
     workplace.run(*sets, f"run.folder={two}")
     assert losses(two) == losses(one)
     assert weights(stage_of(two, TARGET).checkpoint(12)) == weights(

@@ -1,12 +1,12 @@
 """Kill -9 at the moments that matter, run the same command again: bit for bit the undisturbed run."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from launch import (
     BASE,
+    GROW,
     TARGET,
     Workplace,
     assert_audited,
@@ -29,7 +29,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("ranks", [0, 2])  # in one process, and under torchrun
+@pytest.mark.parametrize("ranks", [0, 2])
 def test_killed_in_base_after_growth_and_in_target(
     workplace: Workplace, tmp_path: Path, ranks: int, request: pytest.FixtureRequest
 ) -> None:
@@ -38,25 +38,21 @@ def test_killed_in_base_after_growth_and_in_target(
     )
     run, place = tmp_path / "run", f"run.folder={tmp_path}/run"
 
-    def kill(condition: Callable[[], bool], point: str, *sets: str) -> None:
-        workplace.kill_when(
-            condition, *sets, ranks=ranks
-        ) if ranks else workplace.kill_at(point, *sets)
-
-    kill(lambda: steps_logged(run, BASE) >= 6, "train.step 7", place)
+    if ranks:  # by torchrun, for once
+        workplace.kill_when(lambda: steps_logged(run, BASE) >= 6, place, ranks=ranks)
+    else:
+        workplace.kill_at("train.step 7", place)
     assert not stage_of(run, BASE).done_file.exists()
     # Right after growth, before the first checkpoint of the grown model: torchtitan itself would go on from
     # random weights here, since the stage's checkpoint folder may exist already.
-    kill(
-        lambda: steps_logged(run, TARGET) >= 2,
-        "train.step 19",
-        place,
-        "checkpoint.interval=1000 steps",
-    )
+    rare = "checkpoint.interval=1000 steps"
+    workplace.kill_at("train.step 19", place, rare, warm_ranks=ranks)
+    assert stage_of(run, GROW).done_file.exists()
     assert not stage_of(run, TARGET).sealed_steps()
-    kill(lambda: steps_logged(run, TARGET) >= 9, "train.step 10", place)
+    workplace.kill_at("train.step 10", place, warm_ranks=ranks)
+    assert stage_of(run, TARGET).sealed_steps()
     assert not stage_of(run, TARGET).done_file.exists()
-    workplace.run(place, ranks=ranks)
+    workplace.run(place, warm_ranks=ranks)
     assert_same_run(run, reference)
 
 

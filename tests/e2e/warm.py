@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,20 @@ class Warm:
 
     def output(self) -> str:
         return self._output.read_text()
+
+
+def in_ranks(function: Callable[..., None], ranks: int, *arguments: object) -> None:
+    """``function(rank, *arguments)`` in so many processes, all of which must return."""
+    with TURN:
+        processes = [
+            _server().Process(target=function, args=(rank, *arguments))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join(240)
+        assert process.exitcode == 0
 
 
 @functools.cache

@@ -149,6 +149,9 @@ def test_what_compiled_layers_keep(tmp_path: Path, mode: str, precision: str) ->
         f"train.activation_checkpoint={mode}",
         "train.compile=true",
         "model.n_kv_heads=2",
+        # Two layers against one: each is compiled.
+        "model.n_layers=4",
+        "base.n_layers=1",
     ]
     sets += [f"train.precision={'fp32' if precision == 'fp32' else 'bf16'}"]
     shallow, deep, _ = plan_of(tmp_path, RECIPE, sets).train_stages

@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 def start(program: str) -> subprocess.Popen:
     text = (
         "import os, signal, time\nfrom stackgrow.process import signals\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # under nohup it is ignored
         + textwrap.dedent(program)
     )
     process = subprocess.Popen(
@@ -133,6 +134,7 @@ def test_a_closed_terminal_asks_to_stop_and_what_is_printed_then_is_no_error(
         """
     text = (
         "import os, signal, time\nfrom stackgrow.process import signals\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # under nohup it is ignored
         + textwrap.dedent(program)
     )
     terminal, inner = os.openpty()

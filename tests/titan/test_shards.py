@@ -1,9 +1,9 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import environment
+from warm import Warm
 
 from stackgrow.seal.tensors import fingerprint
 from stackgrow.titan.shards import fingerprints
@@ -73,19 +73,5 @@ dist.destroy_process_group()
 def test_fingerprints_are_equal_for_every_sharding(tmp_path: Path) -> None:
     script = tmp_path / "shards.py"
     script.write_text(SCRIPT)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "4",
-        str(script),
-    ]
-    done = subprocess.run(
-        [*launch, str(Path(__file__).parent)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
+    ranks = Warm(script, [str(Path(__file__).parent)], tmp_path, environment(), ranks=4)
+    assert ranks.wait(200) == 0, ranks.output()
