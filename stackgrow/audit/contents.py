@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Generator, Iterator, Mapping
@@ -21,7 +20,7 @@ from stackgrow.recipe.load import Problem
 from stackgrow.recipe.write import canonical_hash
 from stackgrow.run_folder.evaluations import read_evaluation, weights_hash
 from stackgrow.run_folder.folder import GROWTH, LEDGER, METRICS, PROVENANCE, VALIDATION
-from stackgrow.run_folder.lines import iter_records
+from stackgrow.run_folder.lines import iter_records, prefix_hash
 from stackgrow.run_folder.provenance import data_facts
 from stackgrow.text import numbered
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from stackgrow.audit.case import Case, Sealed
 
 SAMPLED = 4  # files of the token store that are read, unless all are
-READ_AT_ONCE = 1 << 22  # bytes
 SAME_RATE = (
     1e-6  # relative: torchtitan multiplies the learning rate's factors in another order
 )
@@ -236,20 +234,6 @@ def _as_sealed(case: Case, stage: Stage, file: Path) -> Iterator[Problem]:
             and file.stat().st_size != stated["bytes"]
         ):
             yield case.within(file), f"was added to after {name} was sealed"
-
-
-def prefix_hash(file: Path, size: int) -> str:
-    """The SHA-256 of a file's first ``size`` bytes, or of all where it has fewer."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        left = size
-        while left > 0:
-            block = stream.read(min(left, READ_AT_ONCE))
-            if not block:
-                break
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()
 
 
 def growth(case: Case) -> Look:

@@ -7,12 +7,12 @@ from typing import Any
 
 from stackgrow import seal
 from stackgrow.audit.case import Case
-from stackgrow.audit.contents import prefix_hash
 from stackgrow.audit.report import Look
 from stackgrow.plan.stages import TrainStage
 from stackgrow.recipe.load import Problem
 from stackgrow.run_folder.extended import Extension, that_led_to
 from stackgrow.run_folder.folder import PROVENANCE
+from stackgrow.run_folder.lines import prefix_hash
 
 
 def extended(case: Case) -> Look:

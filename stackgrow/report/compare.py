@@ -23,6 +23,8 @@ from stackgrow.report.curves import (
     speed_ups,
 )
 from stackgrow.report.statistics import LEAST_SEEDS
+from stackgrow.run_folder.folder import RunFolder
+from stackgrow.run_folder.sealed_records import edited_records
 from stackgrow.text import aligned, human, wrapped
 
 FEWEST_RECORDS = 5  # of the target model in each run, below which no speed-up is told
@@ -38,7 +40,8 @@ SMOOTHING = {
 class Comparison:
     """``curves`` of which the first is the baseline; of the others, by name: the speed-ups of those that have come to
     their target models, at ``losses`` where any were asked for, the keys in which their recipes differ from the
-    baseline's, and why they cannot be compared, where that was overruled. Benchmarks by run."""
+    baseline's, and why they cannot be compared, where that was overruled. Benchmarks by run. ``edited``: a line for
+    each file of records that is not what its run sealed."""
 
     loss: str
     losses: Sequence[float]
@@ -47,6 +50,7 @@ class Comparison:
     differences: dict[str, list[str]]
     unlike: dict[str, list[str]]
     evaluations: dict[str, Scores]
+    edited: list[str]
 
     @property
     def baseline(self) -> Curve:
@@ -92,7 +96,17 @@ def compare(
         differences_of,
         unlike_of,
         _evaluations(runs),
+        _edited(runs),
     )
+
+
+def _edited(runs: Sequence[Path]) -> list[str]:
+    """Told, and not refused: the numbers may be meant to be looked at, and an audit is what decides."""
+    lines = []
+    for run in runs:
+        name = run.absolute().name
+        lines += [f"{name}: {line}" for line in edited_records(RunFolder(run))]
+    return lines
 
 
 def _has_records(curve: Curve) -> bool:
@@ -246,6 +260,8 @@ def render(comparison: Comparison) -> str:
 
 
 def _lines(comparison: Comparison) -> Iterator[str]:
+    for line in comparison.edited:
+        yield f"NOT AS SEALED  {line}"
     yield SMOOTHING[comparison.loss]
     yield DEFINITION
     floor = noise(comparison)
@@ -288,6 +304,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
         "certainty": {curve.name: certainty(comparison, curve) for curve in others},
         "differences": comparison.differences,
         "not_comparable": comparison.unlike,
+        "not_as_sealed": comparison.edited,
         "evaluations": {
             run: _scores_dict(scores) for run, scores in comparison.evaluations.items()
         },

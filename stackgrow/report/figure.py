@@ -32,6 +32,7 @@ INK = "#1b1f23"  # stands for the page's own colour in an SVG
 POINTS = 400  # of a stage that are drawn: more cannot be told apart, and a run logs a hundred thousand
 SIZE = (4.6, 3.4)  # inches: its text is legible on a phone
 SHOWN = 0.02  # the part of all FLOPs that a logarithmic axis leaves out: a curve's first, steep fall
+FEW = 12  # points of a stage: each is a dot then, and none is left out
 LARGEST_NAMED = 1e15  # amounts from here on are written as 1e21
 
 
@@ -164,7 +165,10 @@ def draw_over_flops(figure: Any, comparison: Comparison) -> None:
         _draw_losses(above, curve, color_of(number), lambda stage: stage.flops)
     _limit_losses(above, comparison)
     end = max(curve.target.flops[-1] for curve in comparison.curves)
-    logarithmic(below.xaxis, SHOWN * end, 1.03 * end)
+    begin = SHOWN * end
+    for stage in _stages_with_few_points(comparison):
+        begin = min(begin, stage.flops[0] / 1.03)
+    logarithmic(below.xaxis, begin, 1.03 * end)
     below.set_xlabel("FLOPs (6 N D), base included")
 
 
@@ -197,14 +201,15 @@ def _draw_losses(
         # The smoothed mean of all seeds.
         x = x_of(stage)
         some = _some(len(x))
-        if stage is curve.target:
-            axes.plot(
-                x[some], stage.smooth[some], color=color, linestyle="-", linewidth=1.8
-            )
-        else:
-            axes.plot(
-                x[some], stage.smooth[some], color=color, linestyle="--", linewidth=1.2
-            )
+        is_target = stage is curve.target
+        axes.plot(
+            x[some],
+            stage.smooth[some],
+            color=color,
+            linestyle="-" if is_target else "--",
+            linewidth=1.8 if is_target else 1.2,
+            marker="." if len(x) <= FEW else "",
+        )
         if stage is not curve.stages[0]:
             axes.plot(x[0], stage.smooth[0], "o", color=color, markersize=5)
 
@@ -215,17 +220,27 @@ def _some(count: int) -> np.ndarray:
 
 
 def _limit_losses(axes: Any, comparison: Comparison) -> None:
-    """From just below the lowest loss to that after a twentieth of the FLOPs: the first fall would hide the rest."""
+    """From just below the lowest loss to that after a twentieth of the FLOPs, since the first fall would hide the rest;
+    of a stage with few points to the highest of them."""
     lowest = min(
         stage.span.low for curve in comparison.curves for stage in curve.stages
     )
     start = max(
         curve.loss_at(0.05 * curve.target.flops[-1]) for curve in comparison.curves
     )
+    for stage in _stages_with_few_points(comparison):
+        start = max(start, stage.smooth.max())
     margin = 0.1 * (start - lowest) or 0.1
     plain_axes(axes)
     axes.set_ylim(lowest - margin, start + margin)
     axes.set_ylabel(LABELS[comparison.loss])
+
+
+def _stages_with_few_points(comparison: Comparison) -> list[StageCurve]:
+    few = []
+    for curve in comparison.curves:
+        few += [stage for stage in curve.stages if len(stage.flops) <= FEW]
+    return few
 
 
 def _draw_differences(axes: Any, comparison: Comparison) -> None:

@@ -74,6 +74,7 @@ class ComparisonHead:
     sentences: list[str]
     definition: str
     noise: str
+    not_as_sealed: list[str]
     not_comparable: list[str]
     differences: list[Differences]
 
@@ -135,6 +136,7 @@ def _comparison_head(comparison: Comparison) -> ComparisonHead:
         sentences=[outcome(comparison, curve) for curve in comparison.curves[1:]],
         definition=DEFINITION,
         noise=noise(comparison),
+        not_as_sealed=comparison.edited,
         not_comparable=not_comparable,
         differences=differences,
     )

@@ -18,6 +18,7 @@ from stackgrow.report.plan_table import compact_map
 from stackgrow.report.records import read_columns
 from stackgrow.run_folder.folder import RunFolder, StageFolder
 from stackgrow.run_folder.found import plan_of_run
+from stackgrow.run_folder.sealed_records import edited_records
 from stackgrow.text import clock, human
 
 STAGE_HEAD = (
@@ -184,6 +185,8 @@ def _warnings(
     )  # what is known and what is not of records that were kept without their run
     if isinstance(kept, str):
         yield kept
+    for line in edited_records(folder):
+        yield f"{line} (stackgrow audit)"
     unfinished = [
         stage.name for stage in plan.stages if not folder.stage(stage.name).is_done()
     ]

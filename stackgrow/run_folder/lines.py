@@ -61,6 +61,20 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
+def prefix_hash(file: Path, size: int) -> str:
+    """The SHA-256 of a file's first ``size`` bytes, or of all where it has fewer."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        left = size
+        while left > 0:
+            block = stream.read(min(left, READ_AT_ONCE))
+            if not block:
+                break
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
 class RecordWriter:
     """Appends records; opening it drops what a stopped session logged after the checkpoint that is resumed from.
 

@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 from runs_for_tests import SCRATCH, written_run
 
+from stackgrow import seal
 from stackgrow.errors import ChangedError, DamagedError
 from stackgrow.report.benchmarks import Score, benchmark_rows
-from stackgrow.report.compare import as_dict, compare, outcome, render
+from stackgrow.report.compare import (
+    Comparison,
+    as_dict,
+    compare,
+    outcome,
+    render,
+)
 from stackgrow.report.isoflop import read_run
 from stackgrow.run_folder.evaluations import write_evaluation
 from stackgrow.run_folder.folder import RunFolder
@@ -327,6 +334,122 @@ def test_benchmarks_stand_beside_their_errors_and_what_guessing_gives() -> None:
         ("chance", "0.2857", "0.2500", "-"),
     ]
     assert len(benchmark_rows({"y": {"own acc": Score(0.75)}})) == 2
+
+
+def sealed(run: Path) -> RunFolder:
+    """The run with a last checkpoint of each train stage, whose seal states the records."""
+    folder = RunFolder(run)
+    for stage in folder.stages():
+        if not stage.metrics_file.is_file():
+            continue
+        (stage.checkpoint(1)).mkdir(parents=True)
+        records = {}
+        for file in (stage.metrics_file, stage.validation_file):
+            records[file.name] = {
+                "bytes": file.stat().st_size,
+                "sha256": seal.sha256(file),
+            }
+        seal.seal(stage.checkpoint(1), {}, {"step": 1, "records": records})
+    return folder
+
+
+def test_records_that_are_as_they_were_sealed_are_not_spoken_of(
+    runs: list[Path],
+) -> None:
+    sealed(runs[1])
+    comparison = compare(runs)
+    assert comparison.edited == []
+    assert "NOT AS SEALED" not in render(comparison)
+
+
+@pytest.mark.parametrize("change", ["edited", "cut", "added to", "missing"])
+def test_records_that_are_not_as_they_were_sealed_are_told_above_the_table(
+    runs: list[Path], change: str
+) -> None:
+    stage = sealed(runs[1]).stages()[-1]
+    file = stage.metrics_file
+    text = file.read_text()
+    if change == "edited":
+        file.write_text(text.replace('"loss": 2.', '"loss": 1.'))
+        expected = "is not what step-1 was sealed with: edited, or cut"
+    elif change == "cut":
+        file.write_text(text[: text.rindex("{")])
+        expected = "is not what step-1 was sealed with: edited, or cut"
+    elif change == "added to":
+        file.write_text(text + text.splitlines()[-1] + "\n")
+        expected = "was added to after step-1 was sealed, the stage's last"
+    else:
+        file = stage.validation_file
+        file.unlink()
+        expected = "is missing, which step-1 was sealed with"
+    line = f"b: {stage.name}/{file.name} {expected}"
+    comparison = compare(runs)
+    assert render(comparison).splitlines()[0] == f"NOT AS SEALED  {line}"
+    assert as_dict(comparison)["not_as_sealed"] == [line]
+
+
+def test_a_run_that_was_stopped_has_records_beyond_its_newest_seal(
+    runs: list[Path],
+) -> None:
+    stage = sealed(runs[1]).stages()[-1]
+    with stage.metrics_file.open("a") as file:
+        file.write(stage.metrics_file.read_text().splitlines()[-1] + "\n")
+    stage.done_file.unlink()
+    assert compare(runs).edited == []
+
+
+def test_the_page_tells_of_edited_records_too(runs: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from stackgrow.report.html import write_report
+
+    stage = sealed(runs[1]).stages()[-1]
+    stage.metrics_file.write_text(
+        stage.metrics_file.read_text().replace('"loss": 2.', '"loss": 1.')
+    )
+    for shown in (runs, runs[1:]):
+        write_report(shown, tmp_path / "page.html")
+        page = (tmp_path / "page.html").read_text()
+        assert "is not what step-1 was sealed with: edited, or cut" in page
+
+
+def points_outside(comparison: Comparison) -> tuple[int, int]:
+    """Of the smoothed curves over FLOPs: how many points lie outside of the axes, and how many there are."""
+    from stackgrow.report.figure import draw_over_flops, new_figure
+
+    figure = new_figure(4, 3)
+    draw_over_flops(figure, comparison)
+    axes = figure.axes[0]
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    outside = total = 0
+    for curve in comparison.curves:
+        for stage in curve.stages:
+            inside = (left <= stage.flops) & (stage.flops <= right)
+            inside &= (low <= stage.smooth) & (stage.smooth <= high)
+            outside += int((~inside).sum())
+            total += len(inside)
+    return outside, total
+
+
+def test_every_point_is_shown_where_there_are_few(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run = written_run(tmp_path / "run")
+    for stage in RunFolder(run).stages():
+        if stage.validation_file.is_file():
+            lines = stage.metrics_file.read_text().splitlines(keepends=True)
+            stage.validation_file.write_text(lines[0] + lines[-1])
+    comparison = compare([run], "validation")
+    outside, total = points_outside(comparison)
+    assert outside == 0
+    assert total == 2 * len(comparison.baseline.stages)
+
+    # A line has no dot at its ends, and of a single point is no line.
+    from stackgrow.report.figure import panel_svg, panels_of
+
+    few = panel_svg(comparison, panels_of(comparison)[0])
+    many_points = compare([run])
+    assert points_outside(many_points)[0] > 0, "the first fall is left out"
+    many = panel_svg(many_points, panels_of(many_points)[0])
+    assert few.count("<use") > many.count("<use")
 
 
 def test_tool_writes_pictures_and_a_page(runs: list[Path], tmp_path: Path) -> None:
