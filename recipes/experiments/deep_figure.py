@@ -1,9 +1,11 @@
-"""What growing saved in deep_*: from the kept records, at equal validation loss, against tokens per parameter.
+r"""What growing saved in deep_*: from the kept records, at equal validation loss, against tokens per parameter.
 
     python recipes/experiments/deep_figure.py deep_24x32 --figure recipes/figures/deep_24x32.png
     python recipes/experiments/deep_figure.py deep_24x32 --loss train   # no text is seen twice: held out, too
+    python recipes/experiments/deep_figure.py deep_24x32 --rate 1.2e-2  # the runs at another rate than the recipe's
     python recipes/experiments/deep_figure.py deep_24x32 --sweep        # the learning rates that were tried
-    python recipes/experiments/deep_figure.py deep_8x32 deep_16x32 deep_24x32 --figure recipes/figures/deep_depth.png
+    python recipes/experiments/deep_figure.py deep_8x32 deep_16x32 deep_24x32 --rate 1.2e-2 \
+        --figure recipes/figures/deep_depth.png                         # what depth changes
     python recipes/experiments/deep_figure.py --keep runs/deep_24x32_stack-1 ...       # a run's records -> results/
 
 How a saving is found. Losses, from the target model's 100th step on (its warm-up), are smoothed: straight lines in
@@ -26,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from stackgrow.recipe.load import load_recipe
 from stackgrow.report.statistics import student_t
 from stackgrow.run_folder.folder import METRICS, VALIDATION, RunFolder
 from stackgrow.run_folder.lines import read_records
@@ -140,12 +143,15 @@ def read(run: str, loss: str = "validation") -> Curve:
     return Curve(flops, tokens, losses)
 
 
-def seeds(recipe: str) -> list[str]:
-    """The seeds of a recipe of which records are kept; those of the sweep, SEED-lrRATE, are none."""
-    endings = [
-        run.name.removeprefix(f"{recipe}-") for run in RESULTS.glob(f"{recipe}-*")
-    ]
-    return sorted((ending for ending in endings if ending.isdigit()), key=int)
+def seeds(recipe: str, rate: str | None = None) -> list[str]:
+    """The seeds of which records are kept, at the recipe's own learning rate or at another: RECIPE-SEED-lrRATE."""
+    ending = f"-lr{rate}" if rate else ""
+    found = []
+    for run in RESULTS.glob(f"{recipe}-*{ending}"):
+        seed = run.name.removeprefix(f"{recipe}-").removesuffix(ending)
+        if seed.isdigit():
+            found.append(seed)
+    return sorted(found, key=int)
 
 
 def savings(
@@ -190,19 +196,23 @@ def _half_of_interval(logs: Sequence[float], errors: Sequence[float]) -> float:
 
 def parameters(family: str) -> int:
     """Non-embedding parameters of the target, from FLOPs per token: 6 (N + head)."""
-    row = records(f"{family}_scratch-1", "train")[-1]
+    any_run = next(RESULTS.glob(f"{family}_scratch-1*"))
+    row = records(any_run.name, "train")[-1]
     width = int(family.split("x")[1])
     return round(row["flops"] / row["tokens"] / 6) - VOCABULARY * width
 
 
-def compared(family: str, operator: str, loss: str) -> Compared | None:
+def compared(
+    family: str, operator: str, loss: str, rate: str | None = None
+) -> Compared | None:
     """The seeds of which both runs are kept; None where there is none."""
-    baselines = seeds(f"{family}_scratch")
-    pairs = [seed for seed in seeds(f"{family}_{operator}") if seed in baselines]
+    baselines = seeds(f"{family}_scratch", rate)
+    pairs = [seed for seed in seeds(f"{family}_{operator}", rate) if seed in baselines]
     if not pairs:
         return None
-    scratch = [read(f"{family}_scratch-{seed}", loss) for seed in pairs]
-    grown = [read(f"{family}_{operator}-{seed}", loss) for seed in pairs]
+    ending = f"-lr{rate}" if rate else ""
+    scratch = [read(f"{family}_scratch-{seed}{ending}", loss) for seed in pairs]
+    grown = [read(f"{family}_{operator}-{seed}{ending}", loss) for seed in pairs]
     return Compared(seeds=pairs, scratch=scratch, grown=grown)
 
 
@@ -212,18 +222,19 @@ def kind_of_interval(count: int) -> str:
     return "noise within the runs alone, none over seeds"
 
 
-def tell(family: str, loss: str) -> dict[str, Compared]:
+def tell(family: str, loss: str, rate: str | None = None) -> dict[str, Compared]:
     """Prints a table for each operator; returns what it is of."""
     all_compared = {}
     size = parameters(family)
     for operator in OPERATORS:
-        runs = compared(family, operator, loss)
+        runs = compared(family, operator, loss, rate)
         if runs is None:
             continue
         all_compared[operator] = runs
         names = ", ".join(runs.seeds)
+        at = f" at rate {rate}" if rate else ""
         print(
-            f"\n{family}_{operator} against {family}_scratch, seeds {names}; {loss} loss, smoothed"
+            f"\n{family}_{operator} against {family}_scratch{at}, seeds {names}; {loss} loss, smoothed"
         )
         interval = kind_of_interval(len(runs.seeds))
         print(
@@ -313,20 +324,27 @@ def draw(family: str, loss: str, all_compared: dict[str, Compared], file: Path) 
     picture.savefig(file, dpi=150)
 
 
-def draw_depths(families: Sequence[str], loss: str, file: Path) -> None:
+def draw_depths(
+    families: Sequence[str], loss: str, rate: str | None, file: Path
+) -> None:
     """What stacking saved at several depths: over tokens per parameter, and over the baseline's tokens."""
     picture, left, right = two_panels()
     for number, family in enumerate(families):
-        runs = compared(family, "stack", loss)
+        runs = compared(family, "stack", loss, rate)
         if runs is None:
             continue
         layers = family.removeprefix("deep_").split("x")[0]
         label = f"{int(layers) // 4} -> {layers} layers"
         draw_savings(left, runs, parameters(family), f"C{number}", label)
         draw_savings(right, runs, 10**6, f"C{number}", label)
-    finish_savings(left, loss)
-    finish_savings(right, loss)
+    for axes in (left, right):
+        finish_savings(axes, loss)
+        axes.get_legend().remove()
     right.set(xlabel="the baseline's tokens, millions", ylabel="")
+    lines, labels = left.get_legend_handles_labels()
+    picture.legend(
+        lines, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=7
+    )
     picture.savefig(file, dpi=150)
 
 
@@ -341,20 +359,28 @@ def finish_savings(axes: Any, loss: str) -> None:
 
 
 def sweep(family: str) -> None:
-    """The learning rates that were tried: validation loss at the most FLOPs that all of them have."""
+    """The learning rates that were tried with seed 1: validation loss at the most FLOPs that all runs have, and at the
+    end of those that went on to it."""
     for operator in ("scratch", "stack"):
-        curves = {}
-        for run in RESULTS.glob(f"{family}_{operator}-*-lr*"):
-            rate = run.name.split("-lr")[1]
+        curves: dict[float, list[tuple[float, float]]] = {}
+        for run in RESULTS.glob(f"{family}_{operator}-1*"):
+            rate = load_recipe(
+                RunFolder(run).recipe_file, trusted=True
+            ).train.learning_rate
             rows = records(run.name, "validation")
             curves[rate] = [(row["flops"], row["loss"]) for row in rows]
         if not curves:
             continue
-        most = min(rows[-1][0] for rows in curves.values())
-        print(f"{family}_{operator}: validation loss at {most:.3g} FLOPs")
-        for rate in sorted(curves, key=float):
-            reached = [loss for flops, loss in curves[rate] if flops <= most]
-            print(f"  {rate:>7}  {reached[-1]:.4f}")
+        fewest = min(rows[-1][0] for rows in curves.values())
+        most = max(rows[-1][0] for rows in curves.values())
+        print(
+            f"{family}_{operator}: validation loss at {fewest:.3g} and at {most:.3g} FLOPs"
+        )
+        for rate in sorted(curves):
+            early = [loss for flops, loss in curves[rate] if flops <= fewest][-1]
+            last_flops, last = curves[rate][-1]
+            late = f"{last:.4f}" if last_flops > 0.99 * most else "not run"
+            print(f"  {rate:>7g}  {early:.4f}  {late}")
 
 
 def keep(run: RunFolder) -> None:
@@ -391,6 +417,9 @@ def main() -> int:
         "--loss", choices=FILES, default="validation", help="default: validation"
     )
     parser.add_argument(
+        "--rate", help="that the runs were made at, where it is not their recipe's"
+    )
+    parser.add_argument(
         "--sweep", action="store_true", help="tell the learning rates that were tried"
     )
     parser.add_argument(
@@ -408,11 +437,13 @@ def main() -> int:
         if arguments.sweep:
             sweep(family)
             continue
-        all_compared = tell(family, arguments.loss)
+        all_compared = tell(family, arguments.loss, arguments.rate)
         if arguments.figure and len(arguments.families) == 1 and all_compared:
             draw(family, arguments.loss, all_compared, arguments.figure)
     if arguments.figure and len(arguments.families) > 1:
-        draw_depths(arguments.families, arguments.loss, arguments.figure)
+        draw_depths(
+            arguments.families, arguments.loss, arguments.rate, arguments.figure
+        )
     return 0
 
 

@@ -106,6 +106,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0,
         help="of new weights, uneven shares and noise (default: 0)",
     )
+    _add_widths(parser)
+    arguments = parser.parse_args(argv)
+    if arguments.order and not arguments.factor:
+        parser.error("--order has a meaning with --factor only")
+    return arguments
+
+
+def _add_widths(parser: argparse.ArgumentParser) -> None:
     grown = parser.add_argument_group(
         "widths of the grown model; those that are not given stay"
     )
@@ -126,10 +134,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     grown.add_argument("--ffn-dim", type=positive, metavar="N", dest="target_ffn_dim")
     known.add_argument("--source-rope-theta", type=float, metavar="T")
-    arguments = parser.parse_args(argv)
-    if arguments.order and not arguments.factor:
-        parser.error("--order has a meaning with --factor only")
-    return arguments
 
 
 def needs_no_training() -> list[str]:
