@@ -54,6 +54,25 @@ def test_a_known_saving_is_found(seeds: int) -> None:
     assert figure.NEVER not in beyond.each[:-1]
 
 
+def test_the_table_of_what_growing_saved_is_what_the_records_give() -> None:
+    figure = load("deep_figure")
+    text = (EXPERIMENTS.parent / "RESULTS.md").read_text(encoding="utf-8")
+    runs = figure.compared("deep_24x32", "stack", "validation")
+    size = figure.parameters("deep_24x32")
+    savings = runs.savings(figure.POINTS + 1)
+    assert len(savings) >= 5
+    for saving in savings:
+        each = " ".join(f"{value:+.0%}" for value in saving.each)
+        row = (
+            f"| {saving.tokens / 1e6:.2f}M | {saving.tokens / size:.1f} | {saving.loss:.3f} "
+            f"| {saving.mean:+.0%} | {saving.low:+.0%} to {saving.high:+.0%} | {each} |"
+        )
+        assert row in text
+    for scratch, grown in zip(runs.scratch, runs.grown, strict=True):
+        ends = f"{scratch.loss[-1]:.3f} and {grown.loss[-1]:.3f}"
+        assert ends in " ".join(text.split())
+
+
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="Debian's packages need dpkg")
 def test_the_corpus_is_the_chosen_files_wherever_it_lies(tmp_path: Path) -> None:
     source = tmp_path / "tree" / "linux-source-9.9"
