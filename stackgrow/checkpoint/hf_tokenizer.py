@@ -49,7 +49,10 @@ HARD_TEXTS = {
     "control characters": "a\x01b\x7fc\u2028d",
     "markup": '<p class="x">a &amp; b</p> [link](http://example.com/?q=1#a)',
 }
-UNDERLINE = "the character U+2581"  # a space to SentencePiece, and bytes to the tokenizers that are trained here
+UNDERLINE = (
+    "texts that hold the character \u2581 (U+2581) itself, which SentencePiece writes for a space and which other text "
+    "hardly ever has"
+)
 PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 
 
