@@ -13,7 +13,11 @@ from stackgrow import seal
 from stackgrow.audit.report import WrongRequest
 from stackgrow.errors import DamagedError, LockedError
 from stackgrow.plan.stages import Plan, Stage
-from stackgrow.run_folder.extended import counted_from_before, is_announced_only
+from stackgrow.run_folder.extended import (
+    counted_from_before,
+    is_announced_only,
+    is_made_by,
+)
 from stackgrow.run_folder.folder import (
     DONE,
     EXTENDED,
@@ -73,11 +77,9 @@ class Case:
 
     def made(self, stage: Stage, manifest: dict[str, Any]) -> bool:
         """Whether a sealed checkpoint is one that ``stage`` makes, or made when it was shorter."""
-        made_by = manifest["stage_hash"]
-        if made_by == self.hashes[stage.name]:
-            return True
-        shorter = counted_from_before(self.folder(stage), self.hashes[stage.name])
-        return bool(manifest["step"] <= shorter.get(made_by, -1))
+        stage_hash = self.hashes[stage.name]
+        shorter = counted_from_before(self.folder(stage), stage_hash)
+        return is_made_by(manifest, stage_hash, shorter)
 
     def within(self, path: Path) -> str:
         return str(path.relative_to(self.run.path))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,17 @@ def counted_from_before(folder: StageFolder, stage_hash: str) -> dict[str, int]:
         last = extension.from_step if last is None else min(last, extension.from_step)
         counted[extension.stage_hash] = last
     return counted
+
+
+def is_made_by(
+    manifest: Mapping[str, Any], stage_hash: str, shorter: Mapping[str, int]
+) -> bool:
+    """Whether a sealed checkpoint is one that the stage with ``stage_hash`` makes, or made when it was shorter.
+    ``shorter``: see ``counted_from_before``."""
+    made_by = manifest["stage_hash"]
+    if made_by == stage_hash:
+        return True
+    return bool(manifest["step"] <= shorter.get(made_by, -1))
 
 
 def is_announced_only(folder: StageFolder, stage_hash: str) -> bool:

@@ -13,6 +13,7 @@ from torchtitan.config import job_config as titan
 from stackgrow.data.loader import WindowDataset
 from stackgrow.plan.stages import TrainStage
 from stackgrow.recipe.keys import Recipe
+from stackgrow.run_folder.extended import is_made_by
 from stackgrow.run_folder.folder import StageFolder
 
 if TYPE_CHECKING:
@@ -74,10 +75,7 @@ class StageJob:
 
     def is_own(self, manifest: Mapping[str, Any]) -> bool:
         """Whether a sealed checkpoint is one that this stage makes."""
-        made_by = manifest["stage_hash"]
-        if made_by == self.stage_hash:
-            return True
-        return bool(manifest["step"] <= self.shorter.get(made_by, -1))
+        return is_made_by(manifest, self.stage_hash, self.shorter)
 
     def micro_batches(self, step: int) -> int:
         """Forward passes of each rank in one optimizer step, whose gradients accumulate."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
+from warm import in_ranks
 
 from stackgrow.growth.draw import draw, generator
 from stackgrow.growth.learned import initial_network, learned_rules
@@ -241,16 +241,7 @@ def on_two_ranks(
 ) -> dict[str, dict[str, dict[str, Tensor]]]:
     """{layout: {family: gradients}}, of two processes that load torchtitan once for all of them."""
     folder: Path = tmp_path_factory.mktemp("two-ranks")
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [
-        spawn.Process(target=_on_two_ranks, args=(rank, str(folder)))
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(240)
-        assert process.exitcode == 0
+    in_ranks(_on_two_ranks, 2, str(folder))
     loaded: dict[str, dict[str, dict[str, Tensor]]] = torch.load(folder / "gradients")
     return loaded
 
