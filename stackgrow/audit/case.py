@@ -100,7 +100,8 @@ class Case:
 def open_case(path: Path, data: Sequence[Path] = ()) -> Case:
     """``data``: the token stores, where they are no longer at the places that the recipe names.
 
-    Raises RunError for a folder that is no run's, holds anything but plain files, or is at work, and WrongRequest.
+    Raises RunError for a folder that is no run's, holds anything but plain files, or is at work, and WrongRequest;
+    OSError for what cannot be read.
     """
     run = RunFolder(path)
     faults = list(_unplain(path))
@@ -148,8 +149,9 @@ def _refuse_running(run: RunFolder) -> None:
 
 
 def _unplain(run: Path) -> Iterator[str]:
-    """Before anything is opened: a link could lead anywhere, and a pipe or a device never ends."""
-    for folder, names, files in os.walk(run):
+    """Before anything is opened: a link could lead anywhere, and a pipe or a device never ends. Raises PermissionError
+    for a folder that may not be read."""
+    for folder, names, files in os.walk(run, onerror=_raise):
         for name in [*names, *files]:
             path = Path(folder, name)
             facts = path.lstat()
@@ -158,3 +160,7 @@ def _unplain(run: Path) -> Iterator[str]:
                 yield f"{path.relative_to(run)} is a link or a special file"
             elif facts.st_size > MAX_BYTES and name in READ_AS_A_WHOLE:
                 yield f"{path.relative_to(run)} has {facts.st_size} bytes"
+
+
+def _raise(error: OSError) -> None:
+    raise error

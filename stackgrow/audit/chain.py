@@ -42,6 +42,7 @@ def audit_run(
     Raises:
         LockedError: the run is running.
         WrongRequest: a further check cannot be made of this run.
+        PermissionError: something in it may not be read.
     """
     audit = Audit(str(run))
     opened: list[Case] = []

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from stackgrow.errors import LockedError, RunError
+from stackgrow.errors import DiskError, LockedError, RunError
 from stackgrow.recipe.load import Problem
 from stackgrow.report.page import page
 from stackgrow.run_folder.provenance import now
@@ -76,8 +76,8 @@ class Audit:
                 # What such a check says that it saw ("each as it was sealed") is then not so of all.
                 failed = f"FAILED: {numbered(count, 'finding')}, below; of "
                 self.checks[check] = failed + self.checks[check]
-        except (LockedError, WrongRequest):
-            raise  # nothing is wrong with the run
+        except (LockedError, WrongRequest, PermissionError, DiskError):
+            raise  # that it cannot be looked at is no fault of the run
         except Exception as error:
             what = f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"
             self.findings.append(Finding(check, "", printable(what)))

@@ -58,6 +58,8 @@ def read_metadata(folder: Path) -> meta.Metadata:
             metadata = load_metadata(stream)
         _check_records(metadata)
         _check_files(folder, metadata.storage_data.values())
+    except PermissionError:
+        raise  # of a file that may not be read nothing is known
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(
             f"{file} is not loaded: {type(error).__name__}: {error}"

@@ -10,7 +10,8 @@ The verdict is PASSED, FAILED, or PASSED, BUT NOT CHECKED with what was not; the
 compares losses and weights: bit for bit on the ranks, machine and software of the run, else within a stated tolerance;
 with --strict, always bit for bit.
 Nothing in the run folder is changed, or followed out of it; an operator that its recipe names as module:function is
-executed with --trust alone. Exit codes: 0 passed, 65 failed, 73 the run is running, 2 a wrong command line.
+executed with --trust alone. Exit codes: 0 passed, 65 failed, 73 the run is running, 74 something in it may not be read,
+2 a wrong command line.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 
 import tomli
 
-from stackgrow.errors import RunError
+from stackgrow.errors import RunError, disk_error
 from stackgrow.recipe.keys import Recipe, Run
 from stackgrow.recipe.write import toml_name
 
@@ -49,7 +49,8 @@ def load_recipe(
     ``trusted`` files, such as the recipe.toml that a run wrote itself, may name paths anywhere.
 
     Raises:
-        RecipeError: unreadable file, bad TOML, unknown keys, wrong types or values; all of them at once.
+        RecipeError: no such file, bad TOML, unknown keys, wrong types or values; all of them at once.
+        DiskError: the file may not be read.
     """
     # Every step adds its problems and goes on, so that all are told at once.
     raw = _read_toml(Path(file))
@@ -87,6 +88,8 @@ def _read_bytes(file: Path) -> bytes:
             content = stream.read(MAX_BYTES + 1)
     except IsADirectoryError as error:
         raise ValueError("is a directory; name the recipe file in it") from error
+    except PermissionError as error:  # nothing is wrong with the recipe
+        raise disk_error(error) from error
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror or error})") from error
     except ValueError as error:  # a pipe, or a NUL byte in the name

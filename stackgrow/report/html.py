@@ -11,7 +11,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from stackgrow import seal
-from stackgrow.errors import MissingExtraError
+from stackgrow.errors import RunError, disk_error
 from stackgrow.report.benchmarks import benchmark_rows
 from stackgrow.report.compare import (
     SMOOTHING,
@@ -115,8 +115,10 @@ def finish_report(run: Path) -> str:
     target = RunFolder(run).report_file
     try:
         write_report([run], target)
-    except MissingExtraError as error:
+    except RunError as error:  # matplotlib is missing
         return f"report       none: {error}"
+    except OSError as error:
+        return f"report       none: {disk_error(error)}"
     except Exception:
         logging.getLogger(__name__).exception("the report of %s cannot be written", run)
         return "report       none: see the message above"

@@ -202,7 +202,7 @@ def _warnings(
     if any("dirty_sha256" in code for code in codes):
         yield "the code had changes that are in no commit"
     for stage in folder.stages():
-        for path in sorted(stage.quarantine.glob("*")):
+        for path in stage.set_aside():
             yield f"set aside as incomplete or damaged: {path.relative_to(folder.path)}"
     yield from plan.notes
 

@@ -116,6 +116,10 @@ class StageFolder:
     def quarantine(self) -> Path:
         return self.path / QUARANTINE
 
+    def set_aside(self) -> list[Path]:
+        """What lies in quarantine, by name."""
+        return sorted(_matching(self.quarantine, "*"))
+
     def checkpoint(self, step: int) -> Path:
         """The checkpoint that a train stage saves after ``step``, whether it is there or not."""
         return self.checkpoints / seal.step_name(step)
@@ -219,7 +223,7 @@ class RunFolder:
 
     def eval_files(self) -> list[Path]:
         """The benchmark results that are there, by name."""
-        return sorted(self.eval.glob("*.json"))
+        return sorted(_matching(self.eval, "*.json"))
 
     def stage(self, name: str) -> StageFolder:
         return StageFolder(self.path / name)
@@ -230,9 +234,8 @@ class RunFolder:
         def place(folder: StageFolder) -> tuple[bool, int, str]:
             return folder.index is None, folder.index or 0, folder.name
 
-        return sorted(
-            (StageFolder(path) for path in self.path.glob("stage-*")), key=place
-        )
+        folders = [StageFolder(path) for path in _matching(self.path, "stage-*")]
+        return sorted(folders, key=place)
 
     def provenance(self) -> dict[str, Any]:
         """What provenance.json holds; {} where there is none.
@@ -268,6 +271,14 @@ class RunFolder:
         if not isinstance(data, dict):
             return ""
         return str(data.get("manifest_hash", ""))
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """What lies in ``folder`` under names like ``pattern``; [] where there is no such folder. One that may not be read
+    is an error: Path.glob would find nothing in it."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.match(pattern)]
 
 
 def run_of(path: Path) -> Path | None:

@@ -44,9 +44,15 @@ def runs_in(folder: Path) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         return []
-    return sorted(
-        path for path in folder.iterdir() if RunFolder(path).recipe_file.is_file()
-    )
+    return sorted(path for path in folder.iterdir() if _looks_like_a_run(path))
+
+
+def _looks_like_a_run(path: Path) -> bool:
+    """Whether a recipe lies in it; a folder that may not be read can be one, and stops no list of the others."""
+    try:
+        return RunFolder(path).recipe_file.is_file()
+    except PermissionError:
+        return True
 
 
 def state_of(folder: Path) -> RunState:

@@ -184,7 +184,8 @@ def damage(
     hashes: int | None = None,
 ) -> list[str]:
     """What is wrong with a sealed folder; each of ``parts`` ranks checks the files of its ``part``: the size of all,
-    and the SHA-256 of all or of as many as ``hashes``, drawn at random."""
+    and the SHA-256 of all or of as many as ``hashes``, drawn at random. Raises PermissionError for a file that may not
+    be read."""
     expected = manifest["files"]
     faults = []
     if part == 0:
@@ -214,6 +215,8 @@ def _fault_of_file(path: Path, expected: Mapping[str, Any], hashed: bool) -> str
         return None
     try:
         is_same = file_records(path.parent, [path.name])[path.name] == expected
+    except PermissionError:
+        raise  # who may not read it cannot say that it is damaged
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
     return None if is_same else "is damaged (SHA-256 differs)"

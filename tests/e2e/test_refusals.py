@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from launch import (
     stage_of,
     steps_logged,
 )
-from warm import Warm
+from warm import REPOSITORY, Warm
 
 from stackgrow import seal
 from stackgrow.data.store import MANIFEST
@@ -332,6 +333,97 @@ def test_files_of_another_form_are_told_in_a_line(
     assert code == 65, output
     assert message in output
     assert "Traceback" not in output
+
+
+# What of a run is closed to the user -> the tools that need it. A page needs no weights, a model no records.
+CLOSED: dict[str, tuple[Callable[[RunFolder], Path], Sequence[str]]] = {
+    "the run": (lambda run: run.path, ("report", "compare_runs", "export_hf", "audit_run")),
+    "recipe": (lambda run: run.recipe_file, ("report", "compare_runs", "export_hf", "audit_run")),
+    "a stage": (lambda run: run.stage(TARGET).path, ("report", "compare_runs", "export_hf", "audit_run")),
+    "records": (lambda run: run.stage(TARGET).metrics_file, ("report", "compare_runs", "audit_run")),
+    "benchmarks": (lambda run: run.eval, ("report", "compare_runs", "audit_run")),
+    "a checkpoint": (lambda run: run.stage(TARGET).checkpoint(20), ("export_hf", "audit_run")),
+    "metadata": (lambda run: run.stage(TARGET).checkpoint(20) / ".metadata", ("export_hf", "audit_run")),
+    "weights": (lambda run: run.stage(TARGET).checkpoint(20) / "__0_0.distcp", ("export_hf", "audit_run")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("closed", "tools"), CLOSED.values(), ids=CLOSED)
+def test_what_may_not_be_read_is_named_in_a_line(
+    workplace: Workplace,
+    reference: Path,
+    tmp_path: Path,
+    closed: Callable[[RunFolder], Path],
+    tools: Sequence[str],
+) -> None:
+    """Neither passed over, as an empty folder would be, nor called damaged."""
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    RunFolder(run).eval.mkdir()
+    path = closed(RunFolder(run))
+    mode = path.stat().st_mode
+    for tool in tools:
+        arguments = {
+            "report": [run, "--out", tmp_path / "page.html"],
+            "compare_runs": [reference, run],
+            "export_hf": [run, tmp_path / "exported"],
+            "audit_run": [run],
+        }[tool]
+        path.chmod(0)
+        try:
+            code, output = without_access(workplace, tool, *arguments)
+        finally:
+            path.chmod(mode)
+        assert code == 74, output
+        (line,) = output.splitlines()
+        assert str(path) in line
+        assert "Permission denied" in line
+    assert sorted(tmp_path.iterdir()) == [run], "nothing was written"
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_set_aside_as_damaged(
+    workplace: Workplace, reference: Path, tmp_path: Path
+) -> None:
+    """The run would go on from an older one, and train again what is there."""
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    stage = stage_of(run, TARGET)
+    stage.done_file.unlink()
+    weights = stage.checkpoint(20) / "__0_0.distcp"
+    weights.chmod(0)
+    code, output = without_access(
+        workplace, "run_recipe", "tiny.toml", "--set", f"run.folder={run}"
+    )
+    assert code == 74, output
+    assert f"{weights}: Permission denied; restore access to it" in output
+    assert "Traceback" not in output
+    assert stage.sealed_steps() == [16, 20]
+    assert not stage.quarantine.exists()
+
+
+def without_access(
+    workplace: Workplace, tool: str, *arguments: object
+) -> tuple[int, str]:
+    """A tool as a user runs it who is not root."""
+    script = REPOSITORY / "tools" / f"{tool}.py"
+    process = Warm(
+        Path(__file__).with_name("unprivileged.py"),
+        [str(script), *map(str, arguments)],
+        workplace.folder,
+        environment(),
+    )
+    return process.wait(100), process.output()
+
+
+def test_a_run_that_may_not_be_read_stops_no_list_of_the_others(
+    workplace: Workplace, reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(reference, tmp_path / "open")
+    (tmp_path / "closed").mkdir(mode=0)
+    code, output = without_access(workplace, "runs", tmp_path)
+    assert code == 0, output
+    assert re.search("^closed +damaged .*Permission denied", output, re.MULTILINE)
+    assert re.search("^open +finished ", output, re.MULTILINE)
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_a_line(

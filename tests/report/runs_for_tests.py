@@ -13,6 +13,7 @@ from stackgrow.plan.stages import TrainStage
 from stackgrow.recipe.load import load_recipe
 from stackgrow.recipe.write import to_toml
 from stackgrow.run_folder.folder import RunFolder
+from stackgrow.run_folder.lines import read_records
 
 SCRATCH = (
     ("[base]\nn_layers = 2\n", ""),
@@ -62,3 +63,13 @@ def record(stage: TrainStage, step: int, ratio: float, floor: float) -> dict[str
 
 def write_lines(file: Path, records: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in records))
+
+
+def without_speed(run: Path) -> None:
+    """The records as other software may write them, which measures no tokens per second."""
+    for stage in RunFolder(run).stages():
+        if stage.metrics_file.is_file():
+            records = read_records(stage.metrics_file)
+            for row in records:
+                del row["tps"]
+            write_lines(stage.metrics_file, records)

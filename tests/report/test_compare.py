@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs_for_tests import SCRATCH, written_run
+from runs_for_tests import SCRATCH, without_speed, written_run
 
 from stackgrow import seal
 from stackgrow.errors import ChangedError, DamagedError
@@ -239,6 +239,15 @@ def test_a_run_that_has_not_come_to_its_target_model_has_no_speed_up(
         json.dumps(as_dict(comparison))
     with pytest.raises(DamagedError, match="has not come to its target model"):
         read_run(runs[1], "timing")
+
+
+def test_runs_that_wrote_down_no_speed_are_compared_by_their_losses(
+    runs: list[Path],
+) -> None:
+    expected = render(compare(runs))
+    for run in runs:
+        without_speed(run)
+    assert render(compare(runs)) == expected
 
 
 def test_two_records_are_no_curve(runs: list[Path]) -> None:

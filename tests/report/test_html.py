@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import tomli
-from runs_for_tests import SCRATCH, written_run
+from runs_for_tests import SCRATCH, without_speed, written_run
 
 import stackgrow
 from stackgrow.errors import ChangedError, MissingExtraError
 from stackgrow.report import figure, html
 from stackgrow.report.html import write_report
-from stackgrow.report.run_page import run_page
+from stackgrow.report.run_page import STAGE_HEAD, run_page
 from stackgrow.run_folder.evaluations import write_evaluation
 from stackgrow.run_folder.folder import RunFolder
 
@@ -111,6 +111,16 @@ def test_report_of_a_run_says_what_was_done(page: str) -> None:
     assert "secret.example" not in page, "a report is published: no names of machines"
     # Training and validation loss over FLOPs and tokens.
     assert page.count("<svg") == 2 * 2 + PICTURES_OF_A_RUN + LAYER_MAPS
+
+
+def test_a_run_that_wrote_down_no_speed_has_a_page_without_it(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run")
+    speed = STAGE_HEAD.index("tok/s")
+    assert [row[speed] for row in run_page(run).stages[1:]] == ["1K", "1K", "1K"]
+    without_speed(run)
+    page = run_page(run)
+    assert [row[speed] for row in page.stages[1:]] == ["-", "-", "-"]
+    assert len(page.pictures) == PICTURES_OF_A_RUN - 1
 
 
 def test_status_date_seed_and_a_verdict_stand_on_top(
