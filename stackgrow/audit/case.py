@@ -81,6 +81,14 @@ class Case:
         shorter = counted_from_before(self.folder(stage), stage_hash)
         return is_made_by(manifest, stage_hash, shorter)
 
+    def stores_outside(self) -> list[str]:
+        """The token stores that the recipe, which may be a stranger's, names outside of the working directory: these
+        are not read. Those that the user has named are."""
+        if not self.data_from_recipe:
+            return []
+        paths = [Path(path) for path, _ in self.plan.recipe.data.stores]
+        return [str(path) for path in paths if path.is_absolute() or ".." in path.parts]
+
     def within(self, path: Path) -> str:
         return str(path.relative_to(self.run.path))
 

@@ -376,9 +376,8 @@ def data(case: Case, full: bool) -> Look:
     recipe = case.plan.recipe
     stores = [Path(path) for path, _ in recipe.data.stores]
     weights = [weight for _, weight in recipe.data.stores]
-    # A stranger's recipe must not make an audit read just anything on this machine.
-    outside = [str(path) for path in stores if path.is_absolute() or ".." in path.parts]
-    if case.data_from_recipe and outside:
+    outside = case.stores_outside()
+    if outside:
         why = f"{', '.join(outside)} leaves the working directory; name every store with --data"
         yield NotChecked(f"data: {why}")
         return f"not checked: {why}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stackgrow import seal
 from stackgrow.audit.case import Case
 from stackgrow.audit.report import Look, NotChecked, WrongRequest
+from stackgrow.data.store import StoreError
 from stackgrow.errors import DamagedError
 from stackgrow.plan.checks import world_problems
 from stackgrow.plan.stages import Plan, TrainStage
@@ -70,16 +71,19 @@ def replay(case: Case, words: str, strict: bool = False) -> Look:
     Raises:
         WrongRequest: there is nothing to train again or to compare with, or not on these ranks.
     """
+    request = _parsed(case, words)
+    if case.run.holds_records_only():
+        _require_what_is_kept(case, request)
+    _require_data(case)
+    problems = list(world_problems(case.plan, int(os.environ.get("WORLD_SIZE", "1"))))
+    if problems:
+        told = "; ".join(": ".join(problem) for problem in problems)
+        raise WrongRequest(f"{words} needs other ranks: {told}")
     import torch.distributed as dist
 
     from stackgrow.titan.session import start, stop
     from stackgrow.titan.trainer import run_stage
 
-    request = _parsed(case, words)
-    problems = list(world_problems(case.plan, int(os.environ.get("WORLD_SIZE", "1"))))
-    if problems:
-        told = "; ".join(": ".join(problem) for problem in problems)
-        raise WrongRequest(f"{words} needs other ranks: {told}")
     others = _other_circumstances(
         case, request
     )  # before torchtitan changes the environment
@@ -128,6 +132,39 @@ def _parsed(case: Case, words: str) -> Request:
         what = f"{stage.name} wrote down none of these steps, and kept no checkpoint of step {request.last}"
         raise WrongRequest(f"{words!r}: there is nothing to compare with: {what}")
     return request
+
+
+def _require_what_is_kept(case: Case, request: Request) -> None:
+    """Of records that were kept without their run, only what begins with new weights can be trained again, and it can
+    be judged only where the session is known. In a whole run both are there, or it is damaged."""
+    source, _ = case.plan.inputs(request.stage)
+    if source is not None:
+        raise WrongRequest(
+            f"{case.run.path} are records alone: the weights that {request.stage.name} begins with were not kept"
+        )
+    if not case.record["sessions"]:
+        raise WrongRequest(
+            f"{case.run.path} are records alone, their sessions were not kept: on which ranks, machine and packages it "
+            "was trained is not known, and so not how equal a training of today must be"
+        )
+
+
+def _require_data(case: Case) -> None:
+    """That its tokens are on this machine, where they may be read; that they are not is no fault of the run."""
+    from stackgrow.data.loader import WindowDataset
+
+    outside = case.stores_outside()
+    if outside:
+        raise WrongRequest(
+            f"{', '.join(outside)} leaves the working directory; name every store with --data to train on it again"
+        )
+    recipe = case.plan.recipe
+    try:
+        WindowDataset.open(recipe.data, recipe.seed)
+    except StoreError as error:
+        raise WrongRequest(
+            f"nothing can be trained again: {error}; or name the stores with --data"
+        ) from error
 
 
 def _undisturbed(recipe: Recipe) -> Recipe:

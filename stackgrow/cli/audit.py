@@ -32,7 +32,6 @@ from stackgrow.cli.options import (
     add_trust,
     parser_of,
     quiet_at_closed_pipe,
-    require_writable,
     tell,
 )
 from stackgrow.errors import DamagedError, RunError
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.against:
         further["against"] = lambda case: same_run(case, open_case(arguments.against))
     try:
-        require_writable(arguments.html)
+        seal.require_writable(arguments.html)
         if os.environ.get("RANK", "0") != "0":
             if arguments.replay:  # trains along, and finds nothing
                 list(further["replay"](open_case(arguments.run, arguments.data)))

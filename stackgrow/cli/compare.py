@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stackgrow.cli.options import parser_of, quiet_at_closed_pipe, require_writable
+from stackgrow import seal
+from stackgrow.cli.options import parser_of, quiet_at_closed_pipe
 from stackgrow.errors import RunError
 
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(file.suffix not in (".png", ".svg") for file in arguments.figure):
         parser.error("--figure writes *.png or *.svg")
     try:
-        require_writable(arguments.html, *arguments.figure)
+        seal.require_writable(arguments.html, *arguments.figure)
         from stackgrow.report import compare
 
         comparison = compare.compare(

@@ -16,7 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stackgrow.cli.options import parser_of, quiet_at_closed_pipe, require_writable
+from stackgrow import seal
+from stackgrow.cli.options import parser_of, quiet_at_closed_pipe
 from stackgrow.errors import RunError, disk_error
 from stackgrow.recipe.values import tokens
 from stackgrow.report.guideline_table import draw_fits, render_fits, render_toml
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.sources and not arguments.predict:
         parser.error("give runs, or what to --predict")
     try:
-        require_writable(arguments.out, arguments.plot)
+        seal.require_writable(arguments.out, arguments.plot)
         if arguments.difference is not None:
             difference(arguments)
         else:

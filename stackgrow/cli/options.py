@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stackgrow.errors import DiskError, RunError, disk_error
+from stackgrow.errors import RunError, disk_error
 from stackgrow.process.progress import hush, say
 
 # torchrun kills the other ranks when one fails: they wait, so that the reason is told by then.
@@ -40,30 +40,6 @@ def quiet_at_closed_pipe(
         return code
 
     return wrapped
-
-
-def require_writable(*files: Path | None) -> None:
-    """Before work that may be long: that each file, where one is named, can be written when it is done.
-
-    Raises:
-        DiskError: its folder is missing or closed, or it is a folder itself.
-    """
-    for file in files:
-        if file is None:
-            continue
-        folder = file.absolute().parent
-        if not folder.is_dir():
-            raise DiskError(
-                f"{file} cannot be written: {folder} is no folder; make it, or name another file"
-            )
-        if file.is_dir():
-            raise DiskError(
-                f"{file} cannot be written: it is a folder; name a file in it"
-            )
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise DiskError(
-                f"{file} cannot be written: nothing may be written into {folder}; name another file"
-            )
 
 
 def parser_of(page: str | None) -> argparse.ArgumentParser:

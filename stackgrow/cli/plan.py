@@ -14,11 +14,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from stackgrow import seal
 from stackgrow.cli.options import (
     add_set,
     parser_of,
     quiet_at_closed_pipe,
-    require_writable,
 )
 from stackgrow.errors import RunError
 from stackgrow.plan.cost import GPUS, MFU, Cluster, estimate
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     assumed = Assumed(machine, arguments.price, arguments.currency)
     try:
-        require_writable(arguments.plot)
+        seal.require_writable(arguments.plot)
         plan = make_plan(load_recipe(arguments.recipe, arguments.set), arguments.recipe)
         cluster = Cluster(arguments.gpus, arguments.gpu, arguments.mfu)
         cost = estimate(plan, cluster, arguments.data_tokens)

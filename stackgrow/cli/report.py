@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stackgrow.cli.options import parser_of, quiet_at_closed_pipe, require_writable
+from stackgrow import seal
+from stackgrow.cli.options import parser_of, quiet_at_closed_pipe
 from stackgrow.errors import RunError
 from stackgrow.run_folder.folder import RunFolder
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     target = arguments.out or RunFolder(arguments.runs[0]).report_file
     try:
-        require_writable(target)
+        seal.require_writable(target)
         from stackgrow.report.html import write_report
 
         # The page shows a provenance as far as it goes; who asks for the page is told that it is damaged.

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from stackgrow import seal
 from stackgrow.cli.options import (
     add_set,
     parser_of,
     quiet_at_closed_pipe,
-    require_writable,
 )
 from stackgrow.errors import RunError
 from stackgrow.plan.resolve import make_plan
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = Path(arguments.recipe)
     out = arguments.out or given.with_name(f"{given.stem}{SUFFIX}.toml")
     try:
-        require_writable(out)
+        seal.require_writable(out)
         plan = _plan_of(given, arguments.set)
         twin = scratch_twin(plan, given)
         with out.open("x", encoding="utf-8") as file:

@@ -242,7 +242,7 @@ def evaluate_run(
 
     Raises:
         RecipeError: tasks that there are not, or ranks that the model cannot be laid out on.
-        RunError: no such checkpoint, or a damaged one.
+        RunError: no such checkpoint, or a damaged one, or no place where results can be written.
     """
     from stackgrow.titan import session
     from stackgrow.titan.job import StageJob
@@ -250,10 +250,17 @@ def evaluate_run(
     chosen = choose(path, stage, step, sets)
     if chosen is None:
         raise DamagedError(f"{path} is neither a run nor a checkpoint of one; name one")
-    wanted = _wanted(chosen, sets, options)
     folder = RunFolder(chosen.run)
     recipe = chosen.plan.recipe
     train_stage = chosen.train_stage
+    grown = None if chosen.stage is train_stage else chosen.stage.name
+    wanted = dataclasses.replace(recipe.eval or Eval(tasks=("paper",)), **options)
+
+    # The tasks' data may be long in coming, and the scores longer.
+    name = grown or _checkpoint_name(train_stage, chosen.step)
+    results = folder.eval_file(name, wanted.limit)
+    seal.require_writable(results if folder.eval.exists() else folder.eval)
+    _check(chosen, wanted, trusted="include" in options, sets=sets)
     try:
         data = WindowDataset.open(recipe.data, recipe.seed)
     except StoreError as error:
@@ -274,14 +281,13 @@ def evaluate_run(
         evaluation = Evaluation(
             dataclasses.replace(recipe, eval=wanted), stage_hash, chosen.run
         )
-        grown = None if chosen.stage is train_stage else chosen.stage.name
         evaluate_checkpoint(evaluation, job, chosen.path, chosen.step, grown)
     finally:
         session.stop()
 
 
-def _wanted(chosen: Chosen, sets: Sequence[str], options: Mapping[str, Any]) -> Eval:
-    """What is to be evaluated. Raises RecipeError, with all that prevents it."""
+def _check(chosen: Chosen, wanted: Eval, *, trusted: bool, sets: Sequence[str]) -> None:
+    """Raises RecipeError with all that prevents the evaluation. ``trusted``: the user has named the task files."""
     from stackgrow.titan import device
 
     plan = chosen.plan
@@ -290,8 +296,7 @@ def _wanted(chosen: Chosen, sets: Sequence[str], options: Mapping[str, Any]) -> 
     if train_stage.model != chosen.model or train_stage.learns_maps:
         what = '"start" grows the imported model before any stage trains it; export it and use lm_eval'
         raise RecipeError(recipe_file, [("growth[0].timing", what)])
-    wanted = dataclasses.replace(plan.recipe.eval or Eval(tasks=("paper",)), **options)
-    if "include" not in options:
+    if not trusted:
         untrusted = list(tasks.trust_problems(wanted, sets))
         if untrusted:
             raise RecipeError(recipe_file, untrusted)
@@ -303,7 +308,6 @@ def _wanted(chosen: Chosen, sets: Sequence[str], options: Mapping[str, Any]) -> 
     ]
     if problems:
         raise RecipeError(recipe_file, problems)
-    return wanted
 
 
 def evaluate_checkpoint(

@@ -20,6 +20,7 @@ from stackgrow.seal.files import (
     quarantine_unsealed,
     read_json,
     read_seal,
+    require_writable,
     seal,
     sealed_steps,
     sha256,

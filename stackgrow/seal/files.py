@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stackgrow.errors import DamagedError
+from stackgrow.errors import DamagedError, DiskError
 
 MANIFEST = "MANIFEST.json"
 QUARANTINE = "quarantine"
@@ -43,6 +43,30 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+def require_writable(*files: Path | None) -> None:
+    """Before work that may be long: that each file, where one is named, can be written when it is done.
+
+    Raises:
+        DiskError: its folder is missing or closed, or it is a folder itself.
+    """
+    for file in files:
+        if file is None:
+            continue
+        folder = file.absolute().parent
+        if not folder.is_dir():
+            raise DiskError(
+                f"{file} cannot be written: {folder} is no folder; make it, or name another file"
+            )
+        if file.is_dir():
+            raise DiskError(
+                f"{file} cannot be written: it is a folder; name a file in it"
+            )
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise DiskError(
+                f"{file} cannot be written: nothing may be written into {folder}; name another file"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from stackgrow.audit.chain import audit_run
+from stackgrow.audit.replay import replay
+from stackgrow.audit.report import WrongRequest
 from stackgrow.run_folder.folder import RunFolder
 from stackgrow.run_folder.state import RECORDS_ONLY, state_of
 
@@ -66,3 +68,32 @@ def test_a_run_with_checkpoints_is_no_kept_record_whatever_it_says(
     copy.stages()[0].checkpoints.mkdir()
     assert not copy.holds_records_only()
     assert state_of(copy.path).state != RECORDS_ONLY
+
+
+def refusal(run: Path, request: str, *data: Path) -> str:
+    with pytest.raises(WrongRequest) as refused:
+        audit_run(run, data, further={"replay": lambda case: replay(case, request)})
+    assert refused.value.exit_code == 2
+    return str(refused.value)
+
+
+def test_records_whose_sessions_were_not_kept_are_not_replayed() -> None:
+    run = RESULTS / "ratio_8x64_scratch-1"
+    assert RunFolder(run).provenance()["sessions"] == []
+    told = refusal(run, "stage-0-train-8L:0+1")
+    assert f"{run} are records alone, their sessions were not kept" in told
+
+
+def test_a_stage_whose_input_was_not_kept_is_not_replayed(copy: RunFolder) -> None:
+    told = refusal(copy.path, "stage-2-train-24L:0+200")
+    assert "the weights that stage-2-train-24L begins with were not kept" in told
+
+
+def test_a_replay_reads_no_store_that_only_the_recipe_names(
+    copy: RunFolder, tmp_path: Path
+) -> None:
+    """And a store that is not here is no fault of the run."""
+    told = refusal(copy.path, "stage-0-train-6L:0+1")
+    assert "leaves the working directory; name every store with --data" in told
+    told = refusal(copy.path, "stage-0-train-6L:0+1", tmp_path / "absent")
+    assert f"nothing can be trained again: {tmp_path}/absent is not a token" in told

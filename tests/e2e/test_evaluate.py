@@ -262,6 +262,29 @@ def test_tool_evaluates_a_grown_checkpoint_and_adds_to_its_results(
     assert (code, "neither a run nor a checkpoint of one" in told) == (65, True)
 
 
+def test_results_that_cannot_be_written_are_told_before_any_task_is_loaded(
+    workplace: Workplace, reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(reference, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    results = run.eval_file(f"{TARGET}-step-20")
+
+    def told() -> str:
+        code, output = workplace.tool(
+            "evaluate", run.path, "--include", LOCAL, "--tasks", "local_absent"
+        )
+        assert code == 74, output
+        (line,) = output.splitlines()
+        return line
+
+    run.eval.touch()
+    assert f"{results} cannot be written: {run.eval} is no folder" in told()
+    run.eval.unlink()
+    results.mkdir(parents=True)
+    assert f"{results} cannot be written: it is a folder" in told()
+    assert not run.log_file(0, "evaluate").exists()
+
+
 def test_task_files_that_a_recipe_or_a_run_names_are_not_run_unasked(
     workplace: Workplace, reference: Path, tmp_path: Path
 ) -> None:
