@@ -12,6 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forger import (
+    claim_another_machine,
+    compute_every_hash,
+    leave_out_the_last_steps,
+    scale_losses,
+)
 from launch import BASE, GROW, TARGET, Workplace, run_tool, stage_of
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
@@ -487,32 +493,20 @@ def test_strict_replay_grants_nothing_to_a_machine_that_is_only_claimed(
     workplace: Workplace, run: Path
 ) -> None:
     """A forged loss within the tolerance, and hardware that would allow it."""
-    file, provenance_file = (
-        stage_of(run, TARGET).metrics_file,
-        RunFolder(run).provenance_file,
-    )
-    row = json.loads(file.read_text(encoding="utf-8").splitlines()[17])
-    edit(file, f'"loss": {row["loss"]}', f'"loss": {row["loss"] * (1 + 1e-7)}')
-    edit_json(
-        provenance_file, lambda p: p["sessions"][0]["hardware"].update(cpu="another")
-    )
-    claimed = json_in(
-        command_line(workplace, run, "--json", "--replay", f"{TARGET}:16+4", code=65)
-    )
-    assert not [f for f in claimed["findings"] if f["check"] == "replay"], (
-        "within the tolerance"
-    )
-    assert any(
-        "hardware differ, and a tolerance was used" in what
-        for what in claimed["not_checked"]
-    )
+    scale_losses(stage_of(run, TARGET), after=17, factor=1 + 1e-7)
+    claim_another_machine(RunFolder(run))
+    compute_every_hash(RunFolder(run))
+    told = command_line(workplace, run, "--replay", f"{TARGET}:16+4")
+    assert "hardware differ, and a tolerance was used" in told
     found = json_in(
         command_line(
             workplace, run, "--json", "--strict", "--replay", f"{TARGET}:16+4", code=65
         )
     )
-    (forged,) = (f for f in found["findings"] if f["check"] == "replay")
-    assert forged["message"].startswith("step 18 differs when trained again: {'loss':")
+    told = [finding["message"] for finding in found["findings"]]
+    assert len(told) == 3
+    for step, message in enumerate(told, start=18):
+        assert message.startswith(f"step {step} differs when trained again: {{'loss':")
     output = command_line(
         workplace, run, "--strict", "--replay", f"{TARGET}:16+4", ranks=2, code=2
     )
@@ -520,6 +514,37 @@ def test_strict_replay_grants_nothing_to_a_machine_that_is_only_claimed(
         "--strict compares bit for bit, on the ranks that the run states for these steps: 1"
         in output
     )
+
+
+def test_who_computes_every_hash_anew_passes_the_plain_audit_and_no_replay(
+    workplace: Workplace, run: Path
+) -> None:
+    """As SECURITY.md says, which also says what to keep elsewhere."""
+    stage = stage_of(run, TARGET)
+    kept = seal.sha256(stage.done_file)
+    leave_out_the_last_steps(stage, trained=16, claimed=20)
+    scale_losses(stage, after=16, factor=0.99)
+    compute_every_hash(RunFolder(run))
+
+    found = audit_run(run, full=True)
+    assert not found.findings, found.render()
+    assert found.verdict.startswith(
+        "PASSED, BUT NOT CHECKED: losses: no step was trained again (--replay)"
+    )
+    assert any("nobody having written the whole folder" in r for r in found.rests_on)
+    assert seal.sha256(stage.done_file) != kept
+
+    output = command_line(
+        workplace, run, "--json", "--replay", f"{TARGET}:16+4", code=65
+    )
+    findings = json_in(output)["findings"]
+    assert {finding["check"] for finding in findings} == {"replay"}
+    told = "\n".join(
+        f"{finding['where']}: {finding['message']}" for finding in findings
+    )
+    for step in range(17, 21):
+        assert f"metrics.jsonl: step {step} differs when trained again" in told
+    assert f"{TARGET}/checkpoint/step-20" in told
 
 
 def test_a_start_that_no_session_states_is_a_finding(run: Path) -> None:
