@@ -1,4 +1,4 @@
-"""One workplace and the undisturbed runs that every end-to-end test compares with.
+"""The workplace of a file of end-to-end tests, and the undisturbed runs that they compare with.
 
 Under pytest-xdist the first worker that needs one of these makes it, and every other takes a copy.
 """
@@ -28,15 +28,16 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return Workplace(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def workplace(shared: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """Each file's own: which files a worker gets is chance, and two may call a run of theirs by one name."""
     own = Workplace(tmp_path_factory.mktemp("workplace"))
     (own.folder / "tiny.toml").write_text(RECIPE)
     _take_over(shared, own, "store", lambda: _prepare(shared.folder / "store"))
     return own
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def reference(shared: Workplace, workplace: Workplace) -> Path:
     """The undisturbed run of one process; its output stands beside it."""
 
@@ -49,7 +50,7 @@ def reference(shared: Workplace, workplace: Workplace) -> Path:
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def reference_fsdp(shared: Workplace, workplace: Workplace) -> Path:
     """The undisturbed run of two FSDP ranks."""
 
