@@ -7,6 +7,8 @@ DEV := .venv/.installed-dev
 NEWEST_TORCH := 2.15.0
 NEWEST := .venv-newest/.installed
 BENCH := .venv-bench/.installed
+# What pip does on one core, on all; some packages ship files that are no Python.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' .venv/lib stackgrow || true
 # On a GPU machine torch is often there already, in a Python that must not be installed into.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
@@ -54,15 +56,18 @@ schema: $(RUNTIME)  ## the JSON Schema and the reference in recipes/REFERENCE.md
 clean:
 	rm -rf .venv .venv-newest .venv-bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+# The newest pip, which finds 170 packages in half the time of that of Python 3.11.
 $(BIN)/python:
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --upgrade-deps .venv
 
 $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[report]'
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[report]'
+	$(COMPILE)
 	touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[dev]'
+	$(COMPILE)
 	touch $@ $(RUNTIME)
 
 $(NEWEST): pyproject.toml

@@ -25,6 +25,7 @@ from torchtitan.components.checkpoint import (
     AsyncMode,
     CheckpointManager,
 )
+from torchtitan.tools.utils import GarbageCollection
 
 from stackgrow import seal
 from stackgrow.checkpoint.dcp import (
@@ -36,6 +37,7 @@ from stackgrow.checkpoint.dcp import (
     tensor_shapes,
 )
 from stackgrow.checkpoint.grow import fingerprints_of
+from stackgrow.checkpoint.save_planner import OnceEachPlanner
 from stackgrow.errors import ChangedError, DamagedError, DiskError, DivergedError
 from stackgrow.growth.moments import OPTIMIZER_STATE
 from stackgrow.process.ranks import from_rank0, wait_for
@@ -224,6 +226,24 @@ class StageCheckpoints(CheckpointManager):
         }
         if last_step or self.async_mode == AsyncMode.DISABLED:
             self._seal()
+
+    def dcp_save(
+        self,
+        state_dict: dict[str, Any],
+        checkpoint_id: str,
+        async_mode: AsyncMode,
+        enable_garbage_collection: bool = False,
+        to_hf: bool = False,
+    ) -> Any:
+        """As in torchtitan, through a planner that pickles equal values once."""
+        if async_mode != AsyncMode.DISABLED:
+            return super().dcp_save(
+                state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf
+            )
+        dcp.save(state_dict, checkpoint_id=checkpoint_id, planner=OnceEachPlanner())
+        if enable_garbage_collection:
+            GarbageCollection.collect("after a checkpoint was written")
+        return None
 
     def finish(self) -> None:
         """Waits for a checkpoint that is still being written, and seals it."""

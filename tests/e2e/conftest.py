@@ -55,7 +55,7 @@ def reference_fsdp(shared: Workplace, workplace: Workplace) -> Path:
     """The undisturbed run of two FSDP ranks."""
 
     def make() -> None:
-        shared.run("run.folder=reference_fsdp", ranks=2)
+        shared.run("run.folder=reference_fsdp", warm_ranks=2)
 
     return _take_over(shared, workplace, "reference_fsdp", make)
 
