@@ -108,7 +108,7 @@ def test_growth_is_the_same_after_a_kill_and_on_other_ranks(
     assert losses(two) == losses(one)
 
 
-def test_masked_stage_resumes_and_compiles_alike(
+def test_masked_stage_is_the_same_after_a_kill(
     workplace: Workplace, tmp_path: Path
 ) -> None:
     sets = [
@@ -117,7 +117,7 @@ def test_masked_stage_resumes_and_compiles_alike(
         "growth[0].operator=random",
         "growth[0].ramp=10 steps",
     ]
-    one, two, compiled = tmp_path / "one", tmp_path / "two", tmp_path / "compiled"
+    one, two = tmp_path / "one", tmp_path / "two"
     workplace.run(*sets, f"run.folder={one}")
     workplace.kill_at("train.step 15", *sets, f"run.folder={two}")
     workplace.run(*sets, f"run.folder={two}")
@@ -143,11 +143,6 @@ def test_masked_stage_resumes_and_compiles_alike(
         *STACK,
     )
     assert (code, "4 -> 8 layers" in told) == (0, True)
-    workplace.run(*sets, f"run.folder={compiled}", "train.compile=true")
-    expected, found = losses(one), losses(compiled)
-    assert (
-        max(abs(found[k] / expected[k] - 1) for k in expected) < 2e-6
-    )  # as in test_parallel.py
 
 
 def test_an_operator_of_ones_own_runs_with_trust_alone(

@@ -123,19 +123,27 @@ def test_the_mask_keeps_what_the_source_computes() -> None:
     assert "output" not in wide
 
 
-def test_no_recompilation_as_the_mask_rises() -> None:
+def test_a_compiled_block_follows_the_mask_without_another_compilation() -> None:
+    """Its output and its gradients, in the graphs that AOTAutograd makes for any compiler."""
     _, masked, _, _ = grown("both")
-    compiled = torch.compile(masked.layers["1"], backend="eager", fullgraph=True)
+    block = masked.layers["1"]
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     hidden = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0))
+    hidden.requires_grad_()
+    weights = [hidden, *block.parameters()]
     seen = []
-    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+    with torch._dynamo.config.patch(error_on_recompile=True):
         for c in (0.0, 0.25, 1.0):
             masked.set_mask(c)
-            found = compiled(hidden, masked.freqs_cis, None)
-            assert torch.equal(
-                found, masked.layers["1"](hidden, masked.freqs_cis, None)
+            found, expected = (
+                layer(hidden, masked.freqs_cis, None) for layer in (compiled, block)
             )
-            seen.append(found)
+            assert torch.equal(found, expected)
+            gradients = torch.autograd.grad(found.square().sum(), weights)
+            expected_gradients = torch.autograd.grad(expected.square().sum(), weights)
+            for one, other in zip(gradients, expected_gradients, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+            seen.append(found.detach())
     assert not torch.equal(seen[0], seen[1])
 
 
