@@ -2,42 +2,21 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from launch import REPOSITORY, Workplace, environment
+from launch import REPOSITORY, Workplace, run_tool
 from shapes import Case
 
 BENCH = REPOSITORY / "tools" / "bench"
 
 
 def test_the_gpu_benchmark_writes_a_table(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCH / "gpu.py"), "--small", "--modes", "eager"]
-    command += [
-        "--kernels",
-        "sdpa",
-        "flex",
-        "--steps",
-        "2",
-        "--loss-chunk",
-        "100",
-        "--out",
-        "bench.json",
-    ]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    report, table = (
-        json.loads((tmp_path / "bench.json").read_text(encoding="utf-8")),
-        done.stdout.splitlines(),
-    )
+    arguments = ["--small", "--modes", "eager", "--kernels", "sdpa", "flex"]
+    arguments += ["--steps", "2", "--loss-chunk", "100", "--out", "bench.json"]
+    code, output = run_tool("bench/gpu", *arguments, cwd=tmp_path)
+    assert code == 0, output
+    report = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    table = output[output.index("\n| ") :].strip().splitlines()
     sdpa, flex = report["cases"]
     assert "error" not in sdpa, sdpa["error"]
     assert sdpa["tokens_per_second"] > 0

@@ -13,6 +13,7 @@ import pytest
 from launch import (
     FAULTY,
     REPOSITORY,
+    RUN_RECIPE,
     Workplace,
     assert_audited,
     environment,
@@ -104,23 +105,21 @@ def test_a_killed_worker_is_restarted_on_both_nodes(
 def test_nodes_that_would_train_different_models_are_refused(
     workplace: Workplace, tmp_path: Path
 ) -> None:
-    run, port, logs = (
-        tmp_path / "run",
-        free_port(),
-        [tmp_path / f"node-{i}.log" for i in range(2)],
-    )
-    nodes = [
-        node(workplace, port, log, f"run.folder={run}", f"seed={seed}", restarts=0)
-        for seed, log in enumerate(logs)
-    ]
-    try:
-        assert 0 not in [n.wait(300) for n in nodes]
-    finally:
-        for n in nodes:
-            n.kill()
-    assert "are not those of rank 0; give every node the same" in "".join(
-        log.read_text(encoding="utf-8") for log in logs
-    )
+    run, port = tmp_path / "run", free_port()
+    nodes = []
+    for rank in range(2):
+        world = {
+            "RANK": str(rank),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }
+        arguments = workplace.arguments(f"run.folder={run}", f"seed={rank}")
+        env = {**environment(), **world}
+        nodes.append(Warm(Path(RUN_RECIPE), arguments, workplace.folder, env))
+    assert 0 not in [node.wait(300) for node in nodes]
+    assert "are not those of rank 0; give every node the same" in nodes[1].output()
     assert not (run / "stage-0-train-2L").exists()
 
 

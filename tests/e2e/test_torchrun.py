@@ -59,6 +59,7 @@ def test_a_dead_rank_is_restarted_and_a_request_is_passed_on(
     assert "waited in vain for another rank; silent: 1" in output
     assert f"{TARGET}, step " in output
     assert "stopped by SIGTERM" in output
+    assert "deprecated" not in output, "torch 2.15 of what torchtitan calls"
     saved = stage_of(place, TARGET).sealed_steps()[-1]
     assert saved == steps_logged(place, TARGET), "every step that was done is saved"
     workplace.run(f"run.folder={place}", warm_ranks=2)
