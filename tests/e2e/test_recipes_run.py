@@ -102,10 +102,20 @@ def ways(plan: Plan) -> set[str]:
         base["from"] = "a folder"
     trains = [recipe["train"]]
     for table in (base, *growths):
-        if "train" in table:
-            trains.append(table.pop("train"))
+        for name in ("train", "learn"):
+            if name in table:
+                trains.append(_words(table.pop(name)))
     every = [[recipe["model"], base, growths], *trains]
     return {json.dumps(_without_numbers(way)) for way in every}
+
+
+def _words(table: dict[str, object]) -> dict[str, object]:
+    """What a stage's own table says beside numbers and amounts: a rate of its own is no other way to train."""
+    words = {}
+    for key, value in table.items():
+        if _without_numbers(value) != "a number":
+            words[key] = value
+    return words
 
 
 def _without_numbers(value: object) -> object:
