@@ -62,10 +62,15 @@ def test_the_table_of_what_growing_saved_is_what_the_records_give() -> None:
     savings = runs.savings(figure.POINTS + 1)
     assert len(savings) >= 5
     for saving in savings:
-        each = " ".join(f"{value:+.0%}" for value in saving.each)
+        each = []
+        for value in saving.each:
+            each.append("never" if value == figure.NEVER else f"{value:+.0%}")
+        of_all = "- | -"
+        if figure.NEVER not in saving.each:
+            of_all = f"{saving.mean:+.0%} | {saving.low:+.0%} to {saving.high:+.0%}"
         row = (
             f"| {saving.tokens / 1e6:.2f}M | {saving.tokens / size:.1f} | {saving.loss:.3f} "
-            f"| {saving.mean:+.0%} | {saving.low:+.0%} to {saving.high:+.0%} | {each} |"
+            f"| {of_all} | {' '.join(each)} |"
         )
         assert row in text
     for scratch, grown in zip(runs.scratch, runs.grown, strict=True):
