@@ -23,10 +23,10 @@ quickstart: $(RUNTIME)  ## prepare a small corpus and grow a small model on it, 
 	@echo "  $(BIN)/python tools/compare_runs.py runs/quickstart_scratch runs/quickstart --html compared.html"
 
 test: check  ## everything that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu and not slurm" -n 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not slurm" -n 3 --dist loadfile
 
 test-newest: $(NEWEST)  ## the same on the newest torch that is supported: 5.2 GB where there is only its CUDA build
-	.venv-newest/bin/python -m pytest -m "not gpu and not slurm" -n 4 --dist loadfile
+	.venv-newest/bin/python -m pytest -m "not gpu and not slurm" -n 3 --dist loadfile
 
 gpu:  ## on a machine with a GPU: its tests, then the figures that wait for one; 25 minutes, resumable
 	PYTHONPATH=. $(GPU_PYTHON) tools/bench/gpu_day.py

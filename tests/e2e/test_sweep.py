@@ -29,6 +29,7 @@ TARGET = "stage-2-train-4L"
 def test_a_sweep_is_stopped_goes_on_and_is_pruned(workplace: Workplace) -> None:
     folder = workplace.folder / "swept"
     command = [*SWEEP, "--over", "seed=1,2", "--side-by-side", "2"]
+    command += ["--set", "growth[0].timing=10Ki", "--set", "budget.tokens=20Ki"]
     runs = [folder / "tiny-seed-1", folder / "tiny-seed-2"]
 
     # Stopped as soon as both runs train: both save.
@@ -85,16 +86,16 @@ def test_a_sweep_is_stopped_goes_on_and_is_pruned(workplace: Workplace) -> None:
     assert code == 0
     rows = json.loads(text)
     assert [(row["state"], row["stage"], row["step"]) for row in rows] == [
-        (FINISHED, TARGET, 20)
+        (FINISHED, TARGET, 10)
     ] * 2
-    assert rows[0]["tokens"] == rows[0]["budget_tokens"] == 40 * 1024
+    assert rows[0]["tokens"] == rows[0]["budget_tokens"] == 20 * 1024
     before = rows[0]["disk_bytes"]
     code, text = run_tool("runs", "swept", "--prune", cwd=workplace.folder)
     assert "could be freed" in text
     assert state_of(runs[0]).disk_bytes == before
     run_tool("runs", "swept", "--prune", "--delete", cwd=workplace.folder)
     assert state_of(runs[0]).disk_bytes < before
-    assert RunFolder(runs[0]).stage(TARGET).sealed_steps() == [20]
+    assert RunFolder(runs[0]).stage(TARGET).sealed_steps() == [10]
     assert_audited(runs[0])
 
 
