@@ -1,6 +1,7 @@
 """A finished run goes on with a larger budget: bit for bit the run that had it from the start, whatever kills it."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,27 @@ def test_what_it_had_before_is_kept(made_longer: Path, short: Path) -> None:
     chosen = choose(checkpoint)
     assert chosen is not None
     assert (chosen.stage.name, chosen.step) == (TARGET, 20)
+
+
+def test_what_reads_runs_reads_it_as_any_other(
+    workplace: Workplace, made_longer: Path, straight: Path, tmp_path: Path
+) -> None:
+    rows = []
+    for run in (made_longer, straight):
+        code, output = workplace.tool("runs", run, "--json")
+        assert code == 0, output
+        rows += json.loads(output)
+    for key in ("state", "stage", "step", "tokens", "budget_tokens"):
+        assert rows[0][key] == rows[1][key], key
+
+    for run in (made_longer, straight):
+        page = tmp_path / f"{run.name}.html"
+        code, output = workplace.tool("report", run, "--out", page)
+        assert code == 0, output
+        assert page.stat().st_size > 10_000
+    code, output = workplace.tool("compare_runs", straight, made_longer)
+    assert code == 0, output
+    assert "+0.0%" in output
 
 
 def from_another_step(stage: StageFolder) -> None:
