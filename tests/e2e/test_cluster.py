@@ -37,9 +37,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def node(
-    workplace: Workplace, port: int, log: Path, *sets: str, restarts: int = 2
-) -> subprocess.Popen:
+def node(workplace: Workplace, port: int, log: Path, *sets: str) -> subprocess.Popen:
     """One node of two, with one rank."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     here = {
@@ -49,7 +47,7 @@ def node(
         "HEAD": "localhost",
         "PORT": str(port),
     }
-    here |= {"ADDRESS": "127.0.0.1", "RESTARTS": str(restarts)}
+    here |= {"ADDRESS": "127.0.0.1", "RESTARTS": "2"}
     arguments = [
         a for s in (f"data.path={workplace.folder}/store", *sets) for a in ("--set", s)
     ]
@@ -102,10 +100,9 @@ def test_a_killed_worker_is_restarted_on_both_nodes(
     )  # the base, in the ranks' second life
 
 
-def test_nodes_that_would_train_different_models_are_refused(
-    workplace: Workplace, tmp_path: Path
-) -> None:
-    run, port = tmp_path / "run", free_port()
+def ranks_of_their_own(workplace: Workplace, run: Path, *sets: str) -> list[Warm]:
+    """Two ranks as two nodes start them: each with a command of its own, the second with ``sets`` too."""
+    port = free_port()
     nodes = []
     for rank in range(2):
         world = {
@@ -115,9 +112,18 @@ def test_nodes_that_would_train_different_models_are_refused(
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": str(port),
         }
-        arguments = workplace.arguments(f"run.folder={run}", f"seed={rank}")
+        own = sets if rank else ()
+        arguments = workplace.arguments(f"run.folder={run}", *own)
         env = {**environment(), **world}
         nodes.append(Warm(Path(RUN_RECIPE), arguments, workplace.folder, env))
+    return nodes
+
+
+def test_nodes_that_would_train_different_models_are_refused(
+    workplace: Workplace, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    nodes = ranks_of_their_own(workplace, run, "seed=1")
     assert 0 not in [node.wait(300) for node in nodes]
     assert "are not those of rank 0; give every node the same" in nodes[1].output()
     assert not (run / "stage-0-train-2L").exists()
@@ -127,26 +133,12 @@ def test_nodes_end_together_where_one_is_refused(
     workplace: Workplace, tmp_path: Path
 ) -> None:
     """Rank 0 alone sees that the run folder is in use; the other node would wait for it until a timeout."""
-    run, port, logs = (
-        tmp_path / "run",
-        free_port(),
-        [tmp_path / f"node-{i}.log" for i in range(2)],
-    )
+    run = tmp_path / "run"
     with run_lock(RunFolder(run)):
-        nodes = [
-            node(workplace, port, log, f"run.folder={run}", restarts=0) for log in logs
-        ]
-        try:
-            assert 0 not in [n.wait(120) for n in nodes]
-        finally:
-            for n in nodes:
-                n.kill()
-    told = "".join(log.read_text(encoding="utf-8") for log in logs)
-    # Once by rank 0, and once more at the very end of its torchrun's own traceback.
-    assert told.count("is in use by process") == 2
-    assert "exitcode  : 73" in told, (
-        told
-    )  # of one node or both: torchelastic may end the other first
+        nodes = ranks_of_their_own(workplace, run)
+        assert [node.wait(120) for node in nodes] == [73, 73]
+    told = "".join(node.output() for node in nodes)
+    assert told.count("is in use by process") == 1, told
 
 
 def test_a_rank_that_sees_new_names_late(

@@ -156,7 +156,7 @@ def test_a_rank_holds_the_bytes_that_are_planned(
 def test_killed_and_resumed_it_is_the_same_run(
     workplace: Workplace, tmp_path: Path
 ) -> None:
-    """Through a growth, of the family that has most of its own, and resumed under torchrun."""
+    """Through a growth, of the family that has most of its own."""
     sets = [*FAMILIES["qwen3, tied"], "budget.tokens=12Ki", "growth[0].timing=6Ki"]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     workplace.run(*sets, f"run.folder={undisturbed}")
@@ -166,7 +166,7 @@ def test_killed_and_resumed_it_is_the_same_run(
 
     # Before the fifth step of the grown model, whose last checkpoint is of the fourth.
     workplace.kill_at("train.step 11", *sets, f"run.folder={killed}")
-    workplace.run(*sets, f"run.folder={killed}", ranks=1)
+    workplace.run(*sets, f"run.folder={killed}")
     assert_audited(killed)
     for file in (METRICS, VALIDATION):
         assert losses(killed, file) == losses(undisturbed, file)

@@ -1,5 +1,6 @@
-"""The shipped recipes, their layers, growths, schedule and precision as they are, trained for a few steps at tiny widths:
-the smallest recipe of every way to grow and of every way to train, and the two that are promised by name.
+"""The shipped recipes, trained for a few steps at tiny widths: the smallest recipe of every way to grow and of every way
+to train, and the two that are promised by name. Their growths, schedule and precision are as they are, and so are their
+layers, but for models from elsewhere that are stacked whole.
 
 Learning rates, weight decay and seed are the same for all, so that recipes which differ in these alone share a run.
 """
@@ -69,6 +70,9 @@ def reduced(file: Path) -> list[str]:
     ]
     if recipe.base and recipe.base.model:
         sets += NARROW
+    if recipe.base and recipe.base.from_ and recipe.growth[0].factor:
+        # A model of 30 layers that is stacked whole is no other way to grow than one of two.
+        sets += ["base.n_layers=2", f"model.n_layers={2 * recipe.growth[0].factor}"]
     own_tables = [
         (f"growth[{i}]", growth.train) for i, growth in enumerate(recipe.growth)
     ]
