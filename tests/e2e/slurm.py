@@ -6,12 +6,13 @@ import getpass
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from warm import free_port
 
 DAEMONS = ("slurmctld", "slurmd")
 CONFIGURATION = """
@@ -52,13 +53,6 @@ def program(name: str) -> str | None:
 
 def is_installed() -> bool:
     return all(program(name) for name in DAEMONS) and os.geteuid() == 0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,19 +21,13 @@ from launch import (
     steps_logged,
     weights,
 )
-from warm import Warm
+from warm import Warm, free_port, world_of
 
 from stackgrow.run.claim import run_lock
 from stackgrow.run_folder.folder import RunFolder
 
 CLUSTER = REPOSITORY / "tools" / "cluster"
 TARGET = "stage-2-train-4L"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def node(workplace: Workplace, port: int, log: Path, *sets: str) -> subprocess.Popen:
@@ -102,19 +95,10 @@ def test_a_killed_worker_is_restarted_on_both_nodes(
 
 def ranks_of_their_own(workplace: Workplace, run: Path, *sets: str) -> list[Warm]:
     """Two ranks as two nodes start them: each with a command of its own, the second with ``sets`` too."""
-    port = free_port()
     nodes = []
-    for rank in range(2):
-        world = {
-            "RANK": str(rank),
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-        }
-        own = sets if rank else ()
-        arguments = workplace.arguments(f"run.folder={run}", *own)
-        env = {**environment(), **world}
+    for own_sets, world in zip(((), sets), world_of(2), strict=True):
+        arguments = workplace.arguments(f"run.folder={run}", *own_sets)
+        env = {**environment(), **world, "LOCAL_RANK": "0"}
         nodes.append(Warm(Path(RUN_RECIPE), arguments, workplace.folder, env))
     return nodes
 

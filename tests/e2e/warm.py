@@ -60,17 +60,7 @@ class Warm:
         file, name = tempfile.mkstemp(prefix="warm-")
         os.close(file)
         self._output = Path(name)
-        world: list[dict[str, str]] = [{}]
-        if ranks:
-            shared = {
-                "WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": str(_free_port()),
-            }
-            world = [
-                {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                for rank in range(ranks)
-            ]
+        world = world_of(ranks) if ranks else [{}]
         self.processes = [
             _server().Process(
                 target=_work,
@@ -150,7 +140,20 @@ def _work(
     runpy.run_path(script, run_name="__main__")
 
 
-def _free_port() -> int:
+def world_of(ranks: int) -> list[dict[str, str]]:
+    """What torchrun puts into the environment of each rank of one machine."""
+    shared = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
+    world = []
+    for rank in range(ranks):
+        world.append({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    return world
+
+
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return int(listener.getsockname()[1])
