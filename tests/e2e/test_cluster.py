@@ -1,4 +1,5 @@
-"""Two nodes on one machine, started as a user starts them; a worker that dies is replaced by torchelastic."""
+"""Two nodes on one machine, started as a user starts them; torchrun restarts them where a worker dies, and passes a
+request to stop on."""
 
 import os
 import signal
@@ -10,9 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 from launch import (
+    BASE,
     FAULTY,
     REPOSITORY,
     RUN_RECIPE,
+    TARGET,
     Workplace,
     assert_audited,
     environment,
@@ -27,7 +30,6 @@ from stackgrow.run.claim import run_lock
 from stackgrow.run_folder.folder import RunFolder
 
 CLUSTER = REPOSITORY / "tools" / "cluster"
-TARGET = "stage-2-train-4L"
 
 
 def node(workplace: Workplace, port: int, log: Path, *sets: str) -> subprocess.Popen:
@@ -55,42 +57,55 @@ def node(workplace: Workplace, port: int, log: Path, *sets: str) -> subprocess.P
         )
 
 
-def test_a_killed_worker_is_restarted_on_both_nodes(
+def worker_of(torchrun: subprocess.Popen) -> psutil.Process:
+    return next(
+        p
+        for p in psutil.Process(torchrun.pid).children()
+        if "run_recipe.py" in " ".join(p.cmdline())
+    )
+
+
+def test_a_killed_worker_is_restarted_on_both_nodes_and_a_request_is_passed_on(
     workplace: Workplace, reference_fsdp: Path, tmp_path: Path
 ) -> None:
-    run, port, logs = (
-        tmp_path / "run",
-        free_port(),
-        [tmp_path / f"node-{i}.log" for i in range(2)],
-    )
-    nodes = [node(workplace, port, log, f"run.folder={run}") for log in logs]
-    try:
+    run, port = tmp_path / "run", free_port()
+    logs = [tmp_path / f"node-{i}.log" for i in range(2)]
+
+    def told() -> str:
+        return "\n".join(log.read_text(encoding="utf-8") for log in logs)
+
+    def until_a_step_of(stage: str) -> None:
         deadline = time.monotonic() + 300
-        while steps_logged(run, TARGET) < 1:
-            assert all(n.poll() is None for n in nodes), "\n".join(
-                log.read_text(encoding="utf-8") for log in logs
-            )
+        while steps_logged(run, stage) < 1:
+            assert all(n.poll() is None for n in nodes), told()
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        worker = next(
-            p
-            for p in psutil.Process(nodes[1].pid).children()
-            if "run_recipe.py" in " ".join(p.cmdline())
-        )
-        os.kill(worker.pid, signal.SIGKILL)
-        assert [n.wait(300) for n in nodes] == [0, 0], "\n".join(
-            log.read_text(encoding="utf-8") for log in logs
-        )
+
+    nodes = [node(workplace, port, log, f"run.folder={run}") for log in logs]
+    try:
+        until_a_step_of(BASE)
+        worker_of(nodes[1]).kill()
+        until_a_step_of(TARGET)  # after the restart
+        for torchrun in nodes:
+            torchrun.send_signal(signal.SIGTERM)
+        assert 0 not in [torchrun.wait(300) for torchrun in nodes], told()
     finally:
-        for n in nodes:
-            n.kill()
+        for torchrun in nodes:
+            torchrun.kill()
+    assert "waited in vain for another rank; silent: 1" in told()
+    assert f"{TARGET}, step " in told()
+    assert "stopped by SIGTERM" in told()
+    assert "deprecated" not in told(), "torch 2.15 of what torchtitan calls"
+    saved = stage_of(run, TARGET).sealed_steps()[-1]
+    assert saved == steps_logged(run, TARGET), "every step that was done is saved"
+
+    # Gone on with, on other ranks: the base was done in the second life of these.
+    output = workplace.run(f"run.folder={run}", warm_ranks=2)
+    assert "done before" in output
     assert losses(run) == losses(reference_fsdp)
     assert weights(stage_of(run, TARGET).checkpoint(20)) == weights(
         stage_of(reference_fsdp, TARGET).checkpoint(20)
     )
-    assert "done before" in "".join(
-        log.read_text(encoding="utf-8") for log in logs
-    )  # the base, in the ranks' second life
 
 
 def ranks_of_their_own(workplace: Workplace, run: Path, *sets: str) -> list[Warm]:

@@ -57,25 +57,11 @@ def test_a_sweep_is_stopped_goes_on_and_is_pruned(workplace: Workplace) -> None:
         assert "SIGTERM" in state_of(run).why
 
     # The same command goes on, and a third time finds nothing to do.
-    again = subprocess.run(
-        command,
-        cwd=workplace.folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "2 of 2 runs are finished" in again.stdout
-    third = subprocess.run(
-        command,
-        cwd=workplace.folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert third.stdout.count("finished before") == 2
+    code, output = run_tool("sweep", *command[2:], cwd=workplace.folder)
+    assert code == 0, output
+    assert "2 of 2 runs are finished" in output
+    code, output = run_tool("sweep", *command[2:], cwd=workplace.folder)
+    assert output.count("finished before") == 2
     for run in runs:
         assert_audited(run)
     last = [weights(RunFolder(run).stage(TARGET).final_checkpoint()) for run in runs]
