@@ -12,6 +12,7 @@ TIMING = (0.88, 163.27, -5.74)  # a, b, c of eq. 2
 # Section 4.2: best between 2 and 4 of the factors 2 to 24 (1.1B) and 4 to 32 (3B), so the paper uses 4 throughout. The
 # equation that it fits for the factor it calls preliminary; it gives 17 for a 7B of 300B tokens: shown, never used.
 GROWTH_FACTOR = 4
+PRELIMINARY_FACTOR = (1.01, -29.88, -7.36)  # a, b, c of eq. 49, as eq. 50 has them
 BEST_FACTORS = (2, 4)
 
 
@@ -24,6 +25,13 @@ def growth_timing(
     C = 6 N D. The
     paper's a, b, c hold for N <= 3e9 and C <= 1.2e21; ``in_fitted_range`` tells whether a use extrapolates.
     """
+    return by_size_and_flops(parameters, flops, fit)
+
+
+def by_size_and_flops(
+    parameters: float, flops: float, fit: tuple[float, float, float]
+) -> float:
+    """10 ** (a log10(N) + b / log10(C) + c), the form of eqs. 2 and 49."""
     a, b, c = fit
     return float(10 ** (a * math.log10(parameters) + b / math.log10(flops) + c))
 
@@ -31,9 +39,7 @@ def growth_timing(
 def preliminary_factor(parameters: float, flops: float) -> float:
     """Growth factor g by appendix F, eq. 50: log10(g) = 1.01 log10(N) - 29.88 / log10(C) - 7.36, fitted on 1.1B and 3B
     alone; its authors call the result mediocre."""
-    return float(
-        10 ** (1.01 * math.log10(parameters) - 29.88 / math.log10(flops) - 7.36)
-    )
+    return by_size_and_flops(parameters, flops, PRELIMINARY_FACTOR)
 
 
 def in_fitted_range(parameters: float, flops: float) -> bool:

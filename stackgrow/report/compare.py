@@ -11,6 +11,7 @@ from stackgrow.errors import ChangedError
 from stackgrow.report.benchmarks import Scores, benchmark_rows, last_scores
 from stackgrow.report.comparable import differences, unlike
 from stackgrow.report.curves import (
+    COUNTED,
     DEFINITION,
     WINDOW,
     Curve,
@@ -264,6 +265,7 @@ def _lines(comparison: Comparison) -> Iterator[str]:
         yield f"NOT AS SEALED  {line}"
     yield SMOOTHING[comparison.loss]
     yield DEFINITION
+    yield COUNTED
     floor = noise(comparison)
     if floor:
         yield from wrapped(floor)
@@ -293,6 +295,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
     floor = noise_floor(comparison.baseline.target, comparison.losses)
     return {
         "definition": DEFINITION,
+        "flops": COUNTED,
         "loss": SMOOTHING[comparison.loss],
         "baseline": comparison.baseline.name,
         "seeds": {curve.name: curve.seeds for curve in comparison.curves},

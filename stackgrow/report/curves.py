@@ -36,6 +36,7 @@ DEFINITION = (
     "speed-up = FLOPs(baseline) / FLOPs(run) - 1 at equal smoothed loss, with the base's FLOPs; "
     "likewise in tokens"
 )
+COUNTED = "FLOPs are 6 N D with N the parameters without the input embedding"
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def draw_over_flops(figure: Any, comparison: Comparison) -> None:
     for stage in _stages_with_few_points(comparison):
         begin = min(begin, stage.flops[0] / 1.03)
     logarithmic(below.xaxis, begin, 1.03 * end)
-    below.set_xlabel("FLOPs (6 N D), base included")
+    below.set_xlabel("FLOPs (6 N D, N without the input embedding), base included")
 
 
 def draw_over_tokens(figure: Any, comparison: Comparison) -> None:

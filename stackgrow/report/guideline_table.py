@@ -10,27 +10,41 @@ from typing import Any
 
 import numpy as np
 
-from stackgrow.plan.guidelines import TIMING, growth_timing
+from stackgrow.plan.guidelines import PRELIMINARY_FACTOR, TIMING, by_size_and_flops
 from stackgrow.report.figure import INK, color_of, new_figure
 from stackgrow.report.isoflop import GUIDELINE, Fit, Run, Valley
 from stackgrow.text import aligned, human
 
-PAPER = dict(zip(GUIDELINE, TIMING, strict=True))
+# By what a sweep varies: its letter, its a, b and c in the paper.
+LETTERS = {"timing": "d", "factor": "g"}
+PAPER = {
+    "timing": dict(zip(GUIDELINE, TIMING, strict=True)),
+    "factor": dict(zip(GUIDELINE, PRELIMINARY_FACTOR, strict=True)),
+}
 LAW_COLORS = {"scratch": color_of(0), "grown": color_of(1)}
 Laws = dict[str, Fit]  # "scratch" and "grown"
 
 
-def render_fits(found: Sequence[Valley], timing: Fit | str | None, laws: Laws) -> str:
-    """Every IsoFLOP curve with its valley or why it has none; ``timing``: the fit, or why there is none."""
-    blocks = [aligned(_valley_table(found))]
-    if isinstance(timing, str):
-        blocks.append([f"no guideline: {timing}"])
-    elif timing:
-        values = [
-            f"{name} = {_with_error(timing, name)} (paper {PAPER[name]:g})"
-            for name in GUIDELINE
-        ]
-        blocks.append(["log10(d) = a log10(N) + b / log10(C) + c", *values])
+def render_fits(
+    found: Sequence[Valley], guideline: Fit | str, laws: Laws, variable: str = "timing"
+) -> str:
+    """Every IsoFLOP curve with its valley or why it has none; ``guideline``: the fit of the timing or of the factor,
+    whichever ``variable`` says, or why there is none."""
+    note = (
+        "parameters N without embedding and head; FLOPs 6 N D of these, base included"
+    )
+    blocks = [[*aligned(_valley_table(found)), note]]
+    if isinstance(guideline, str):
+        blocks.append([f"no guideline: {guideline}"])
+    else:
+        equation = f"log10({LETTERS[variable]}) = a log10(N) + b / log10(C) + c"
+        if variable == "factor":
+            equation += " (eq. 49: preliminary, as the paper has it; it uses 4)"
+        lines = [equation]
+        for name in GUIDELINE:
+            value = _with_error(guideline, name)
+            lines.append(f"{name} = {value} (paper {PAPER[variable][name]:g})")
+        blocks.append(lines)
     for name, law in laws.items():
         values = [f"{part} = {_with_error(law, part)}" for part in ("a", "b")]
         points = (
@@ -72,11 +86,12 @@ def render_toml(timing: Fit, found: Sequence[Valley], source: str) -> str:
 def draw_fits(
     runs: Sequence[Run],
     found: Sequence[Valley],
-    timing: Fit | None,
+    guideline: Fit | None,
     laws: Laws,
     file: Path,
+    variable: str = "timing",
 ) -> None:
-    """IsoFLOP curves with their valleys for each size, the fitted timing over N and C, and the scaling laws.
+    """IsoFLOP curves with their valleys for each size, the fitted timing or factor over N and C, and the scaling laws.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -84,7 +99,7 @@ def draw_fits(
     # A panel for each size, one for the guideline and one for the laws, where there are such.
     sizes = sorted({valley.parameters for valley in found})
     panels = len(sizes)
-    if timing:
+    if guideline:
         panels += 1
     if laws:
         panels += 1
@@ -94,10 +109,9 @@ def draw_fits(
         _draw_isoflop(
             axes.pop(0), [valley for valley in found if valley.parameters == size]
         )
-    if timing:
-        _draw_timing(
-            figure, axes.pop(0), [valley for valley in found if valley.best], timing
-        )
+    if guideline:
+        good = [valley for valley in found if valley.best]
+        _draw_guideline(figure, axes.pop(0), good, guideline, variable)
     if laws:
         _draw_laws(axes.pop(0), runs, laws)
     figure.savefig(file, dpi=110)
@@ -128,8 +142,10 @@ def _draw_isoflop(axes: Any, curves: Sequence[Valley]) -> None:
     axes.legend(fontsize=7)
 
 
-def _draw_timing(figure: Any, axes: Any, good: Sequence[Valley], timing: Fit) -> None:
-    """The fitted timing as a map over C and N, the valleys as dots in the same colours."""
+def _draw_guideline(
+    figure: Any, axes: Any, good: Sequence[Valley], guideline: Fit, variable: str
+) -> None:
+    """The fitted timing or factor as a map over C and N, the valleys as dots in the same colours (Figures 9, 22)."""
     flops = [valley.flops for valley in good]
     sizes = [valley.parameters for valley in good]
     best = [valley.best or 1 for valley in good]
@@ -137,11 +153,12 @@ def _draw_timing(figure: Any, axes: Any, good: Sequence[Valley], timing: Fit) ->
     # The fit on a grid somewhat wider than the valleys.
     C = np.geomspace(min(flops) / 1.3, max(flops) * 1.3, 60)
     N = np.geomspace(min(sizes) / 1.3, max(sizes) * 1.3, 60)
-    a_b_c = (timing.values["a"], timing.values["b"], timing.values["c"])
+    values = guideline.values
+    a_b_c = (values["a"], values["b"], values["c"])
     fitted = np.empty((len(N), len(C)))
     for row, parameters in enumerate(N):
         for column, amount in enumerate(C):
-            fitted[row, column] = growth_timing(parameters, amount, a_b_c)
+            fitted[row, column] = by_size_and_flops(parameters, amount, a_b_c)
 
     low = min(fitted.min(), *best)
     high = max(fitted.max(), *best)
@@ -152,8 +169,9 @@ def _draw_timing(figure: Any, axes: Any, good: Sequence[Valley], timing: Fit) ->
     axes.set_yscale("log")
     axes.set_xlabel("training FLOPs C")
     axes.set_ylabel("parameters N")
-    axes.set_title("growth timing d")
-    figure.colorbar(shown, ax=axes, label="log10 tokens; dots: valleys")
+    axes.set_title(f"growth {variable} {LETTERS[variable]}")
+    unit = "tokens" if variable == "timing" else "g"
+    figure.colorbar(shown, ax=axes, label=f"log10 {unit}; dots: valleys")
 
 
 def _draw_laws(axes: Any, runs: Sequence[Run], laws: Laws) -> None:

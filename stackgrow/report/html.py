@@ -23,7 +23,7 @@ from stackgrow.report.compare import (
     speed_up_rows,
     verdict,
 )
-from stackgrow.report.curves import DEFINITION, has_records
+from stackgrow.report.curves import COUNTED, DEFINITION, has_records
 from stackgrow.report.figure import color_of, panel_svg, panels_of
 from stackgrow.report.page import page
 from stackgrow.report.run_page import run_page
@@ -136,7 +136,7 @@ def _comparison_head(comparison: Comparison) -> ComparisonHead:
         ]
     return ComparisonHead(
         sentences=[outcome(comparison, curve) for curve in comparison.curves[1:]],
-        definition=DEFINITION,
+        definition=f"{DEFINITION}; {COUNTED}",
         noise=noise(comparison),
         not_as_sealed=comparison.edited,
         not_comparable=not_comparable,

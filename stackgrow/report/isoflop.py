@@ -2,9 +2,9 @@
 
 For each target size and each of some FLOPs, the smoothed losses of the runs make an IsoFLOP curve over log10 of the
 timing d (tokens before growth) or of the factor g; its valley is the minimum of a parabola through them (Figures 8 and
-10). log10(d) = a log10(N) + b / log10(C) + c is fitted to the valleys (eq. 2), and L = a C^b to the runs' final losses.
-N is the target's parameters without embedding and head, and C = 6 N D, as in ``timing = "auto"``; what the base spent
-counts.
+10). log10(d) = a log10(N) + b / log10(C) + c is fitted to the valleys (eq. 2), or the same for g (eq. 49, which the
+paper calls preliminary), and L = a C^b to the runs' final losses. N is the target's parameters without embedding and
+head, and C = 6 N D, as in ``timing = "auto"``; what the base spent counts.
 
 Uncertainties are standard deviations. Points of one run are not independent: those of a, b and c are from refits in
 which all of a run's losses are shifted alike, by a normal number as large as the losses' distances from the parabolas.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ REFITS = 400
 COEFFICIENTS = 3  # of a parabola, for which a size needs as many timings
 GUIDELINE = ("a", "b", "c")
 COLUMNS = ("parameters", "flops", "loss")
+SAME_FLOPS = 1e-3  # apart in the logarithm, no power law can be told
 ITERATIONS = 100  # of Gauss and Newton's; a law is found in ten
 
 
@@ -145,30 +146,37 @@ def read_table(file: Path, variable: str) -> list[Run]:
     return runs
 
 
-def valleys(runs: Sequence[Run], points: int = 6) -> list[Valley]:
-    """The IsoFLOP curves of each size, at ``points`` FLOPs evenly spread over what its runs have in common. A timing
-    of 0 has no logarithm, and is left out."""
+def valleys(
+    runs: Sequence[Run], points: int = 6, variable: str = "timing"
+) -> list[Valley]:
+    """The IsoFLOP curves of each size, at ``points`` FLOPs evenly spread over what its runs have in common. A run from
+    scratch is a factor of 1, as in Figure 10, and no timing. A timing of 0 has no logarithm, and is left out."""
+    from_scratch = 1.0 if variable == "factor" else None
+    of_size: dict[float, list[Run]] = {}
+    for run in runs:
+        at = from_scratch if run.at is None else run.at
+        if at:
+            of_size.setdefault(run.parameters, []).append(replace(run, at=at))
     found: list[Valley] = []
-    for parameters in sorted({run.parameters for run in runs}):
-        grown = [run for run in runs if run.parameters == parameters and run.at]
-        found.extend(_valleys_of_size(grown, points))
+    for _, swept in sorted(of_size.items()):
+        found.extend(_valleys_of_size(swept, points))
     return found
 
 
-def _valleys_of_size(grown: list[Run], points: int) -> Iterator[Valley]:
-    grown.sort(key=lambda run: run.at or 0)
-    tried = [run.at or 0 for run in grown]
+def _valleys_of_size(swept: list[Run], points: int) -> Iterator[Valley]:
+    swept.sort(key=lambda run: run.at or 0)
+    tried = [run.at or 0 for run in swept]
     if len(set(tried)) < COEFFICIENTS:
         return
-    low = max(run.flops[0] for run in grown)
-    high = min(run.flops[-1] for run in grown)
+    low = max(run.flops[0] for run in swept)
+    high = min(run.flops[-1] for run in swept)
     if low >= high:
         return
     # Right after growth a loss still falls steeply, and says little about the timing: the first point is left out.
     for flops in np.linspace(low, high, points + 1)[1:]:
-        losses = [float(np.interp(flops, run.flops, run.loss)) for run in grown]
-        names = [run.name for run in grown]
-        yield _valley(grown[0].parameters, float(flops), names, tried, losses)
+        losses = [float(np.interp(flops, run.flops, run.loss)) for run in swept]
+        names = [run.name for run in swept]
+        yield _valley(swept[0].parameters, float(flops), names, tried, losses)
 
 
 def _valley(
@@ -202,8 +210,8 @@ def _valley(
     )
 
 
-def fit_timing(found: Sequence[Valley]) -> Fit:
-    """a, b and c of eq. 2 from the valleys.
+def fit_valleys(found: Sequence[Valley]) -> Fit:
+    """a, b and c of eq. 2 from the valleys of timings, or of eq. 49 from those of factors.
 
     Raises:
         DamagedError: the valleys do not determine them.
@@ -255,7 +263,7 @@ def _refits(good: Sequence[Valley], noise: float) -> list[np.ndarray]:
         for run in valley.runs:
             if run not in shifts:
                 shifts[run] = noise * rng.normal(size=REFITS)
-    # log10 of the timing at each valley's bottom, [valleys, refits]; NaN where a refit has no valley there.
+    # log10 of the timing or factor at each valley's bottom, [valleys, refits]; NaN where a refit has no valley there.
     bottoms = np.array([_shifted_bottoms(valley, shifts) for valley in good])
     refits = []
     for number in range(REFITS):
@@ -277,9 +285,9 @@ def _shifted_bottoms(valley: Valley, shifts: dict[str, np.ndarray]) -> np.ndarra
     return np.where(within, bottoms, np.nan)
 
 
-def _solve(good: Sequence[Valley], log_timings: np.ndarray) -> np.ndarray | None:
-    """a, b and c by least squares from the valleys' sizes and FLOPs, and log10 of their timings; None where they do
-    not determine them."""
+def _solve(good: Sequence[Valley], log_bottoms: np.ndarray) -> np.ndarray | None:
+    """a, b and c by least squares from the valleys' sizes and FLOPs, and log10 of their timings or factors; None where
+    they do not determine them."""
     if len(good) < len(GUIDELINE):
         return None
     rows = np.empty((len(good), len(GUIDELINE)))
@@ -287,12 +295,13 @@ def _solve(good: Sequence[Valley], log_timings: np.ndarray) -> np.ndarray | None
         rows[i] = (math.log10(valley.parameters), 1 / math.log10(valley.flops), 1.0)
     # Columns of one size, or the rank could not be told.
     scale = np.abs(rows).max(axis=0)
-    solution, _, rank, _ = np.linalg.lstsq(rows / scale, log_timings, rcond=1e-9)
+    solution, _, rank, _ = np.linalg.lstsq(rows / scale, log_bottoms, rcond=1e-9)
     return solution / scale if rank == len(GUIDELINE) else None
 
 
 def fit_law(runs: Sequence[Run]) -> Fit | None:
-    """L = a C^b through the final losses, the lowest one of each size; None for fewer than two sizes.
+    """L = a C^b through the final losses, the lowest one of each size; None for fewer than two sizes, or where all end
+    at the same FLOPs, as the paper's sweeps of factors do.
 
     The squares that are least are those of the losses, as in the paper (section 4.2, Figure 7), not of their
     logarithms, which would weigh the small models' errors less.
@@ -308,6 +317,8 @@ def fit_law(runs: Sequence[Run]) -> Fit | None:
     if len(lowest) < 2:
         return None
     log_flops = np.log([run.flops[-1] for run in lowest.values()])
+    if np.ptp(log_flops) < SAME_FLOPS:
+        return None
     losses = np.array([run.loss[-1] for run in lowest.values()])
 
     # Gauss and Newton's method for L = exp(log a + b log C), from the fit to the logarithms, which is linear. log C is

@@ -52,7 +52,9 @@ def draw_plan(plan: Plan, file: Path) -> None:
     parameters, rate = over_flops
     parameters.set_xlim(0, plan.flops)
     parameters.xaxis.set_major_formatter(amount_text)
-    rate.set_xlabel("FLOPs since the start of the run (6 N D)")
+    rate.set_xlabel(
+        "FLOPs since the start of the run (6 N D, N without the input embedding)"
+    )
 
     bars, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(bars, labels, loc="outside lower center", fontsize=9)

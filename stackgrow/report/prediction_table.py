@@ -53,7 +53,8 @@ def render_predictions(predictions: Sequence[Prediction]) -> str:
 def render_differences(found: Sequence[Difference], tokens: Sequence[float]) -> str:
     """What is fitted to each difference of losses, and what that has at ``tokens`` from scratch."""
     lines = [
-        "loss from scratch less loss grown, at equal FLOPs: a + b log10(C) (Figure 6b)"
+        "loss from scratch less loss grown, at equal FLOPs: a + b log10(C) (Figure 6b)",
+        "C = 6 N D, N the parameters without embedding and head",
     ]
     for one in found:
         lines += [

@@ -68,7 +68,8 @@ def render_summary(plan: Plan, folder: Path, order: Order) -> str:
     lines += [_line(total), ""]
     if len(plan.train_stages) > 1:
         lines.append(
-            f"{100 * plan.base_share:.1f}% of the FLOPs (6 N D) went into the stages before the last."
+            f"{100 * plan.base_share:.1f}% of the FLOPs (6 N D, N without the input embedding) went into the stages "
+            "before the last."
         )
     for path, seen in order.seen(plan.sequences).items():
         lines.append(

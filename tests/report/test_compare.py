@@ -45,6 +45,7 @@ def test_text_states_definition_smoothing_and_the_known_speed_up(
         "speed-up = FLOPs(baseline) / FLOPs(run) - 1 at equal smoothed loss, with the base's FLOPs"
         in text
     )
+    assert "FLOPs are 6 N D with N the parameters without the input embedding" in text
     assert "straight lines over the records within 10% of a point's FLOPs" in text
     assert (
         "tiny (G_stack, 2 growths, 1 seed) against scratch (from scratch, 1 seed)"

@@ -20,12 +20,13 @@ from recipes_for_tests import RECIPE, edited, recipe_of
 
 from stackgrow.cli.fit import main
 from stackgrow.errors import DamagedError
+from stackgrow.plan import guidelines
 from stackgrow.report.guideline_table import render_fits, render_toml
 from stackgrow.report.isoflop import (
     Fit,
     Run,
     fit_law,
-    fit_timing,
+    fit_valleys,
     read_table,
     valleys,
 )
@@ -58,7 +59,7 @@ def sweep(
 
 
 def test_constants_are_exact_without_noise() -> None:
-    fit = fit_timing(valleys(sweep(0.0)))
+    fit = fit_valleys(valleys(sweep(0.0)))
     assert fit.values == pytest.approx(
         TRUE, rel=1e-3
     )  # the curves are read between their points
@@ -67,7 +68,7 @@ def test_constants_are_exact_without_noise() -> None:
 def test_constants_are_recovered_within_their_uncertainty() -> None:
     scores = []
     for seed in range(12):
-        fit = fit_timing(valleys(sweep(0.002, seed), points=4))
+        fit = fit_valleys(valleys(sweep(0.002, seed), points=4))
         scores += [(fit.values[name] - TRUE[name]) / fit.errors[name] for name in "abc"]
     assert np.mean(np.abs(scores) < 2) >= 0.85  # 95% of a normal distribution
     assert 0.5 < np.std(scores) < 1.6  # nor are they stated too large
@@ -88,16 +89,16 @@ def test_a_sweep_without_a_valley(sets: dict[str, float], problem: str) -> None:
     with pytest.raises(
         DamagedError, match="0 valleys of 0 sizes do not determine a, b and c"
     ):
-        fit_timing(found)
+        fit_valleys(found)
     assert f"no valley: {problem}" in render_fits(found, "0 valleys", {})
 
 
 def test_one_size_and_three_timings() -> None:
     runs = [r for r in sweep(0.0) if r.parameters == 3e9]
     with pytest.raises(DamagedError, match="of 1 sizes do not determine"):
-        fit_timing(valleys(runs))
+        fit_valleys(valleys(runs))
     assert valleys(runs[:2]) == []
-    fit = fit_timing(valleys([r for r in sweep(0.0) if r.at in TIMINGS[1:4]]))
+    fit = fit_valleys(valleys([r for r in sweep(0.0) if r.at in TIMINGS[1:4]]))
     assert math.isnan(fit.errors["a"])  # a parabola goes through any three points
 
 
@@ -150,18 +151,18 @@ def test_seeds_at_one_timing_are_runs_of_their_own() -> None:
         for seed in range(3)
         for run in sweep(0.002, seed)
     ]
-    fit = fit_timing(valleys(seeds, points=3))
+    fit = fit_valleys(valleys(seeds, points=3))
     for name, true in TRUE.items():
         assert abs(fit.values[name] - true) < 3 * fit.errors[name]
     as_one_run = [replace(run, name=run.name.rpartition(" ")[0]) for run in seeds]
-    alike = fit_timing(valleys(as_one_run, points=3))
+    alike = fit_valleys(valleys(as_one_run, points=3))
     assert fit.values == alike.values
     assert fit.errors["a"] == pytest.approx(alike.errors["a"] / math.sqrt(3), rel=0.15)
 
 
 def test_table_of_a_fit_is_a_recipe_s(tmp_path: Path) -> None:
     found = valleys(sweep(0.0))
-    text = render_toml(fit_timing(found), found, 'our "own" sweep')
+    text = render_toml(fit_valleys(found), found, 'our "own" sweep')
     guideline = recipe_of(
         tmp_path, edited(("[train]\n", f"{text}\n\n[train]\n"), text=RECIPE)
     ).guideline
@@ -212,6 +213,36 @@ def test_the_tool_fits_a_sweep_from_a_table(tmp_path: Path) -> None:
         == plain["timing"]["values"]["a"]
     )
     assert "scratch law" in (tmp_path / "fit.svg").read_text()
+
+
+def test_a_sweep_of_factors_is_fitted_with_scratch_as_factor_1(tmp_path: Path) -> None:
+    """The paper's factors (Figure 10), least at its eq. 50; without scratch the valley of the 1.1B is out of reach."""
+    true = {"a": 1.01, "b": -29.88, "c": -7.36}
+    sweeps = {1.233e9: (1, 4, 8, 24), 2.234e9: (1, 4, 8, 16, 32)}
+    table, out, plot = (tmp_path / name for name in ("f.csv", "f.json", "f.svg"))
+    with table.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["parameters", "factor", "flops", "loss"])
+        for n, factors in sweeps.items():
+            for g in factors:
+                for C in np.linspace(1e20, 7e20, 40):
+                    best = true["a"] * math.log10(n) + true["b"] / math.log10(C)
+                    off = math.log10(g) - best - true["c"]
+                    loss = 2.6 * (C / 1e20) ** -0.05 + 0.08 * off**2
+                    writer.writerow([n, "" if g == 1 else g, C, loss])
+    wanted = ("--variable", "factor", "--out", str(out), "--plot", str(plot))
+    printed = told(str(table), *wanted)
+    assert "log10(g) = a log10(N) + b / log10(C) + c (eq. 49: preliminary" in printed
+    assert "(paper -29.88)" in printed
+    assert "[guideline]" not in printed, "a recipe's is that of timings"
+    fitted = json.loads(out.read_text())["factor"]["values"]
+    n, C = 1.233e9, 5e20
+    found = guidelines.by_size_and_flops(n, C, tuple(fitted[name] for name in "abc"))
+    assert found == pytest.approx(guidelines.preliminary_factor(n, C), rel=0.01)
+    assert "growth factor g" in plot.read_text()
+    grown = [run for run in read_table(table, "factor") if run.at is not None]
+    without = valleys(grown, variable="factor")
+    assert "still falling at the smallest" in str(without[0].problem)
 
 
 def test_bad_rows_are_named(tmp_path: Path) -> None:
