@@ -5,6 +5,8 @@ l, L layers of source and target; [r, c] a weight of the source and [R, C] that 
 ``maps`` says which matrices are trained. "paper": a direction that does not grow has none, as in the paper, whose
 depthwise G_learn (eqs. 41-42) has no B and whose widthwise one (eqs. 37-40) no D. "official": all of them in either
 direction, those of one that does not grow from the identity, as the official code has it (tongxuluo/prts).
+That code also cuts the joined matrix of queries, keys and values in thirds, where its model has those of each head lie
+together (lit_gpt/model.py), so that its Q, K and V maps act on thirds of the heads. Here they are those of eq. 38.
 """
 
 from __future__ import annotations

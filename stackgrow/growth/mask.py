@@ -5,8 +5,9 @@ one on what the attention and the SwiGLU of a new layer add to the residual stre
 scaled weights, so that a masked model can be written down as an ordinary one at any time.
 
 The official code (tongxuluo/prts) differs: depthwise it masks the whole block, y c + x (1 - c); widthwise it raises
-three masks one after the other, of the SwiGLU, the stream and the queries, keys and values. Its ``grow_step``, how long
-each takes, is 5000 optimizer steps by default; the paper does not state it.
+three masks one after the other, of the SwiGLU, the stream and the queries, keys and values, and leaves a norm's weights
+unscaled, multiplying what it returns by sqrt(sum of the mask) / sqrt(D), which is alpha at first and 1 in the end. Its
+``grow_step``, how long each takes, is 5000 optimizer steps by default. Here it is as in the equations.
 """
 
 from __future__ import annotations

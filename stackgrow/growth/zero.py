@@ -46,7 +46,8 @@ def zero_width_rules(
     moment: Moment | None = None,
     grown: Model | None = None,
 ) -> Rules:
-    """G_zero (eqs. 12-19): E' = [E, 0], W' = [[W, A], [0, C]], mu' = [alpha mu, 1]; see ``Padding``.
+    """G_zero (eqs. 12-19): E' = [E, 0], W' = [[W, A], [0, C]], mu' = [alpha mu, 1]; see ``Padding``. The official code
+    (tongxuluo/prts, zero.py) has [mu, 0] instead, behind which the new channels of the stream never learn.
 
     ``grown`` is the model that the whole growth makes, whose layer count the initialization depends on: the target
     itself, where only widths grow.

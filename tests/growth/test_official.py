@@ -26,7 +26,11 @@ from torch import Tensor, nn
 from stackgrow.growth.depth import depth_rules, interleave_map, stack_map
 from stackgrow.growth.learned import HyperNetwork, initial_network, learned_rules
 from stackgrow.growth.width import split_rules
-from stackgrow.growth.zero import zero_depth_rules
+from stackgrow.growth.zero import (
+    random_width_rules,
+    zero_depth_rules,
+    zero_width_rules,
+)
 from stackgrow.plan.resolve import make_plan
 from stackgrow.recipe.keys import Model
 from stackgrow.recipe.load import load_recipe
@@ -247,6 +251,49 @@ def test_split_copies_the_same_channels_but_shares_them_unevenly() -> None:
         assert not torch.equal(grown[name], even)
 
 
+@pytest.mark.parametrize("operator", ["zero", "random"])
+def test_padding_a_width_is_the_official_codes_but_for_the_norms(operator: str) -> None:
+    """What it writes of the source into a new model, and of zeros, is in ours already. Norms it leaves unscaled, in
+    "zero" with new entries of 0, behind which new channels never learn; in "random" its mask scales what they return."""
+    names = ("GPT", "Block", "RMSNorm", "FusedRMSNorm")
+    official_modules(**dict.fromkeys(names, nn.Identity))
+    wide = replace(SOURCE, dim=64, n_heads=8, n_kv_heads=8, ffn_dim=96)
+    small = weights(SOURCE)
+    if operator == "zero":
+        module = load("prts_lit/scaling/zero.py", "official.scaling.zero")
+        expand = module.ZeroModel.expand_tensor
+        grown = apply(zero_width_rules(SOURCE, wide, seed=0), small)
+        theirs = expand(None, small["norm.weight"], torch.ones(64))
+        assert not theirs[32:].any()
+    else:
+        module = load("prts_lit/scaling/msg.py", "official.scaling.msg")
+        expand = module.MsgModel.expand_tensor
+        grown = apply(random_width_rules(SOURCE, wide, seed=0), small)
+        theirs = expand(None, small["norm.weight"], torch.ones(64))
+        assert torch.equal(theirs[32:], torch.ones(32))
+    assert torch.equal(theirs[:32], small["norm.weight"])
+
+    before, after = of_heads(small, SOURCE), of_heads(grown, wide)
+    for name, weight in after.items():
+        if name == "tok_embeddings.weight" and operator == "zero":
+            padded = expand(None, before[name].T, weight.clone().T).T
+        else:
+            padded = expand(None, before[name], weight.clone())
+        assert torch.equal(padded, weight), name
+
+
+def of_heads(tensors: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
+    """The matrices, with queries, keys and values joined as lit-gpt's model takes them apart: by heads."""
+    matrices = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 2}
+    for layer in range(model.n_layers):
+        parts = []
+        for part in ("wq", "wk", "wv"):
+            weight = matrices.pop(f"layers.{layer}.attention.{part}.weight")
+            parts.append(weight.view(model.n_heads, model.head_dim, model.dim))
+        matrices[f"layers.{layer}.attn"] = torch.cat(parts, dim=1).flatten(0, 1)
+    return matrices
+
+
 def test_the_mask_of_a_deeper_model_rises_as_the_official_codes() -> None:
     names = ("GPT", "Block", "RMSNorm", "FusedRMSNorm")
     official_modules(**dict.fromkeys(names, nn.Identity))
@@ -267,7 +314,7 @@ def official_modules(**contents: object) -> None:
     for name in ("lit_gpt", "lit_gpt.model", "lit_gpt.rmsnorm"):
         empty_module(name, **contents)
     utils = load("prts_lit/utils/other.py", "official.other")
-    configs = ("StackingptConfig", "MsgConfig")
+    configs = ("StackingptConfig", "MsgConfig", "ZeroConfig")
     helpers = ("get_partition", "get_submodules", "find_moduleList")
     empty_module(
         "official.utils",
