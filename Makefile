@@ -12,7 +12,7 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' .venv/lib stackgro
 # On a GPU machine torch is often there already, in a Python that must not be installed into.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: quickstart test test-newest test-slurm torture fuzz check schema bench-data gpu clean
+.PHONY: quickstart test test-newest test-slurm test-generated torture fuzz check schema bench-data gpu clean
 
 quickstart: $(RUNTIME)  ## prepare a small corpus and grow a small model on it, on any machine
 	$(BIN)/python tools/prepare_data.py --stdlib --train-tokenizer 2048 --out data/stdlib
@@ -23,10 +23,10 @@ quickstart: $(RUNTIME)  ## prepare a small corpus and grow a small model on it, 
 	@echo "  $(BIN)/python tools/compare_runs.py runs/quickstart_scratch runs/quickstart --html compared.html"
 
 test: check  ## everything that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu and not slurm" -n 3 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not slurm and not generated" -n 3 --dist loadfile
 
 test-newest: $(NEWEST)  ## the same on the newest torch that is supported: 5.2 GB where there is only its CUDA build
-	.venv-newest/bin/python -m pytest -m "not gpu and not slurm" -n 3 --dist loadfile
+	.venv-newest/bin/python -m pytest -m "not gpu and not slurm and not generated" -n 3 --dist loadfile
 
 gpu:  ## on a machine with a GPU: its tests, then the figures that wait for one; 25 minutes, resumable
 	PYTHONPATH=. $(GPU_PYTHON) tools/bench/gpu_day.py
@@ -40,6 +40,9 @@ torture: $(DEV)  ## 200 kills of complete runs at random moments, 2000 mutated c
 
 test-slurm: $(DEV)  ## the Slurm scripts on a real Slurm of one node: apt-get install slurm-wlm, as root; 5 minutes
 	$(BIN)/python -m pytest -m slurm tests/e2e/test_slurm_jobs.py
+
+test-generated: $(DEV)  ## Inductor's code for every family, forward and backward: 5 minutes
+	$(BIN)/python -m pytest -m generated -rP tests/e2e/test_family_runs.py
 
 check: $(DEV)  ## style and types
 	$(BIN)/ruff check .

@@ -1,4 +1,5 @@
-"""A tiny model of every family, tied and untied, with heads of a width of their own and with scaled frequencies."""
+"""A tiny model of every family, tied and untied, with heads of a width of their own and with scaled frequencies; and the
+families as recipes name them. README's table of families has a cell for what is tested over these."""
 
 from __future__ import annotations
 
@@ -24,4 +25,22 @@ TINY = {
     "smollm2": tiny("smollm2"),
     "qwen2": tiny("qwen2"),
     "qwen2, tied": tiny("qwen2", tie_embeddings=True),
+}
+# Those whose layers are compiled in each run of the tests.
+COMPILED = ("llama2", "llama3", "mistral, own head_dim", "qwen3", "smollm2", "qwen2")
+# What tests/e2e/test_family_runs.py sets in its recipe, whose family is llama2: that one is trained by all of tests/e2e.
+RUNS = {
+    "qwen3, tied": [
+        "model.family=qwen3",
+        "model.head_dim=32",
+        "model.tie_embeddings=true",
+    ],
+    "smollm2": ["model.family=smollm2"],
+    "llama3, scaled": [
+        "model.family=llama3",
+        "model.rope_scaling.factor=8.0",
+        "model.rope_scaling.original_length=128",
+    ],
+    "mistral": ["model.family=mistral"],
+    "qwen2": ["model.family=qwen2"],
 }

@@ -22,9 +22,14 @@ import torch.distributed.checkpoint.metadata as meta
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+)
 from torch.futures import Future
 
+from stackgrow.checkpoint.save_planner import is_plain
 from stackgrow.checkpoint.unpickle import (
     FileSlice,
     check_saved,
@@ -151,28 +156,50 @@ class SafeReader(FileSystemReader):
         return dataclasses.replace(metadata, storage_meta=session)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        checked: set[bytes] = set()  # byte items: thousands, of a dozen values
         for item in plan.items:
             info = self.storage_data[item.storage_index]
             with _opened(Path(self.path), item.storage_index.fqn, info) as stream:
-                check_saved(stream, info.length)
+                if item.type != LoadItemType.BYTE_IO:
+                    check_saved(stream, info.length)
+                    continue
+                saved = stream.read()
+                if saved not in checked:
+                    check_saved(io.BytesIO(saved), info.length)
+                    checked.add(saved)
         return super().read_data(plan, planner)
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """DCP's load planner, for which a byte item may hold plain data and tensors only."""
+    """DCP's load planner, for which a byte item may hold plain data and tensors only. Equal plain values, as
+    save_planner.py tells of, are unpickled once."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self._loaded: dict[bytes, Any] = {}
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         fqn = read_item.dest_index.fqn
-        try:
-            loaded = torch.load(value, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{fqn} is not loaded, it holds more than plain data: {error}"
-            ) from error
+        saved = value.getvalue()
+        if saved in self._loaded:
+            loaded = self._loaded[saved]
+        else:
+            loaded = self._load(fqn, value)
+        if is_plain(loaded):  # whoever gets it cannot change it for others
+            self._loaded[saved] = loaded
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[fqn], loaded)
         else:
             self.state_dict[fqn] = loaded
+
+    @staticmethod
+    def _load(fqn: str, value: io.BytesIO) -> Any:
+        try:
+            return torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{fqn} is not loaded, it holds more than plain data: {error}"
+            ) from error
 
 
 def is_model_key(fqn: str) -> bool:

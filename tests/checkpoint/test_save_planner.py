@@ -1,4 +1,4 @@
-"""Equal values are pickled once, and the files are DCP's own."""
+"""Equal values are pickled once and unpickled once, and the files are DCP's own."""
 
 import io
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from stackgrow.checkpoint.dcp import SafePlanner, SafeReader
 from stackgrow.checkpoint.save_planner import OnceEachPlanner
 
 
@@ -56,3 +57,29 @@ def test_as_many_values_are_pickled_as_are_different(
     )
     # Of each parameter's four values, 8 that look alike, and two lists.
     assert len(pickled) == 4 + 8 + 2
+
+
+def test_as_many_values_are_unpickled_as_are_different(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = optimizer_state(20)
+    dcp.save(state, checkpoint_id=tmp_path / "step-1", no_dist=True)
+    into: dict[str, Any] = dict.fromkeys(state, "nothing yet")
+    into["optimizer"] = {}
+    for name, value in state["optimizer"].items():
+        is_tensor = isinstance(value, torch.Tensor)
+        into["optimizer"][name] = torch.zeros(3, 4) if is_tensor else "nothing yet"
+    unpickled: list[object] = []
+    load = torch.load
+
+    def counted(file: io.BytesIO, **options: Any) -> object:
+        loaded = load(file, **options)
+        if not isinstance(loaded, torch.Tensor):
+            unpickled.append(loaded)
+        return loaded
+
+    monkeypatch.setattr(torch, "load", counted)
+    reader, planner = SafeReader(tmp_path / "step-1"), SafePlanner()
+    dcp.load(into, storage_reader=reader, planner=planner, no_dist=True)
+    assert len(unpickled) == 4 + 8 + 2
+    assert repr(into) == repr(state), "0, 0.0, -0.0 and False are told apart"

@@ -1,10 +1,10 @@
 """Trains the base stage of one recipe after another, in the processes that it is started in; starting them takes longer.
 
-python family_layouts.py RECIPE JOBS.json RESULTS.json        JOBS: name -> [the --set of each session]
+python family_layouts.py RECIPE JOBS.json RESULTS.json        JOBS: name -> [[lost, the --set] of each session]
 
-The first session of a job trains to the end; each other begins after the last checkpoint was lost, as after a kill, and
-goes on from the one before. RESULTS: name -> of each session what records and last checkpoint say after it, and the
-bytes that rank 0 held.
+Every session of a job trains to the end. Before it as many of the newest checkpoints are lost as ``lost`` says, as after
+a kill, and it goes on from the newest that is left. RESULTS: name -> of each session what records and last checkpoint
+say after it, and the bytes that rank 0 held.
 """
 
 import json
@@ -32,15 +32,15 @@ def main(recipe_file: str, jobs_file: str, results_file: str) -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     for name, sessions in json.loads(Path(jobs_file).read_text()).items():
         results[name] = []
-        for sets in sessions:
+        for lost, sets in sessions:
             plan = make_plan(load_recipe(recipe_file, sets))
-            results[name].append(train(plan))
+            results[name].append(train(plan, lost))
     if dist.get_rank() == 0:
         Path(results_file).write_text(json.dumps(results))
     session.stop()
 
 
-def train(plan: Plan) -> dict[str, Any]:
+def train(plan: Plan, lost: int) -> dict[str, Any]:
     """One session. Returns what it leaves, which is rank 0's to say."""
     run = RunFolder(Path(plan.recipe.run.folder))
     if not dist.is_initialized():
@@ -48,7 +48,7 @@ def train(plan: Plan) -> dict[str, Any]:
     stage = plan.train_stages[0]
     folder = run.stage(stage.name)
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    lose(folder.checkpoint(stage.steps))
+    lose(folder, lost)
 
     held: dict[str, int] = {}
 
@@ -63,11 +63,13 @@ def train(plan: Plan) -> dict[str, Any]:
     return {**found_in(folder, stage.steps), "bytes": held}
 
 
-def lose(checkpoint: Path) -> None:
-    """Of the session before, if there was one."""
-    dist.barrier()  # all have looked at it
-    if dist.get_rank() == 0 and checkpoint.exists():
-        shutil.rmtree(checkpoint)
+def lose(folder: StageFolder, lost: int) -> None:
+    """So many of the newest checkpoints of the sessions before."""
+    dist.barrier()  # all have looked at them
+    if dist.get_rank() == 0:
+        newest_first = sorted(folder.sealed_steps(), reverse=True)
+        for step in newest_first[:lost]:
+            shutil.rmtree(folder.checkpoint(step))
     dist.barrier()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families_for_tests import TINY, tiny
+from families_for_tests import COMPILED, RUNS, TINY, tiny
 from growth_for_tests import apply, assert_same, deviation, llama, logits, weights
 from torch import Tensor
 
@@ -263,17 +263,30 @@ def directions(model: Model, operator: str) -> str:
     return ", ".join(found)
 
 
+def yes(name: str, tested: set[str]) -> str:
+    return "yes" if name in tested else "no"
+
+
 def family_table() -> str:
-    """Every cell is a test that runs over the table TINY: operators here; train, ranks, compile in tests/titan and, as
-    whole runs, in tests/e2e; import and export in tests/checkpoint."""
+    """Every cell is a test that runs over families_for_tests.py: operators here; train, ranks and compile in tests/e2e
+    and tests/titan; import and export in tests/checkpoint."""
+    trained = {"llama2"}
+    for family_key, *_ in RUNS.values():
+        trained.add(family_key.removeprefix("model.family="))
+    compiled = {TINY[case].family for case in COMPILED}
+    tiny_models = {model.family for model in TINY.values()}
+
     columns = ["train", *OPERATORS, "import, export", "FSDP, HSDP, TP", "compile"]
     lines = [
         f"| family | models | {' | '.join(columns)} |",
         "|---" * (len(columns) + 2) + "|",
     ]
     for name, family in FAMILIES.items():
-        operators = [directions(TINY[name], operator) for operator in OPERATORS]
-        cells = [f"`{name}`", family.models, "yes", *operators, "yes", "yes", "yes"]
+        cells = [f"`{name}`", family.models, yes(name, trained)]
+        cells += [directions(TINY[name], operator) for operator in OPERATORS]
+        cells.append(yes(name, tiny_models))
+        cells.append(yes(name, trained & tiny_models))
+        cells.append(yes(name, compiled))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from families_for_tests import TINY
+from families_for_tests import COMPILED, TINY
 from growth_for_tests import apply, deviation, llama, weights
 from side_by_side import plain_model
 from test_ligo import sealed
@@ -28,7 +28,6 @@ from stackgrow.titan.loss import TiedHead, chunk_head
 from stackgrow.titan.model import Llama, model_args, parallelize
 from stackgrow.titan.names import stored_name
 
-FAMILIES = ("llama2", "llama3", "mistral, own head_dim", "qwen3", "smollm2", "qwen2")
 LAYOUTS = {
     "FSDP": {"dp_shard": 2, "tp": 1},
     "tensor parallel": {"dp_shard": 1, "tp": 2},
@@ -142,10 +141,10 @@ def test_the_loss_in_chunks_has_the_same_gradients(case: str) -> None:
     assert_close(gradients(network), whole_gradients(model))
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", COMPILED)
 def test_a_compiled_layer_has_the_same_gradients(case: str) -> None:
-    """Traced whole, forward and backward, as train.compile does; the code that is generated is torch's matter, and
-    made once, in tests/e2e/test_parallel.py."""
+    """Traced whole, forward and backward, as train.compile does; code is generated in tests/e2e/test_parallel.py, and
+    of every family in tests/e2e/test_family_runs.py (make test-generated)."""
     model = dataclasses.replace(TINY[case], n_layers=1)
     network = llama(model, weights(model))
     for name, layer in list(network.layers.named_children()):
