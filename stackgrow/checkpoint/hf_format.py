@@ -102,6 +102,14 @@ class _Type:
     written: Mapping[str, Any] = field(default_factory=dict)
 
 
+# What tells a model of another kind, and why it cannot be read.
+_MIXTURE = "; no operator here grows the router of a mixture of experts"
+_OTHER_KINDS = {
+    "num_experts": _MIXTURE,
+    "num_local_experts": _MIXTURE,
+    "n_routed_experts": _MIXTURE,
+    "no_rope_layers": "; every layer here has RoPE, and some of SmolLM 3's have none",
+}
 _GROUPED = {"num_key_value_heads": 32}
 _TYPES = {
     "llama": _Type("LlamaForCausalLM", "Llama"),
@@ -121,7 +129,7 @@ _TYPES = {
 
 
 def hf_name(name: str) -> str:
-    """transformers' name of a torchtitan parameter; KeyError for what is none."""
+    """transformers' name of a tensor by its name here; KeyError for what is none."""
     if not name.startswith("layers."):
         return _HF_NAMES[name]
     index, _, rest = name.removeprefix("layers.").partition(".")
@@ -129,7 +137,7 @@ def hf_name(name: str) -> str:
 
 
 def to_hf(tensor: Tensor, name: str, model: Model) -> Tensor:
-    """A torchtitan parameter in transformers' order; ``name`` is torchtitan's.
+    """A tensor in transformers' order; ``name`` is its name here.
 
     RoPE turns channels 2i and 2i + 1 of a head together in torchtitan, i and i + head_dim / 2 in transformers: the
     rows of wq and wk, [heads x head_dim, D], trade places within each head, query and key heads alike, and so do their
@@ -139,7 +147,7 @@ def to_hf(tensor: Tensor, name: str, model: Model) -> Tensor:
 
 
 def from_hf(tensor: Tensor, name: str, model: Model) -> Tensor:
-    """The inverse of ``to_hf``; ``name`` is torchtitan's."""
+    """The inverse of ``to_hf``."""
     return _regrouped(tensor, name, (2, model.head_dim // 2))
 
 
@@ -258,7 +266,8 @@ def _family_problems(flat: dict[str, Any]) -> Iterator[str]:
     name = flat.get("model_type")
     if not isinstance(name, str) or name not in _TYPES:
         known = ", ".join(f'"{known_name}"' for known_name in _TYPES)
-        yield f"model_type is {name!r:.60}; only {known} can be read"
+        reasons = [why for key, why in _OTHER_KINDS.items() if flat.get(key)]
+        yield f"model_type is {name!r:.60}; only {known} can be read{''.join(reasons[:1])}"
         return
     architecture, defaults = _TYPES[name].architecture, _TYPES[name].defaults
     for key, default in defaults.items():

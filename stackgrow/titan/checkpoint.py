@@ -43,6 +43,7 @@ from stackgrow.growth.moments import OPTIMIZER_STATE
 from stackgrow.process.ranks import from_rank0, wait_for
 from stackgrow.titan.config import checkpoint_config
 from stackgrow.titan.job import StageJob
+from stackgrow.titan.names import StoredNames
 from stackgrow.titan.shards import fingerprints, shard_of
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,8 @@ class StageCheckpoints(CheckpointManager):
             sd_adapter=None,
             **components,
         )
+        for part in (MODEL, OPTIMIZER):
+            self.states[part] = StoredNames(self.states[part])
 
     # Loading
 

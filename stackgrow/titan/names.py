@@ -2,10 +2,14 @@
 
 Checkpoints, growth and Hugging Face export know the first alone. With torchtitan 0.2.2 both are the same but for what
 torch.compile and recomputation put into a name. From 0.3 on they differ: RENAMED then holds pairs such as
-``"attention.wq": "attention.qkv_linear.wq"`` and ``"output": "lm_head"``.
+``"attention.wq": "attention.qkv_linear.wq"`` and ``"output": "lm_head"``, and nothing else here or in checkpoint.py
+changes for it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 RENAMED: dict[
     str, str
@@ -35,8 +39,25 @@ def titan_name(name: str) -> str:
     return name
 
 
+class StoredNames:
+    """A model's or an optimizer's state as DCP saves and loads it, by the names of a checkpoint."""
+
+    def __init__(self, titan: Any):
+        self.titan = titan  # what torchtitan's CheckpointManager has
+
+    def state_dict(self) -> dict[str, Any]:
+        return _renamed(self.titan.state_dict(), stored_name)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.titan.load_state_dict(_renamed(state_dict, titan_name))
+
+
 def layer_name(index: int) -> str:
     return f"layers.{index}"
+
+
+def _renamed(state: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    return {rename(name): value for name, value in state.items()}
 
 
 def _replace_part(name: str, old: str, new: str) -> str:

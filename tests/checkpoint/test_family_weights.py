@@ -162,9 +162,15 @@ def test_a_tied_export_has_one_matrix(tmp_path: Path) -> None:
     assert "lm_head.weight" not in names
 
 
-MIXTURE = 'model_type is \'qwen3_moe\'; only "llama", "mistral", "Yi", "qwen2", "qwen3" can be read'
+ONLY = 'only "llama", "mistral", "Yi", "qwen2", "qwen3" can be read; '
+MIXTURE = f"{ONLY}no operator here grows the router of a mixture of experts"
 REFUSED = {
-    "mixture of experts": ({"model_type": "qwen3_moe"}, MIXTURE),
+    "mixture of experts": ({"model_type": "qwen3_moe", "num_experts": 128}, MIXTURE),
+    "another's": ({"model_type": "mixtral", "num_local_experts": 8}, MIXTURE),
+    "layers without RoPE": (
+        {"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0]},
+        f"{ONLY}every layer here has RoPE",
+    ),
     "sliding window": ({"use_sliding_window": True}, "use_sliding_window is True"),
     "windows in some layers": (
         {"layer_types": ["full_attention", "sliding_attention"]},
