@@ -5,6 +5,7 @@ layers, but for models from elsewhere that are stacked whole.
 Learning rates, weight decay and seed are the same for all, so that recipes which differ in these alone share a run.
 """
 
+import functools
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,7 @@ def folder_of(plan: Plan) -> str:
     return f"recipes/{plan.stage_hashes('')[plan.stages[-1].name][:16]}"
 
 
+@functools.cache
 def plan_of(file: Path) -> Plan:
     return make_plan(load_recipe(file, reduced(file)), file)
 
