@@ -7,7 +7,8 @@ Trains the same model on the same batches, with torchtitan's own Trainer and as 
 store, metrics, progress), step by step in turns. Of other families:
 
 python tools/bench/overhead.py --set model.family=llama3 --set model.n_kv_heads=2
-python tools/bench/overhead.py --set model.family=qwen3 --set model.head_dim=64 --set model.tie_embeddings=true
+python tools/bench/overhead.py --set model.family=qwen3 --set model.n_kv_heads=2 --set model.head_dim=64 \\
+    --set model.tie_embeddings=true
 """
 
 import argparse
