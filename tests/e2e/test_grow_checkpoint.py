@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from families_for_tests import TINY
 from growth_for_tests import apply, assert_same, weights
 from launch import REPOSITORY, Workplace, environment, run_tool
 from launch import weights as sealed_weights
@@ -190,6 +191,22 @@ def test_hugging_face_folder(source: Path, ranks: int) -> None:
     import_hf(back, source.with_name("imported"))
     assert_same(loaded(source.with_name("imported"), WIDE), want)
     assert names(source.parent) == ["back", "grown", "hf", "imported", "source"]
+
+
+@pytest.mark.parametrize(
+    "case", [case for case, model in TINY.items() if model.family != "llama2"]
+)
+def test_hugging_face_folder_of_a_family(case: str, tmp_path: Path) -> None:
+    """Grown and exported by its own account: no option says what it is."""
+    model = TINY[case]
+    deep = replace(model, n_layers=4)
+    dcp.save(dict(weights(model)), checkpoint_id=tmp_path / "source", no_dist=True)
+    export_hf(tmp_path / "source", tmp_path / "hf", model)
+    tool("hf", "grown", *STACK, cwd=tmp_path)
+    tool("grown", "back", name="export_hf", cwd=tmp_path)
+    back = import_hf(tmp_path / "back", tmp_path / "imported")
+    want = apply(growth_rules("stack", model, deep, [0, 1, 0, 1]), weights(model))
+    assert_same(loaded(tmp_path / "imported", back), want)
 
 
 def test_checkpoint_of_a_run(
