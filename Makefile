@@ -41,7 +41,7 @@ torture: $(DEV)  ## 200 kills of complete runs at random moments, 2000 mutated c
 test-slurm: $(DEV)  ## the Slurm scripts on a real Slurm of one node: apt-get install slurm-wlm, as root; 5 minutes
 	$(BIN)/python -m pytest -m slurm tests/e2e/test_slurm_jobs.py
 
-test-generated: $(DEV)  ## Inductor's code for every family, forward and backward: 5 minutes
+test-generated: $(DEV)  ## Inductor's code for every family, forward and backward: 8 minutes
 	$(BIN)/python -m pytest -m generated -rP tests/e2e/test_family_runs.py
 
 check: $(DEV)  ## style and types

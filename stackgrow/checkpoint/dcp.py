@@ -185,8 +185,8 @@ class SafePlanner(DefaultLoadPlanner):
             loaded = self._loaded[saved]
         else:
             loaded = self._load(fqn, value)
-        if is_plain(loaded):  # whoever gets it cannot change it for others
-            self._loaded[saved] = loaded
+            if is_plain(loaded):  # whoever gets it cannot change it for others
+                self._loaded[saved] = loaded
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[fqn], loaded)
         else:
