@@ -1,7 +1,9 @@
-"""What one CPU thread trains deep_24x32 with, setting by setting: CPU seconds of a step, in turns, so that a busy
-machine slows all alike.
+"""What a CPU trains deep_24x32 with, setting by setting, in turns, so that a busy machine slows all alike: by CPU
+seconds of a step, and by the clock.
 
-    OMP_NUM_THREADS=1 python recipes/experiments/deep_speed.py [--dim 64] [--rounds 5]
+    python recipes/experiments/deep_speed.py [--dim 64] [--rounds 5]
+    python recipes/experiments/deep_speed.py --first --left-to-glibc    without titan/device.py's keep_freed_memory
+    python recipes/experiments/deep_speed.py --first --threads 2        one run on two threads
 
 A step is the model's forward and backward pass over 4,096 random tokens and AdamW's update, without what surrounds it.
 """
@@ -18,6 +20,7 @@ import torch
 from torchtitan.models.llama3 import Transformer
 
 from stackgrow.recipe.keys import Model
+from stackgrow.titan.device import keep_freed_memory
 from stackgrow.titan.model import model_args
 
 TOKENS = 4096  # train.global_batch_tokens
@@ -77,29 +80,46 @@ def main() -> int:
     )
     parser.add_argument("--dim", type=int, default=32, choices=[32, 64, 96])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--first", action="store_true", help="the first setting only")
+    parser.add_argument(
+        "--left-to-glibc",
+        action="store_true",
+        help="hand freed memory back to the kernel, as glibc does by itself",
+    )
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    steps = {
-        name: step_of(arguments.dim, *setting) for name, setting in SETTINGS.items()
-    }
+    torch.set_num_threads(arguments.threads)
+    if not arguments.left_to_glibc:
+        keep_freed_memory()
+    names = list(SETTINGS)
+    if arguments.first:
+        names = names[:1]
+    steps = {name: step_of(arguments.dim, *SETTINGS[name]) for name in names}
     for step in steps.values():
         step()  # compiles, and fills caches
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+
+    cpu: dict[str, list[float]] = {name: [] for name in names}
+    clock: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(arguments.rounds):
         for name, step in steps.items():
-            begun = time.process_time()
+            cpu_begun, clock_begun = time.process_time(), time.perf_counter()
             step()
-            seconds[name].append(time.process_time() - begun)
-    first = statistics.median(next(iter(seconds.values())))
+            cpu[name].append(time.process_time() - cpu_begun)
+            clock[name].append(time.perf_counter() - clock_begun)
+
+    print(f"24 layers x {arguments.dim}, {arguments.threads} thread(s)")
     print(
-        f"24 layers x {arguments.dim}: tokens per CPU second, relative to the first, lowest to highest"
+        "tokens per CPU second (relative to the first, lowest to highest), of the clock"
     )
-    for name, taken in seconds.items():
-        middle, span = (
-            statistics.median(taken),
-            f"{TOKENS / max(taken):.0f} to {TOKENS / min(taken):.0f}",
+    first = statistics.median(cpu[names[0]])
+    for name in names:
+        middle = statistics.median(cpu[name])
+        lowest, highest = TOKENS / max(cpu[name]), TOKENS / min(cpu[name])
+        by_clock = TOKENS / statistics.median(clock[name])
+        print(
+            f"{name:26} {TOKENS / middle:7.0f} {first / middle:6.2f}   "
+            f"{lowest:.0f} to {highest:.0f}   {by_clock:7.0f}"
         )
-        print(f"{name:26} {TOKENS / middle:7.0f} {first / middle:6.2f}   {span}")
     return 0
 
 

@@ -48,6 +48,8 @@ def start(recipe: Recipe, logs: Path) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         trace_buffer = GPU_TRACE_BUFFER
         needs_cpu_backend = _any_stage_offloads(recipe)  # NCCL has no CPU tensors
+    else:
+        device.keep_freed_memory()
     dist_utils.init_distributed(
         comm_config(recipe, trace_buffer),
         enable_cpu_backend=needs_cpu_backend,

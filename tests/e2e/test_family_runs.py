@@ -31,6 +31,7 @@ SUMMATION_ORDER = 2e-6
 THREE_STEPS = [
     "base.n_layers=1",
     "train.global_batch_tokens=512",
+    "train.learning_rate=6e-3",  # one layer has little to learn with
     "train.warmup=1 steps",
     "budget.tokens=3Ki",
     "growth[0].timing=3 steps",
@@ -124,7 +125,7 @@ def worst(found: dict[str, Any], expected: dict[str, Any]) -> float:
 def test_a_family_learns(trained: dict[str, Found], case: str) -> None:
     seen = [loss for _, loss in trained[case]["trained"][METRICS]]
     assert len(seen) == 3
-    assert seen[2] < seen[1] - 0.05 < seen[0] - 0.1
+    assert seen[2] < seen[1] - 0.05 < seen[0] - 0.15
 
 
 @pytest.mark.parametrize("name", ["trained", *LAYOUTS])

@@ -1,3 +1,6 @@
+import ctypes
+import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +47,32 @@ assert utils.device_module is torch.meta_accelerator
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def pages_of_ten_steps() -> int:
+    """Pages that the kernel gives anew while a step's activations come and go."""
+
+    def step() -> None:
+        activations = []
+        for _ in range(8):
+            activations.append(b"1" * (16 << 20))
+
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_a_step_s_freed_memory_is_kept_for_the_next_one() -> None:
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library")
+    ctypes.CDLL(None).mallopt(device.M_MMAP_THRESHOLD, 128 << 10)  # glibc's default
+    handed_back = pages_of_ten_steps()
+    device.keep_freed_memory()
+    kept = pages_of_ten_steps()
+    assert handed_back > 10_000
+    assert kept < 100
 
 
 def test_float8_is_refused_where_it_cannot_run(
