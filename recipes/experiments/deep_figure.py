@@ -1,6 +1,9 @@
 r"""What growing saved in deep_*: from the kept records, at equal validation loss, against tokens per parameter.
 
     python recipes/experiments/deep_figure.py deep_24x32 --figure recipes/figures/deep_24x32.png
+    python recipes/experiments/deep_figure.py deep_24x32 --of stack interleave zero random learn
+    python recipes/experiments/deep_figure.py deep_24x32 --of stack_d500K stack stack_d3M       # growth timing
+    python recipes/experiments/deep_figure.py deep_24x32 --of stack_g2 stack stack_g8           # growth factor
     python recipes/experiments/deep_figure.py deep_24x32 --loss train   # no text is seen twice: held out, too
     python recipes/experiments/deep_figure.py deep_24x32 --rate 1.2e-2  # the runs at another rate than the recipe's
     python recipes/experiments/deep_figure.py deep_24x32 --sweep        # the learning rates that were tried
@@ -42,13 +45,25 @@ FINE = 60  # in a picture
 SEEDS_FOR_INTERVAL = 3
 VOCABULARY = 2048
 NEVER = -1.0  # the saving of a grown run that never has the baseline's loss
-OPERATORS = ("stack", "interleave", "zero", "random", "learn")
-COLORS = {
-    "stack": "C0",
-    "interleave": "C1",
-    "zero": "C2",
-    "random": "C4",
-    "learn": "C5",
+
+
+class Way(NamedTuple):
+    """One way to grow, as figures show it."""
+
+    label: str
+    color: str
+
+
+WAYS = {  # as recipes are named: deep_24x32_WAY
+    "stack": Way("stack", "C0"),
+    "interleave": Way("interleave", "C1"),
+    "zero": Way("zero", "C2"),
+    "random": Way("random", "C4"),
+    "learn": Way("learn (LiGO)", "C5"),
+    "stack_d500K": Way("stack after 500K tokens", "C6"),
+    "stack_d3M": Way("stack after 3M tokens", "C7"),
+    "stack_g2": Way("stack, 12 -> 24 layers", "C8"),
+    "stack_g8": Way("stack, 3 -> 24 layers", "C9"),
 }
 FILES = {"validation": VALIDATION, "train": METRICS}
 KEPT = "The records of a run, without its checkpoints and the texts that its provenance names."
@@ -112,7 +127,7 @@ class Saving(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """The runs of one operator and their baselines, seed by seed."""
+    """The runs of one way to grow and their baselines, seed by seed."""
 
     seeds: list[str]
     scratch: list[Curve]
@@ -203,16 +218,16 @@ def parameters(family: str) -> int:
 
 
 def compared(
-    family: str, operator: str, loss: str, rate: str | None = None
+    family: str, way: str, loss: str, rate: str | None = None
 ) -> Compared | None:
     """The seeds of which both runs are kept; None where there is none."""
     baselines = seeds(f"{family}_scratch", rate)
-    pairs = [seed for seed in seeds(f"{family}_{operator}", rate) if seed in baselines]
+    pairs = [seed for seed in seeds(f"{family}_{way}", rate) if seed in baselines]
     if not pairs:
         return None
     ending = f"-lr{rate}" if rate else ""
     scratch = [read(f"{family}_scratch-{seed}{ending}", loss) for seed in pairs]
-    grown = [read(f"{family}_{operator}-{seed}{ending}", loss) for seed in pairs]
+    grown = [read(f"{family}_{way}-{seed}{ending}", loss) for seed in pairs]
     return Compared(seeds=pairs, scratch=scratch, grown=grown)
 
 
@@ -222,19 +237,21 @@ def kind_of_interval(count: int) -> str:
     return "noise within the runs alone, none over seeds"
 
 
-def tell(family: str, loss: str, rate: str | None = None) -> dict[str, Compared]:
-    """Prints a table for each operator; returns what it is of."""
+def tell(
+    family: str, ways: Sequence[str], loss: str, rate: str | None = None
+) -> dict[str, Compared]:
+    """Prints a table for each of the ways that has kept records; returns what it is of."""
     all_compared = {}
     size = parameters(family)
-    for operator in OPERATORS:
-        runs = compared(family, operator, loss, rate)
+    for way in ways:
+        runs = compared(family, way, loss, rate)
         if runs is None:
             continue
-        all_compared[operator] = runs
+        all_compared[way] = runs
         names = ", ".join(runs.seeds)
         at = f" at rate {rate}" if rate else ""
         print(
-            f"\n{family}_{operator} against {family}_scratch{at}, seeds {names}; {loss} loss, smoothed"
+            f"\n{family}_{way} against {family}_scratch{at}, seeds {names}; {loss} loss, smoothed"
         )
         interval = kind_of_interval(len(runs.seeds))
         print(
@@ -309,15 +326,16 @@ def draw(family: str, loss: str, all_compared: dict[str, Compared], file: Path) 
 
     for curve in next(iter(all_compared.values())).scratch:
         line(curve, "0.35", "from scratch")
-    for operator, runs in all_compared.items():
+    for way, runs in all_compared.items():
+        label, color = WAYS[way]
         for curve in runs.grown:
-            line(curve, COLORS[operator], f"{operator}, base included")
-        draw_savings(right, runs, parameters(family), COLORS[operator], operator)
+            line(curve, color, f"{label}, base included")
+        draw_savings(right, runs, parameters(family), color, label)
     left.set(
         xscale="log",
         xlabel="FLOPs, 6 N D",
         ylabel=f"{loss} loss",
-        title=f"{family}: growth by four in depth",
+        title=f"{family}: growth in depth",
     )
     left.legend(frameon=False)
     finish_savings(right, loss)
@@ -412,6 +430,14 @@ def main() -> int:
     parser.add_argument(
         "families", nargs="*", help="such as deep_24x32; several: what depth changes"
     )
+    parser.add_argument(
+        "--of",
+        nargs="+",
+        choices=WAYS,
+        default=["stack"],
+        metavar="WAY",
+        help=f"ways to grow: {', '.join(WAYS)} (default: stack)",
+    )
     parser.add_argument("--figure", type=Path, help="picture to write")
     parser.add_argument(
         "--loss", choices=FILES, default="validation", help="default: validation"
@@ -437,7 +463,7 @@ def main() -> int:
         if arguments.sweep:
             sweep(family)
             continue
-        all_compared = tell(family, arguments.loss, arguments.rate)
+        all_compared = tell(family, arguments.of, arguments.loss, arguments.rate)
         if arguments.figure and len(arguments.families) == 1 and all_compared:
             draw(family, arguments.loss, all_compared, arguments.figure)
     if arguments.figure and len(arguments.families) > 1:
