@@ -6,6 +6,7 @@ r"""What growing saved in deep_*: from the kept records, at equal validation los
     python recipes/experiments/deep_figure.py deep_24x32 --of stack_g2 stack stack_g8           # growth factor
     python recipes/experiments/deep_figure.py deep_24x32 --loss train   # no text is seen twice: held out, too
     python recipes/experiments/deep_figure.py deep_24x32 --rate 1.2e-2  # the runs at another rate than the recipe's
+    python recipes/experiments/deep_figure.py deep_24x32 --long         # to 80 tokens per parameter
     python recipes/experiments/deep_figure.py deep_24x32 --sweep        # the learning rates that were tried
     python recipes/experiments/deep_figure.py deep_8x32 deep_16x32 deep_24x32 --rate 1.2e-2 \
         --figure recipes/figures/deep_depth.png                         # what depth changes
@@ -158,9 +159,9 @@ def read(run: str, loss: str = "validation") -> Curve:
     return Curve(flops, tokens, losses)
 
 
-def seeds(recipe: str, rate: str | None = None) -> list[str]:
-    """The seeds of which records are kept, at the recipe's own learning rate or at another: RECIPE-SEED-lrRATE."""
-    ending = f"-lr{rate}" if rate else ""
+def seeds(recipe: str, ending: str = "") -> list[str]:
+    """The seeds of which records are kept, of runs as the recipe has them or with an ending: RECIPE-SEED-lrRATE at
+    another learning rate, RECIPE-SEED-long of those that went on."""
     found = []
     for run in RESULTS.glob(f"{recipe}-*{ending}"):
         seed = run.name.removeprefix(f"{recipe}-").removesuffix(ending)
@@ -217,15 +218,12 @@ def parameters(family: str) -> int:
     return round(row["flops"] / row["tokens"] / 6) - VOCABULARY * width
 
 
-def compared(
-    family: str, way: str, loss: str, rate: str | None = None
-) -> Compared | None:
+def compared(family: str, way: str, loss: str, ending: str = "") -> Compared | None:
     """The seeds of which both runs are kept; None where there is none."""
-    baselines = seeds(f"{family}_scratch", rate)
-    pairs = [seed for seed in seeds(f"{family}_{way}", rate) if seed in baselines]
+    baselines = seeds(f"{family}_scratch", ending)
+    pairs = [seed for seed in seeds(f"{family}_{way}", ending) if seed in baselines]
     if not pairs:
         return None
-    ending = f"-lr{rate}" if rate else ""
     scratch = [read(f"{family}_scratch-{seed}{ending}", loss) for seed in pairs]
     grown = [read(f"{family}_{way}-{seed}{ending}", loss) for seed in pairs]
     return Compared(seeds=pairs, scratch=scratch, grown=grown)
@@ -238,20 +236,19 @@ def kind_of_interval(count: int) -> str:
 
 
 def tell(
-    family: str, ways: Sequence[str], loss: str, rate: str | None = None
+    family: str, ways: Sequence[str], loss: str, ending: str = ""
 ) -> dict[str, Compared]:
     """Prints a table for each of the ways that has kept records; returns what it is of."""
     all_compared = {}
     size = parameters(family)
     for way in ways:
-        runs = compared(family, way, loss, rate)
+        runs = compared(family, way, loss, ending)
         if runs is None:
             continue
         all_compared[way] = runs
         names = ", ".join(runs.seeds)
-        at = f" at rate {rate}" if rate else ""
         print(
-            f"\n{family}_{way} against {family}_scratch{at}, seeds {names}; {loss} loss, smoothed"
+            f"\n{family}_{way}-*{ending} against {family}_scratch-*{ending}, seeds {names}; {loss} loss, smoothed"
         )
         interval = kind_of_interval(len(runs.seeds))
         print(
@@ -342,13 +339,11 @@ def draw(family: str, loss: str, all_compared: dict[str, Compared], file: Path) 
     picture.savefig(file, dpi=150)
 
 
-def draw_depths(
-    families: Sequence[str], loss: str, rate: str | None, file: Path
-) -> None:
+def draw_depths(families: Sequence[str], loss: str, ending: str, file: Path) -> None:
     """What stacking saved at several depths: over tokens per parameter, and over the baseline's tokens."""
     picture, left, right = two_panels()
     for number, family in enumerate(families):
-        runs = compared(family, "stack", loss, rate)
+        runs = compared(family, "stack", loss, ending)
         if runs is None:
             continue
         layers = family.removeprefix("deep_").split("x")[0]
@@ -381,7 +376,10 @@ def sweep(family: str) -> None:
     end of those that went on to it."""
     for operator in ("scratch", "stack"):
         curves: dict[float, list[tuple[float, float]]] = {}
-        for run in RESULTS.glob(f"{family}_{operator}-1*"):
+        at_its_own = [RESULTS / f"{family}_{operator}-1"]
+        for run in [*at_its_own, *RESULTS.glob(f"{family}_{operator}-1-lr*")]:
+            if not run.exists():
+                continue
             rate = load_recipe(
                 RunFolder(run).recipe_file, trusted=True
             ).train.learning_rate
@@ -456,20 +454,26 @@ def main() -> int:
         metavar="RUN",
         help="run folders to keep",
     )
+    parser.add_argument(
+        "--long",
+        action="store_true",
+        help="those that went on to 80 tokens per parameter",
+    )
     arguments = parser.parse_args()
+    ending = "-long" if arguments.long else ""
+    if arguments.rate:
+        ending = f"-lr{arguments.rate}"
     for run in arguments.keep:
         keep(RunFolder(run))
     for family in arguments.families:
         if arguments.sweep:
             sweep(family)
             continue
-        all_compared = tell(family, arguments.of, arguments.loss, arguments.rate)
+        all_compared = tell(family, arguments.of, arguments.loss, ending)
         if arguments.figure and len(arguments.families) == 1 and all_compared:
             draw(family, arguments.loss, all_compared, arguments.figure)
     if arguments.figure and len(arguments.families) > 1:
-        draw_depths(
-            arguments.families, arguments.loss, arguments.rate, arguments.figure
-        )
+        draw_depths(arguments.families, arguments.loss, ending, arguments.figure)
     return 0
 
 
