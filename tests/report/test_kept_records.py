@@ -18,6 +18,7 @@ OPERATORS = {
     "random": "G_random",
     "learn": "G_learn (LiGO)",
     "learn_author": "the same, its author's rates",
+    "learn_official": "the same, all maps of the official code",
 }
 KEPT = sorted(RESULTS.glob("ratio_8x64_*"))
 
