@@ -336,6 +336,8 @@ def draw(family: str, loss: str, all_compared: dict[str, Compared], file: Path) 
     )
     left.legend(frameon=False)
     finish_savings(right, loss)
+    if len(all_compared) > 1:
+        legend_below(picture, right)
     picture.savefig(file, dpi=150)
 
 
@@ -350,15 +352,21 @@ def draw_depths(families: Sequence[str], loss: str, ending: str, file: Path) -> 
         label = f"{int(layers) // 4} -> {layers} layers"
         draw_savings(left, runs, parameters(family), f"C{number}", label)
         draw_savings(right, runs, 10**6, f"C{number}", label)
-    for axes in (left, right):
-        finish_savings(axes, loss)
-        axes.get_legend().remove()
+    finish_savings(left, loss)
+    finish_savings(right, loss)
+    right.get_legend().remove()
     right.set(xlabel="the baseline's tokens, millions", ylabel="")
-    lines, labels = left.get_legend_handles_labels()
-    picture.legend(
-        lines, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=7
-    )
+    legend_below(picture, left)
     picture.savefig(file, dpi=150)
+
+
+def legend_below(picture: Any, axes: Any) -> None:
+    """Puts the legend of ``axes`` under the picture, where it covers no curve."""
+    axes.get_legend().remove()
+    lines, labels = axes.get_legend_handles_labels()
+    picture.legend(
+        lines, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=6
+    )
 
 
 def finish_savings(axes: Any, loss: str) -> None:

@@ -78,6 +78,22 @@ def test_the_table_of_what_growing_saved_is_what_the_records_give() -> None:
         assert ends in " ".join(text.split())
 
 
+def test_the_table_of_other_operators_is_what_the_records_of_one_seed_give() -> None:
+    figure = load("deep_figure")
+    text = (EXPERIMENTS.parent / "RESULTS.md").read_text(encoding="utf-8")
+    size = figure.parameters("deep_24x32")
+    cells: dict[float, list[str]] = {}
+    for way in ("stack", "interleave", "zero", "random", "learn"):
+        runs = figure.compared("deep_24x32", way, "validation")
+        for saving in runs.savings(figure.POINTS + 1):
+            first = saving.each[runs.seeds.index("1")]
+            told = "never" if first == figure.NEVER else f"{first:+.0%}"
+            cells.setdefault(saving.tokens, []).append(told)
+    assert len(cells) >= 5
+    for tokens, row in cells.items():
+        assert f"| {tokens / size:.1f} | {' | '.join(row)} |" in text
+
+
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="Debian's packages need dpkg")
 def test_the_corpus_is_the_chosen_files_wherever_it_lies(tmp_path: Path) -> None:
     source = tmp_path / "tree" / "linux-source-9.9"
