@@ -261,10 +261,12 @@ def tell(
     return all_compared
 
 
+def told_of_seed(saved: float) -> str:
+    return "never" if saved == NEVER else f"{saved:+.0%}"
+
+
 def _told(saving: Saving) -> str:
-    each = " ".join(
-        "never" if value == NEVER else f"{value:+.0%}" for value in saving.each
-    )
+    each = " ".join(told_of_seed(value) for value in saving.each)
     if np.isnan(saving.mean):
         return f"      -   a grown run never has this loss; {each}"
     return f"{saving.mean:+7.0%}   {saving.low:+.0%} to {saving.high:+.0%}; {each}"
@@ -384,10 +386,8 @@ def sweep(family: str) -> None:
     end of those that went on to it."""
     for operator in ("scratch", "stack"):
         curves: dict[float, list[tuple[float, float]]] = {}
-        at_its_own = [RESULTS / f"{family}_{operator}-1"]
-        for run in [*at_its_own, *RESULTS.glob(f"{family}_{operator}-1-lr*")]:
-            if not run.exists():
-                continue
+        first_seed = f"{family}_{operator}-1"
+        for run in [*RESULTS.glob(first_seed), *RESULTS.glob(f"{first_seed}-lr*")]:
             rate = load_recipe(
                 RunFolder(run).recipe_file, trusted=True
             ).train.learning_rate

@@ -62,9 +62,7 @@ def test_the_table_of_what_growing_saved_is_what_the_records_give() -> None:
     savings = runs.savings(figure.POINTS + 1)
     assert len(savings) >= 5
     for saving in savings:
-        each = []
-        for value in saving.each:
-            each.append("never" if value == figure.NEVER else f"{value:+.0%}")
+        each = [figure.told_of_seed(value) for value in saving.each]
         of_all = "- | -"
         if figure.NEVER not in saving.each:
             of_all = f"{saving.mean:+.0%} | {saving.low:+.0%} to {saving.high:+.0%}"
@@ -87,8 +85,7 @@ def test_the_table_of_other_operators_is_what_the_records_of_one_seed_give() -> 
         runs = figure.compared("deep_24x32", way, "validation")
         for saving in runs.savings(figure.POINTS + 1):
             first = saving.each[runs.seeds.index("1")]
-            told = "never" if first == figure.NEVER else f"{first:+.0%}"
-            cells.setdefault(saving.tokens, []).append(told)
+            cells.setdefault(saving.tokens, []).append(figure.told_of_seed(first))
     assert len(cells) >= 5
     for tokens, row in cells.items():
         assert f"| {tokens / size:.1f} | {' | '.join(row)} |" in text

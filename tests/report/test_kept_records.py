@@ -54,8 +54,13 @@ def test_kept_records_have_their_recipe_hashes_and_what_is_known(run: Path) -> N
         assert json.loads(records[-1])["tokens"] == stage.start_tokens + stage.tokens
 
 
-def test_the_readme_s_table_is_what_the_records_give(comparison: Comparison) -> None:
+def row_of(method: str) -> str:
     text = (RECIPES / "RESULTS.md").read_text(encoding="utf-8")
+    [row] = [line for line in text.splitlines() if line.startswith(f"  | {method} |")]
+    return row
+
+
+def test_the_readme_s_table_is_what_the_records_give(comparison: Comparison) -> None:
     column = {"train": 2, "validation": 4}[comparison.loss]
     for name, method in OPERATORS.items():
         reached = comparison.speed_ups[f"ratio_8x64_{name}"]
@@ -64,24 +69,19 @@ def test_the_readme_s_table_is_what_the_records_give(comparison: Comparison) -> 
         for speed_up in reached:
             assert speed_up.interval is not None
             excluding += speed_up.interval.excludes_0
-        [row] = [
-            line for line in text.splitlines() if line.startswith(f"  | {method} |")
-        ]
+        row = row_of(method)
         cells = [cell.strip() for cell in row.split("|")]
         assert cells[column] == f"{min(savings):+.0%} to {max(savings):+.0%}"
         assert cells[column + 1] == f"{excluding} of {len(reached)}"
 
 
 def test_the_table_s_final_losses_are_those_of_the_records() -> None:
-    text = (RECIPES / "RESULTS.md").read_text(encoding="utf-8")
     for name, method in {"scratch": "none (scratch)", **OPERATORS}.items():
         ends = []
         for run in runs_of(name):
             records = read_records(RunFolder(run).stages()[-1].validation_file)
             ends.append(records[-1]["loss"])
-        [row] = [
-            line for line in text.splitlines() if line.startswith(f"  | {method} |")
-        ]
+        row = row_of(method)
         assert row.endswith(f"| {sum(ends) / len(ends):.3f} |")
 
 
