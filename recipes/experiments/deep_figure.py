@@ -126,6 +126,17 @@ class Saving(NamedTuple):
     each: list[float]
     loss: float
 
+    @property
+    def known(self) -> bool:
+        """Whether every grown run came to the loss, and there is a mean."""
+        return not np.isnan(self.mean)
+
+    def interval(self) -> str:
+        return f"{self.low:+.0%} to {self.high:+.0%}"
+
+    def told_each(self) -> str:
+        return " ".join(told_of_seed(saved) for saved in self.each)
+
 
 class Compared(NamedTuple):
     """The runs of one way to grow and their baselines, seed by seed."""
@@ -189,7 +200,9 @@ def savings(
         mean, half = np.nan, np.nan
         if np.all(np.isfinite(logs)):
             mean = float(np.mean(logs))
-            half = _half_of_interval(logs, errors)
+            half = 1.96 * float(np.mean(errors))
+            if len(logs) >= SEEDS_FOR_INTERVAL:
+                half = half_of_interval(logs)
         yield Saving(
             tokens=count,
             mean=float(np.expm1(mean)),
@@ -201,12 +214,10 @@ def savings(
         )
 
 
-def _half_of_interval(logs: Sequence[float], errors: Sequence[float]) -> float:
-    """Of 95%: by the spread between seeds, or, with too few, by the noise within the runs."""
-    count = len(logs)
-    if count < SEEDS_FOR_INTERVAL:
-        return 1.96 * float(np.mean(errors))
-    spread = float(np.std(logs, ddof=1))
+def half_of_interval(of_seeds: Sequence[float]) -> float:
+    """Of 95%, by the spread between seeds."""
+    count = len(of_seeds)
+    spread = float(np.std(of_seeds, ddof=1))
     return float(student_t(count - 1)) * spread / np.sqrt(count)
 
 
@@ -235,41 +246,113 @@ def kind_of_interval(count: int) -> str:
     return "noise within the runs alone, none over seeds"
 
 
-def tell(
-    family: str, ways: Sequence[str], loss: str, ending: str = ""
-) -> dict[str, Compared]:
-    """Prints a table for each of the ways that has kept records; returns what it is of."""
-    all_compared = {}
-    size = parameters(family)
-    for way in ways:
-        runs = compared(family, way, loss, ending)
-        if runs is None:
-            continue
-        all_compared[way] = runs
-        names = ", ".join(runs.seeds)
-        print(
-            f"\n{family}_{way}-*{ending} against {family}_scratch-*{ending}, seeds {names}; {loss} loss, smoothed"
+def tell(family: str, runs_of_ways: dict[str, Compared], loss: str) -> None:
+    """Prints what was saved, and the losses at the end, as tables in Markdown."""
+    print()
+    if len(runs_of_ways) == 1:
+        [(way, runs)] = runs_of_ways.items()
+        print(f"{family}, {WAYS[way].label}: saved at equal {loss} loss\n")
+        print_table(each_seed(family, runs))
+    else:
+        print(f"{family}: saved at equal {loss} loss (95%, Student's t)\n")
+        print_table(ways_beside_one_another(family, runs_of_ways))
+    print(f"\n{loss} loss at the end, smoothed\n")
+    print_table(ends(runs_of_ways))
+
+
+def each_seed(family: str, runs: Compared) -> list[list[str]]:
+    """What one way saved, seed by seed."""
+    interval = kind_of_interval(len(runs.seeds))
+    names = ", ".join(runs.seeds)
+    header = [
+        "the baseline's tokens",
+        "per parameter",
+        "loss",
+        "saved",
+        interval,
+        f"seeds {names}",
+    ]
+    rows = [header]
+    for saving in runs.savings(POINTS + 1):
+        mean, between = "-", "-"
+        if saving.known:
+            mean, between = f"{saving.mean:+.0%}", saving.interval()
+        rows.append(
+            [
+                f"{saving.tokens / 1e6:.2f}M",
+                f"{saving.tokens / parameters(family):.1f}",
+                f"{saving.loss:.3f}",
+                mean,
+                between,
+                saving.told_each(),
+            ]
         )
-        interval = kind_of_interval(len(runs.seeds))
-        print(
-            f"{'tokens':>8} {'/ parameter':>11} {'loss':>7} {'saved':>7}   {interval}; each seed"
-        )
+    return rows
+
+
+def ways_beside_one_another(
+    family: str, runs_of_ways: dict[str, Compared]
+) -> list[list[str]]:
+    """The mean of each way over its seeds, with its interval; each seed where they are too few for one, or one of them
+    never had the loss."""
+    header = ["tokens per parameter"]
+    rows: dict[float, list[str]] = {}
+    for way, runs in runs_of_ways.items():
+        header.append(f"{WAYS[way].label}, {told_count(len(runs.seeds))}")
         for saving in runs.savings(POINTS + 1):
-            print(
-                f"{saving.tokens / 1e6:7.2f}M {saving.tokens / size:11.1f} {saving.loss:7.4f} {_told(saving)}"
-            )
-    return all_compared
+            cell = saving.told_each()
+            if saving.known and saving.seeds >= SEEDS_FOR_INTERVAL:
+                cell = f"{saving.mean:+.0%} ({saving.interval()})"
+            ratio = f"{saving.tokens / parameters(family):.1f}"
+            rows.setdefault(saving.tokens, [ratio]).append(cell)
+    return [header, *rows.values()]
+
+
+def ends(runs_of_ways: dict[str, Compared]) -> list[list[str]]:
+    """The smoothed loss of each run at its end, and by how much that of its twin from scratch lies above it; all end
+    with the same FLOPs."""
+    losses: dict[str, dict[str, float]] = {"scratch": {}}
+    for way, runs in runs_of_ways.items():
+        losses[WAYS[way].label] = {}
+        for seed, scratch, grown in zip(
+            runs.seeds, runs.scratch, runs.grown, strict=True
+        ):
+            losses["scratch"][seed], _ = scratch.smoothed(scratch.flops[-1])
+            losses[WAYS[way].label][seed], _ = grown.smoothed(grown.flops[-1])
+    names = sorted(losses["scratch"], key=int)
+    rows = [["", *(f"seed {name}" for name in names), "below scratch's, mean (95%)"]]
+    for label, of_seeds in losses.items():
+        cells = []
+        for name in names:
+            cells.append(f"{of_seeds[name]:.3f}" if name in of_seeds else "not run")
+        below = [losses["scratch"][seed] - loss for seed, loss in of_seeds.items()]
+        rows.append([label, *cells, "" if label == "scratch" else told_below(below)])
+    return rows
+
+
+def told_below(below: Sequence[float]) -> str:
+    mean = float(np.mean(below))
+    if len(below) < SEEDS_FOR_INTERVAL:
+        return f"{mean:.3f}"
+    half = half_of_interval(below)
+    return f"{mean:.3f} ({mean - half:.3f} to {mean + half:.3f})"
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """In Markdown, as it stands in recipes/RESULTS.md."""
+    header, *others = rows
+    print(f"| {' | '.join(header)} |")
+    print("|---" * len(header) + "|")
+    for row in others:
+        print(f"| {' | '.join(row)} |")
+
+
+def told_count(seeds: int) -> str:
+    return f"{seeds} seed{'s' * (seeds > 1)}"
 
 
 def told_of_seed(saved: float) -> str:
     return "never" if saved == NEVER else f"{saved:+.0%}"
-
-
-def _told(saving: Saving) -> str:
-    each = " ".join(told_of_seed(value) for value in saving.each)
-    if np.isnan(saving.mean):
-        return f"      -   a grown run never has this loss; {each}"
-    return f"{saving.mean:+7.0%}   {saving.low:+.0%} to {saving.high:+.0%}; {each}"
 
 
 def two_panels() -> tuple[Any, Any, Any]:
@@ -296,7 +379,7 @@ def draw_savings(axes: Any, runs: Compared, size: int, color: str, label: str) -
     low = [100 * saving.low for saving in found]
     high = [100 * saving.high for saving in found]
     count = len(runs.seeds)
-    text = f"{label}, {count} seed{'s' * (count > 1)}\nband: {kind_of_interval(count)}"
+    text = f"{label}, {told_count(count)}\nband: {kind_of_interval(count)}"
     axes.plot(x, [100 * saving.mean for saving in found], color=color, label=text)
     axes.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
     if count > 1:
@@ -308,7 +391,7 @@ def draw_savings(axes: Any, runs: Compared, size: int, color: str, label: str) -
             axes.plot(x, seed, color=color, lw=0.5, alpha=0.6)
 
 
-def draw(family: str, loss: str, all_compared: dict[str, Compared], file: Path) -> None:
+def draw(family: str, loss: str, runs_of_ways: dict[str, Compared], file: Path) -> None:
     """Losses over FLOPs, and what was saved over tokens per parameter."""
     picture, left, right = two_panels()
     labelled = set()
@@ -323,9 +406,9 @@ def draw(family: str, loss: str, all_compared: dict[str, Compared], file: Path) 
         )
         labelled.add(label)
 
-    for curve in next(iter(all_compared.values())).scratch:
+    for curve in next(iter(runs_of_ways.values())).scratch:
         line(curve, "0.35", "from scratch")
-    for way, runs in all_compared.items():
+    for way, runs in runs_of_ways.items():
         label, color = WAYS[way]
         for curve in runs.grown:
             line(curve, color, f"{label}, base included")
@@ -338,7 +421,7 @@ def draw(family: str, loss: str, all_compared: dict[str, Compared], file: Path) 
     )
     left.legend(frameon=False)
     finish_savings(right, loss)
-    if len(all_compared) > 1:
+    if len(runs_of_ways) > 1:
         legend_below(picture, right)
     picture.savefig(file, dpi=150)
 
@@ -378,33 +461,41 @@ def finish_savings(axes: Any, loss: str) -> None:
         ylabel="FLOPs(scratch) / FLOPs(grown) - 1, %",
         title=f"saved at equal {loss} loss",
     )
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")  # curves fall
 
 
 def sweep(family: str) -> None:
     """The learning rates that were tried with seed 1: validation loss at the most FLOPs that all runs have, and at the
     end of those that went on to it."""
+    table: list[list[str]] = []
     for operator in ("scratch", "stack"):
-        curves: dict[float, list[tuple[float, float]]] = {}
-        first_seed = f"{family}_{operator}-1"
-        for run in [*RESULTS.glob(first_seed), *RESULTS.glob(f"{first_seed}-lr*")]:
-            rate = load_recipe(
-                RunFolder(run).recipe_file, trusted=True
-            ).train.learning_rate
-            rows = records(run.name, "validation")
-            curves[rate] = [(row["flops"], row["loss"]) for row in rows]
-        if not curves:
-            continue
+        curves = curves_of_rates(f"{family}_{operator}-1")
+        rates = sorted(curves)
         fewest = min(rows[-1][0] for rows in curves.values())
         most = max(rows[-1][0] for rows in curves.values())
-        print(
-            f"{family}_{operator}: validation loss at {fewest:.3g} and at {most:.3g} FLOPs"
-        )
-        for rate in sorted(curves):
-            early = [loss for flops, loss in curves[rate] if flops <= fewest][-1]
+        early, late = [operator, f"{fewest:.2e}"], ["", f"{most:.2e}, the end"]
+        for rate in rates:
+            losses = [loss for flops, loss in curves[rate] if flops <= fewest]
+            early.append(f"{losses[-1]:.3f}")
             last_flops, last = curves[rate][-1]
-            late = f"{last:.4f}" if last_flops > 0.99 * most else "not run"
-            print(f"  {rate:>7g}  {early:.4f}  {late}")
+            late.append(f"{last:.3f}" if last_flops > 0.99 * most else "not run")
+        if not table:
+            table.append(["", "FLOPs", *(f"rate {rate:g}" for rate in rates)])
+        table += [early, late]
+    print(f"\n{family}, seed 1: validation loss\n")
+    print_table(table)
+
+
+def curves_of_rates(run: str) -> dict[float, list[tuple[float, float]]]:
+    """FLOPs and validation loss of a run as its recipe has it, and at other learning rates."""
+    curves = {}
+    for folder in [*RESULTS.glob(run), *RESULTS.glob(f"{run}-lr*")]:
+        recipe = load_recipe(RunFolder(folder).recipe_file, trusted=True)
+        rows = records(folder.name, "validation")
+        curves[recipe.train.learning_rate] = [
+            (row["flops"], row["loss"]) for row in rows
+        ]
+    return curves
 
 
 def keep(run: RunFolder) -> None:
@@ -429,7 +520,7 @@ def keep(run: RunFolder) -> None:
             shutil.copyfile(stage.record_file(name), target)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -467,7 +558,7 @@ def main() -> int:
         action="store_true",
         help="those that went on to 80 tokens per parameter",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     ending = "-long" if arguments.long else ""
     if arguments.rate:
         ending = f"-lr{arguments.rate}"
@@ -477,9 +568,18 @@ def main() -> int:
         if arguments.sweep:
             sweep(family)
             continue
-        all_compared = tell(family, arguments.of, arguments.loss, ending)
-        if arguments.figure and len(arguments.families) == 1 and all_compared:
-            draw(family, arguments.loss, all_compared, arguments.figure)
+        runs_of_ways = {}
+        for way in arguments.of:
+            runs = compared(family, way, arguments.loss, ending)
+            if runs is None:
+                print(f"{family}_{way}: no records of it are kept", file=sys.stderr)
+                continue
+            runs_of_ways[way] = runs
+        if not runs_of_ways:
+            continue
+        tell(family, runs_of_ways, arguments.loss)
+        if arguments.figure and len(arguments.families) == 1:
+            draw(family, arguments.loss, runs_of_ways, arguments.figure)
     if arguments.figure and len(arguments.families) > 1:
         draw_depths(arguments.families, arguments.loss, ending, arguments.figure)
     return 0
