@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from stackgrow.run_folder.folder import METRICS, VALIDATION, RunFolder
+from stackgrow.run_folder.lines import read_records
+
 EXPERIMENTS = Path(__file__).parents[2] / "recipes" / "experiments"
+COMMAND = "    python recipes/experiments/deep_figure.py "
 
 
 def load(name: str) -> ModuleType:
@@ -54,41 +59,77 @@ def test_a_known_saving_is_found(seeds: int) -> None:
     assert figure.NEVER not in beyond.each[:-1]
 
 
-def test_the_table_of_what_growing_saved_is_what_the_records_give() -> None:
+def told_in_results() -> dict[str, list[str]]:
+    """What recipes/RESULTS.md says of deep_figure.py: each command, and the rows of the tables under it."""
+    told: dict[str, list[str]] = {}
+    command = None
+    lines = (EXPERIMENTS.parent / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        if line.startswith(COMMAND):
+            command = line.removeprefix(COMMAND)
+            told[command] = []
+        elif line.startswith("#"):
+            command = None
+        elif command is not None and line.startswith("|"):
+            told[command].append(line)
+    return told
+
+
+@pytest.mark.parametrize("command", told_in_results())
+def test_a_table_of_what_growing_saved_is_what_its_command_prints(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command.split()
+    if "--figure" in arguments:
+        place = arguments.index("--figure")
+        del arguments[place : place + 2]
+    load("deep_figure").main(arguments)
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line for line in printed if line.startswith("|")]
+    assert len(rows) >= 5
+    assert rows == told_in_results()[command]
+
+
+def test_runs_that_went_on_have_the_losses_of_those_that_ended() -> None:
+    """As of any run with a larger budget, bit for bit."""
+    results = EXPERIMENTS / "results"
+    longer = sorted(results.glob("deep_*-long"))
+    assert len(longer) >= 2
+    for run in longer:
+        ended = RunFolder(results / run.name.removesuffix("-long"))
+        for stage in ended.stages():
+            for name in (METRICS, VALIDATION):
+                losses = losses_of(stage.record_file(name))
+                gone_on = losses_of(RunFolder(run).stage(stage.name).record_file(name))
+                assert len(losses) >= 5
+                assert losses.items() <= gone_on.items(), f"{run.name}, {stage.name}"
+
+
+def losses_of(file: Path) -> dict[int, float]:
+    """By step."""
+    return {row["step"]: row["loss"] for row in read_records(file)}
+
+
+def test_the_first_screen_says_what_the_records_give() -> None:
     figure = load("deep_figure")
-    text = (EXPERIMENTS.parent / "RESULTS.md").read_text(encoding="utf-8")
-    runs = figure.compared("deep_24x32", "stack", "validation")
+    readme = EXPERIMENTS.parents[1] / "README.md"
+    caption = " ".join(readme.read_text(encoding="utf-8").split())
     size = figure.parameters("deep_24x32")
-    savings = runs.savings(figure.POINTS + 1)
-    assert len(savings) >= 5
+    savings = figure.compared("deep_24x32", "stack", "validation").savings(7)
+    said = 0
     for saving in savings:
-        each = [figure.told_of_seed(value) for value in saving.each]
-        of_all = "- | -"
-        if figure.NEVER not in saving.each:
-            of_all = f"{saving.mean:+.0%} | {saving.low:+.0%} to {saving.high:+.0%}"
-        row = (
-            f"| {saving.tokens / 1e6:.2f}M | {saving.tokens / size:.1f} | {saving.loss:.3f} "
-            f"| {of_all} | {' '.join(each)} |"
-        )
-        assert row in text
-    for scratch, grown in zip(runs.scratch, runs.grown, strict=True):
-        ends = f"{scratch.loss[-1]:.3f} and {grown.loss[-1]:.3f}"
-        assert ends in " ".join(text.split())
-
-
-def test_the_table_of_other_operators_is_what_the_records_of_one_seed_give() -> None:
-    figure = load("deep_figure")
-    text = (EXPERIMENTS.parent / "RESULTS.md").read_text(encoding="utf-8")
-    size = figure.parameters("deep_24x32")
-    cells: dict[float, list[str]] = {}
-    for way in ("stack", "interleave", "zero", "random", "learn"):
-        runs = figure.compared("deep_24x32", way, "validation")
-        for saving in runs.savings(figure.POINTS + 1):
-            first = saving.each[runs.seeds.index("1")]
-            cells.setdefault(saving.tokens, []).append(figure.told_of_seed(first))
-    assert len(cells) >= 5
-    for tokens, row in cells.items():
-        assert f"| {tokens / size:.1f} | {' | '.join(row)} |" in text
+        ratio = f"at {saving.tokens / size:.1f}"
+        if ratio in caption and saving.known:
+            low, high = f"{100 * saving.low:+.0f}", f"{100 * saving.high:+.0f}"
+            found = re.search(
+                re.escape(f"{saving.mean:+.0%} (")
+                + r"(95%: )?"
+                + re.escape(f"{low} to {high}) {ratio}"),
+                caption,
+            )
+            assert found, saving
+            said += 1
+    assert said == 3
 
 
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="Debian's packages need dpkg")

@@ -56,7 +56,7 @@ def test_kept_records_have_their_recipe_hashes_and_what_is_known(run: Path) -> N
 
 def row_of(method: str) -> str:
     text = (RECIPES / "RESULTS.md").read_text(encoding="utf-8")
-    [row] = [line for line in text.splitlines() if line.startswith(f"  | {method} |")]
+    [row] = [line for line in text.splitlines() if line.startswith(f"| {method} |")]
     return row
 
 
