@@ -3,49 +3,64 @@
     python recipes/experiments/prepare_kernel.py                       # -> data/kernel, in about five minutes
     python recipes/experiments/prepare_kernel.py --work /big/disk --out /big/disk/kernel
 
-Needs Debian with apt-get, dpkg and GNU tar, 139 MB of download and 1.5 GB of disk;
-no right to install anything. Takes *.c, *.h, *.rst and *.txt of FOLDERS, trains a tokenizer of 2,048 pieces on it and
-prints a hash of the store's tokens. With a package of KNOWN the hash must be the one written there: other text, or
-another tokenizer, is told and ends with code 1. A package that Debian has dropped from its index is on
-snapshot.debian.org; give the file with --package.
+Needs dpkg and GNU tar, 139 MB of download and 1.5 GB of disk; no right to install anything. Takes the package that was
+measured on, from apt where its index has it, otherwise from snapshot.debian.org, which keeps all that Debian ever had.
+Of it takes *.c, *.h, *.rst and *.txt of FOLDERS, trains a tokenizer of 2,048 pieces on them, and prints a hash of the
+store's tokens, which must be CONTENT: anything else is told and ends with code 1. --package takes other text, such as
+what apt-get download linux-source-6.12 gives; losses will then differ.
 """
 
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
-SOURCES = (
-    "linux-source-6.12",
-    "linux-source-6.1",
-)  # Debian 13 has the first, Debian 12 the second
+NAME, VERSION = "linux-source-6.1", "6.1.176-1"
+FILE = f"{NAME}_{VERSION}_all.deb"
+SHA256 = "9305d1a151b8e83dcb88aa11361e7b9513f0c252bdf7f5647e4542762d99c094"
+CONTENT = "74be5bb1908252f67f4f3c1c3d74c04f6daf218ac4d80f1d1930eff4dd3bab04"
+SNAPSHOT = "https://snapshot.debian.org/file/88a9623d7b92776fbdae70dba1510eeca618a7fa"  # by its SHA-1
 FOLDERS = (
     "Documentation", "arch", "block", "certs", "crypto", "fs", "include", "init", "io_uring",
     "ipc", "kernel", "lib", "mm", "net", "security", "sound", "tools", "virt",
 )  # fmt: skip
 SUFFIXES = (".c", ".h", ".rst", ".txt")
 VOCAB = 2048
-KNOWN = {
-    "linux-source-6.1_6.1.176-1_all.deb": "74be5bb1908252f67f4f3c1c3d74c04f6daf218ac4d80f1d1930eff4dd3bab04",
-}
 ROOT = Path(__file__).parents[2]
 
 
 def download(folder: Path) -> Path:
-    """The newest package of SOURCES that this machine's index has; what lies in the folder already is taken."""
-    for name in SOURCES:
-        if not (found := sorted(folder.glob(f"{name}_*.deb"))):
-            if subprocess.run(
-                ["apt-get", "download", name], cwd=folder, capture_output=True
-            ).returncode:
-                continue
-            found = sorted(folder.glob(f"{name}_*.deb"))
-        return found[-1]
-    raise SystemExit(
-        f"prepare_kernel: no {' or '.join(SOURCES)} in apt's index; apt-get update, or give --package"
-    )
+    """The package that was measured on; what lies in the folder already is taken."""
+    package = folder / FILE
+    if not package.exists() and shutil.which("apt-get"):
+        wanted = f"{NAME}={VERSION}"
+        subprocess.run(["apt-get", "download", wanted], cwd=folder, capture_output=True)
+    if not package.exists():
+        download_from_snapshot(package)
+
+    found = hashlib.sha256(package.read_bytes()).hexdigest()
+    if found != SHA256:
+        raise SystemExit(
+            f"prepare_kernel: {package} is damaged, its SHA-256 is {found} and not {SHA256}; remove it"
+        )
+    return package
+
+
+def download_from_snapshot(package: Path) -> None:
+    partial = package.with_suffix(".partial")
+    print(f"{SNAPSHOT} -> {package}")
+    try:
+        urllib.request.urlretrieve(SNAPSHOT, partial)
+    except OSError as error:
+        raise SystemExit(
+            f"prepare_kernel: neither apt nor {SNAPSHOT} gives {FILE} ({error}). Get it elsewhere and give"
+            " --package FILE. With another version, such as apt-get download linux-source-6.12 has, losses differ"
+        ) from None
+    partial.rename(package)
 
 
 def unpack(package: Path, folder: Path) -> Path:
@@ -123,20 +138,19 @@ def main() -> int:
         [*command, "--train-tokenizer", str(arguments.vocab), "--out", arguments.out],
         check=True,
     )
-    found, known = content_hash(arguments.out), KNOWN.get(package.name)
+    found = content_hash(arguments.out)
     print(f"{package.name}\ncontent hash {found}")
-    if known and found != known:
-        print(
-            f"prepare_kernel: NOT the store that was measured on, whose hash is {known}",
-            file=sys.stderr,
-        )
-        return 1
+    if found == CONTENT:
+        print("as measured on")
+        return 0
+    if arguments.package or arguments.vocab != VOCAB:
+        print("another store than was measured on: losses will differ")
+        return 0
     print(
-        "as measured on"
-        if known
-        else "a package whose hash is not known here: losses will differ in their digits"
+        f"prepare_kernel: NOT the store that was measured on, whose hash is {CONTENT}",
+        file=sys.stderr,
     )
-    return 0
+    return 1
 
 
 if __name__ == "__main__":

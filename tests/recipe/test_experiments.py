@@ -1,11 +1,16 @@
 """The scripts beside recipes/experiments: the corpus in one command, and what growing saved."""
 
+import functools
+import hashlib
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 
@@ -132,6 +137,48 @@ def test_the_first_screen_says_what_the_records_give() -> None:
     assert said == 3
 
 
+@pytest.fixture
+def prepare_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ModuleType]:
+    """It wants a package that no apt has, and knows a server that has it, as snapshot.debian.org has them all."""
+    module = load("prepare_kernel")
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    (archive / "by_sha1").write_bytes(b"a package")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=archive)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(module, "NAME", "linux-source-0.0")
+    monkeypatch.setattr(module, "FILE", "linux-source-0.0_1_all.deb")
+    monkeypatch.setattr(module, "SNAPSHOT", f"{address}/by_sha1")
+    monkeypatch.setattr(module, "SHA256", hashlib.sha256(b"a package").hexdigest())
+    yield module
+    server.shutdown()
+
+
+def test_the_measured_package_is_got_where_apt_no_longer_has_it(
+    prepare_kernel: ModuleType, tmp_path: Path
+) -> None:
+    package = prepare_kernel.download(tmp_path)
+    assert package == tmp_path / "linux-source-0.0_1_all.deb"
+    assert package.read_bytes() == b"a package"
+
+
+def test_another_package_is_never_taken_for_the_measured_one(
+    prepare_kernel: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "linux-source-0.0_1_all.deb").write_bytes(b"a pack")
+    with pytest.raises(SystemExit, match=r"is damaged.*remove it"):
+        prepare_kernel.download(tmp_path)
+    (tmp_path / "linux-source-0.0_1_all.deb").unlink()
+    (tmp_path / "linux-source-9.9_1_all.deb").write_bytes(b"a newer one")
+    monkeypatch.setattr(prepare_kernel, "SNAPSHOT", prepare_kernel.SNAPSHOT + "_gone")
+    with pytest.raises(SystemExit, match=r"404.*--package FILE"):
+        prepare_kernel.download(tmp_path)
+
+
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="Debian's packages need dpkg")
 def test_the_corpus_is_the_chosen_files_wherever_it_lies(tmp_path: Path) -> None:
     source = tmp_path / "tree" / "linux-source-9.9"
@@ -183,7 +230,7 @@ def test_the_corpus_is_the_chosen_files_wherever_it_lies(tmp_path: Path) -> None
             for line in told.splitlines()
             if line.startswith("content hash")
         ]
-        assert "hash is not known" in told
+        assert "another store than was measured on" in told
         listing = json.loads(
             (tmp_path / where / "store" / "sources-00.json").read_text(encoding="utf-8")
         )["files"]
