@@ -370,8 +370,11 @@ def two_panels() -> tuple[Any, Any, Any]:
     return picture, left, right
 
 
-def draw_savings(axes: Any, runs: Compared, size: int, color: str, label: str) -> None:
-    """The mean over seeds with its band, and each seed as a thin line, against tokens per parameter."""
+def draw_savings(
+    axes: Any, runs: Compared, size: int, color: str, label: str, each_seed: bool
+) -> None:
+    """The mean over seeds with its band, and each seed as a thin line where there is room, against tokens per
+    parameter."""
     found = runs.savings(FINE)
     if not found:
         return
@@ -382,7 +385,7 @@ def draw_savings(axes: Any, runs: Compared, size: int, color: str, label: str) -
     text = f"{label}, {told_count(count)}\nband: {kind_of_interval(count)}"
     axes.plot(x, [100 * saving.mean for saving in found], color=color, label=text)
     axes.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
-    if count > 1:
+    if count > 1 and each_seed:
         for i in range(count):
             seed = [
                 100 * saving.each[i] if saving.each[i] != NEVER else np.nan
@@ -412,7 +415,9 @@ def draw(family: str, loss: str, runs_of_ways: dict[str, Compared], file: Path) 
         label, color = WAYS[way]
         for curve in runs.grown:
             line(curve, color, f"{label}, base included")
-        draw_savings(right, runs, parameters(family), color, label)
+        draw_savings(
+            right, runs, parameters(family), color, label, len(runs_of_ways) == 1
+        )
     left.set(
         xscale="log",
         xlabel="FLOPs, 6 N D",
@@ -435,8 +440,8 @@ def draw_depths(families: Sequence[str], loss: str, ending: str, file: Path) -> 
             continue
         layers = family.removeprefix("deep_").split("x")[0]
         label = f"{int(layers) // 4} -> {layers} layers"
-        draw_savings(left, runs, parameters(family), f"C{number}", label)
-        draw_savings(right, runs, 10**6, f"C{number}", label)
+        draw_savings(left, runs, parameters(family), f"C{number}", label, True)
+        draw_savings(right, runs, 10**6, f"C{number}", label, True)
     finish_savings(left, loss)
     finish_savings(right, loss)
     right.get_legend().remove()
