@@ -12,11 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
+from http_for_tests import served
 from test_tokenizer import byte_level
 
 from stackgrow.data import prepare as prepare_module
@@ -804,16 +802,9 @@ def test_files_are_read_from_other_file_systems(out: Path) -> None:
 
 
 def test_files_are_read_over_http(corpus: Path, out: Path) -> None:
-    handler = partial(SimpleHTTPRequestHandler, directory=str(corpus))
-    with ThreadingHTTPServer(("localhost", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        prepare(
-            [Source(f"http://localhost:{server.server_port}/d0", "*.py")],
-            out,
-            tokenizer=300,
-            validation=0,
-        )
-        server.shutdown()
+    with served(corpus) as address:
+        source = Source(f"{address}/d0", "*.py")
+        prepare([source], out, tokenizer=300, validation=0)
     assert (
         texts(out)
         == [path.read_text(encoding="utf-8") for path in sorted(corpus.glob("d0/*.py"))]

@@ -1,6 +1,5 @@
 """The scripts beside recipes/experiments: the corpus in one command, and what growing saved."""
 
-import functools
 import hashlib
 import importlib.util
 import json
@@ -8,14 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from http_for_tests import served
 
 from stackgrow.run_folder.folder import METRICS, VALIDATION, RunFolder
 from stackgrow.run_folder.lines import read_records
@@ -144,16 +142,12 @@ def prepare_kernel(
     archive = tmp_path / "archive"
     archive.mkdir()
     (archive / "by_sha1").write_bytes(b"a package")
-    handler = functools.partial(SimpleHTTPRequestHandler, directory=archive)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(module, "NAME", "linux-source-0.0")
     monkeypatch.setattr(module, "FILE", "linux-source-0.0_1_all.deb")
-    monkeypatch.setattr(module, "SNAPSHOT", f"{address}/by_sha1")
     monkeypatch.setattr(module, "SHA256", hashlib.sha256(b"a package").hexdigest())
-    yield module
-    server.shutdown()
+    with served(archive) as address:
+        monkeypatch.setattr(module, "SNAPSHOT", f"{address}/by_sha1")
+        yield module
 
 
 def test_the_measured_package_is_got_where_apt_no_longer_has_it(
