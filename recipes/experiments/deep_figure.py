@@ -23,6 +23,7 @@ then is the noise of the smoothing, within the runs: another seed may differ by 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -33,9 +34,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stackgrow.recipe.load import load_recipe
-from stackgrow.report.statistics import student_t
+from stackgrow.report.statistics import LEAST_SEEDS, student_t
 from stackgrow.run_folder.folder import METRICS, VALIDATION, RunFolder
 from stackgrow.run_folder.lines import read_records
+from stackgrow.text import numbered
 
 RESULTS = Path(__file__).parent / "results"
 SPAN = 0.25  # of log FLOPs: from 1 / 1.28 to 1.28 times as many
@@ -43,7 +45,6 @@ FEWEST = 5  # records that a line is drawn through
 SETTLED = 100  # steps of the target model: its warm-up
 POINTS = 6  # in a table
 FINE = 60  # in a picture
-SEEDS_FOR_INTERVAL = 3
 VOCABULARY = 2048
 NEVER = -1.0  # the saving of a grown run that never has the baseline's loss
 
@@ -161,6 +162,7 @@ def records(run: str, loss: str) -> list[dict[str, Any]]:
     return [rows for rows in of_stages if rows][-1]
 
 
+@functools.cache  # runs from scratch are compared with each way to grow
 def read(run: str, loss: str = "validation") -> Curve:
     rows = [row for row in records(run, loss) if row["step"] >= SETTLED]
     columns = []
@@ -201,7 +203,7 @@ def savings(
         if np.all(np.isfinite(logs)):
             mean = float(np.mean(logs))
             half = 1.96 * float(np.mean(errors))
-            if len(logs) >= SEEDS_FOR_INTERVAL:
+            if len(logs) >= LEAST_SEEDS:
                 half = half_of_interval(logs)
         yield Saving(
             tokens=count,
@@ -241,27 +243,28 @@ def compared(family: str, way: str, loss: str, ending: str = "") -> Compared | N
 
 
 def kind_of_interval(count: int) -> str:
-    if count >= SEEDS_FOR_INTERVAL:
+    if count >= LEAST_SEEDS:
         return "95%, Student's t"
     return "noise within the runs alone, none over seeds"
 
 
 def tell(family: str, runs_of_ways: dict[str, Compared], loss: str) -> None:
     """Prints what was saved, and the losses at the end, as tables in Markdown."""
+    size = parameters(family)
     print()
     if len(runs_of_ways) == 1:
         [(way, runs)] = runs_of_ways.items()
         print(f"{family}, {WAYS[way].label}: saved at equal {loss} loss\n")
-        print_table(each_seed(family, runs))
+        print_table(each_seed(runs, size))
     else:
         print(f"{family}: saved at equal {loss} loss (95%, Student's t)\n")
-        print_table(ways_beside_one_another(family, runs_of_ways))
+        print_table(ways_beside_one_another(runs_of_ways, size))
     print(f"\n{loss} loss at the end, smoothed\n")
     print_table(ends(runs_of_ways))
 
 
-def each_seed(family: str, runs: Compared) -> list[list[str]]:
-    """What one way saved, seed by seed."""
+def each_seed(runs: Compared, size: int) -> list[list[str]]:
+    """What one way saved, seed by seed; ``size``: parameters of the target."""
     interval = kind_of_interval(len(runs.seeds))
     names = ", ".join(runs.seeds)
     header = [
@@ -280,7 +283,7 @@ def each_seed(family: str, runs: Compared) -> list[list[str]]:
         rows.append(
             [
                 f"{saving.tokens / 1e6:.2f}M",
-                f"{saving.tokens / parameters(family):.1f}",
+                f"{saving.tokens / size:.1f}",
                 f"{saving.loss:.3f}",
                 mean,
                 between,
@@ -291,19 +294,19 @@ def each_seed(family: str, runs: Compared) -> list[list[str]]:
 
 
 def ways_beside_one_another(
-    family: str, runs_of_ways: dict[str, Compared]
+    runs_of_ways: dict[str, Compared], size: int
 ) -> list[list[str]]:
     """The mean of each way over its seeds, with its interval; each seed where they are too few for one, or one of them
     never had the loss."""
     header = ["tokens per parameter"]
     rows: dict[float, list[str]] = {}
     for way, runs in runs_of_ways.items():
-        header.append(f"{WAYS[way].label}, {told_count(len(runs.seeds))}")
+        header.append(f"{WAYS[way].label}, {numbered(len(runs.seeds), 'seed')}")
         for saving in runs.savings(POINTS + 1):
             cell = saving.told_each()
-            if saving.known and saving.seeds >= SEEDS_FOR_INTERVAL:
+            if saving.known and saving.seeds >= LEAST_SEEDS:
                 cell = f"{saving.mean:+.0%} ({saving.interval()})"
-            ratio = f"{saving.tokens / parameters(family):.1f}"
+            ratio = f"{saving.tokens / size:.1f}"
             rows.setdefault(saving.tokens, [ratio]).append(cell)
     return [header, *rows.values()]
 
@@ -332,7 +335,7 @@ def ends(runs_of_ways: dict[str, Compared]) -> list[list[str]]:
 
 def told_below(below: Sequence[float]) -> str:
     mean = float(np.mean(below))
-    if len(below) < SEEDS_FOR_INTERVAL:
+    if len(below) < LEAST_SEEDS:
         return f"{mean:.3f}"
     half = half_of_interval(below)
     return f"{mean:.3f} ({mean - half:.3f} to {mean + half:.3f})"
@@ -345,10 +348,6 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     print("|---" * len(header) + "|")
     for row in others:
         print(f"| {' | '.join(row)} |")
-
-
-def told_count(seeds: int) -> str:
-    return f"{seeds} seed{'s' * (seeds > 1)}"
 
 
 def told_of_seed(saved: float) -> str:
@@ -371,10 +370,9 @@ def two_panels() -> tuple[Any, Any, Any]:
 
 
 def draw_savings(
-    axes: Any, runs: Compared, size: int, color: str, label: str, each_seed: bool
+    axes: Any, runs: Compared, size: int, color: str, label: str, thin_lines: bool
 ) -> None:
-    """The mean over seeds with its band, and each seed as a thin line where there is room, against tokens per
-    parameter."""
+    """The mean over seeds with its band, and with ``thin_lines`` each seed, against tokens per parameter."""
     found = runs.savings(FINE)
     if not found:
         return
@@ -382,10 +380,10 @@ def draw_savings(
     low = [100 * saving.low for saving in found]
     high = [100 * saving.high for saving in found]
     count = len(runs.seeds)
-    text = f"{label}, {told_count(count)}\nband: {kind_of_interval(count)}"
+    text = f"{label}, {numbered(count, 'seed')}\nband: {kind_of_interval(count)}"
     axes.plot(x, [100 * saving.mean for saving in found], color=color, label=text)
     axes.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
-    if count > 1 and each_seed:
+    if count > 1 and thin_lines:
         for i in range(count):
             seed = [
                 100 * saving.each[i] if saving.each[i] != NEVER else np.nan
@@ -397,6 +395,8 @@ def draw_savings(
 def draw(family: str, loss: str, runs_of_ways: dict[str, Compared], file: Path) -> None:
     """Losses over FLOPs, and what was saved over tokens per parameter."""
     picture, left, right = two_panels()
+    size = parameters(family)
+    only_way = len(runs_of_ways) == 1
     labelled = set()
 
     def line(curve: Curve, color: str, label: str) -> None:
@@ -415,9 +415,7 @@ def draw(family: str, loss: str, runs_of_ways: dict[str, Compared], file: Path) 
         label, color = WAYS[way]
         for curve in runs.grown:
             line(curve, color, f"{label}, base included")
-        draw_savings(
-            right, runs, parameters(family), color, label, len(runs_of_ways) == 1
-        )
+        draw_savings(right, runs, size, color, label, thin_lines=only_way)
     left.set(
         xscale="log",
         xlabel="FLOPs, 6 N D",
@@ -426,7 +424,7 @@ def draw(family: str, loss: str, runs_of_ways: dict[str, Compared], file: Path) 
     )
     left.legend(frameon=False)
     finish_savings(right, loss)
-    if len(runs_of_ways) > 1:
+    if not only_way:
         legend_below(picture, right)
     picture.savefig(file, dpi=150)
 
@@ -440,8 +438,9 @@ def draw_depths(families: Sequence[str], loss: str, ending: str, file: Path) -> 
             continue
         layers = family.removeprefix("deep_").split("x")[0]
         label = f"{int(layers) // 4} -> {layers} layers"
-        draw_savings(left, runs, parameters(family), f"C{number}", label, True)
-        draw_savings(right, runs, 10**6, f"C{number}", label, True)
+        size, color = parameters(family), f"C{number}"
+        draw_savings(left, runs, size, color, label, thin_lines=True)
+        draw_savings(right, runs, 10**6, color, label, thin_lines=True)
     finish_savings(left, loss)
     finish_savings(right, loss)
     right.get_legend().remove()
@@ -475,6 +474,9 @@ def sweep(family: str) -> None:
     table: list[list[str]] = []
     for operator in ("scratch", "stack"):
         curves = curves_of_rates(f"{family}_{operator}-1")
+        if not curves:
+            print(f"{family}_{operator}: no records of it are kept", file=sys.stderr)
+            return
         rates = sorted(curves)
         fewest = min(rows[-1][0] for rows in curves.values())
         most = max(rows[-1][0] for rows in curves.values())
