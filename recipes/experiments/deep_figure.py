@@ -267,13 +267,14 @@ def each_seed(runs: Compared, size: int) -> list[list[str]]:
     """What one way saved, seed by seed; ``size``: parameters of the target."""
     interval = kind_of_interval(len(runs.seeds))
     names = ", ".join(runs.seeds)
+    seed_or_seeds = "seed" if len(runs.seeds) == 1 else "seeds"
     header = [
         "the baseline's tokens",
         "per parameter",
         "loss",
         "saved",
         interval,
-        f"seeds {names}",
+        f"{seed_or_seeds} {names}",
     ]
     rows = [header]
     for saving in runs.savings(POINTS + 1):
@@ -409,7 +410,10 @@ def draw(family: str, loss: str, runs_of_ways: dict[str, Compared], file: Path) 
         )
         labelled.add(label)
 
-    for curve in next(iter(runs_of_ways.values())).scratch:
+    baselines = {}
+    for runs in runs_of_ways.values():
+        baselines.update(zip(runs.seeds, runs.scratch, strict=True))
+    for curve in baselines.values():
         line(curve, "0.35", "from scratch")
     for way, runs in runs_of_ways.items():
         label, color = WAYS[way]

@@ -296,22 +296,36 @@ def _other_circumstances(case: Case, request: Request) -> list[str]:
     """In what the sessions that made these steps differ from this one; nothing: equality bit for bit is due."""
     name = request.stage.name
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    now = {
+    now: dict[str, Any] = {
         "world_size": world_size,
         "mesh": provenance.mesh(case.plan, world_size)[name],
         "hardware": provenance.hardware(),
         "packages": provenance.versions(),
         "environment": provenance.environment(os.environ),
     }
-    different = set()
+    different: dict[str, str] = {}
     for session in _makers(case, request):
         then = {**session, "mesh": session["mesh"].get(name)}
-        different |= {
-            circumstance
-            for circumstance in now
-            if then[circumstance] != now[circumstance]
-        }
-    return [circumstance for circumstance in now if circumstance in different]
+        for circumstance in now:
+            if then[circumstance] != now[circumstance]:
+                different.setdefault(circumstance, circumstance)
+
+        # The one difference between two CPUs that a variable undoes.
+        kernels = then["hardware"].get("cpu_capability")
+        kernels_now = now["hardware"].get("cpu_capability")
+        if None not in (kernels, kernels_now) and kernels != kernels_now:
+            different["hardware"] = _other_kernels(kernels, kernels_now)
+    return [
+        different[circumstance] for circumstance in now if circumstance in different
+    ]
+
+
+def _other_kernels(then: str, now: str) -> str:
+    """``then``, ``now``: torch's CPU capability."""
+    return (
+        f"hardware (torch's CPU kernels for {now}, the run's were for {then}: "
+        f"ATEN_CPU_CAPABILITY={then.lower()} takes those where the CPU has them)"
+    )
 
 
 def _require_the_same_ranks(case: Case, request: Request, others: list[str]) -> None:

@@ -45,9 +45,16 @@ ADDED = ("stages", "ended")  # to an entry, after its start
 CHAIN = 2  # how entries name the one before: see link()
 # What changes numerics, speed or placement; nothing else of the environment is written down.
 ENVIRONMENT = re.compile(
-    r"(OMP|MKL|CUDA|CUBLAS|CUDNN|NCCL|GLOO|TORCH|PYTORCH|TORCHINDUCTOR|TRITON)_[A-Z0-9_]+"
+    r"(ATEN|OMP|MKL|ONEDNN|DNNL|CUDA|CUBLAS|CUDNN|NCCL|GLOO|TORCH|PYTORCH|TORCHINDUCTOR|TRITON)_[A-Z0-9_]+"
     r"|SLURM_(JOB_ID|JOB_NUM_NODES|NTASKS|CLUSTER_NAME)|LD_PRELOAD|PYTHONHASHSEED"
 )
+# In /proc/cpuinfo on x86. Virtual machines call many generations by one model name, such as "AMD EPYC".
+CPU_FACTS = {
+    "cpu": "model name",
+    "cpu_family": "cpu family",
+    "cpu_model": "model",
+    "cpu_stepping": "stepping",
+}
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH")
 
 
@@ -290,15 +297,23 @@ def _git(*arguments: str) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor and memory of rank 0's machine, and accelerators where torch is loaded and sees any."""
+    """Processor and memory of rank 0's machine; where torch is loaded, the instructions that its CPU kernels are for,
+    and accelerators if it sees any."""
     facts: dict[str, Any] = {"machine": platform.machine(), "cpus": os.cpu_count()}
     with suppress(OSError):
+        facts["cpu"] = platform.processor()
         cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        models = re.findall(r"^model name\s*:\s*(.+)$", cpus, re.MULTILINE)
-        facts["cpu"] = models[0] if models else platform.processor()
+        for fact, name in CPU_FACTS.items():
+            first = re.search(rf"^{name}\s*:\s*(.+)$", cpus, re.MULTILINE)
+            if first is not None:
+                facts[fact] = first[1]
         facts["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch is None:
+        return facts
+    # Kernels for AVX512 sum in another order than those for AVX2: losses differ by 1e-7, and later by more.
+    facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    if torch.cuda.is_available():
         count = torch.cuda.device_count()
         facts["gpus"] = [torch.cuda.get_device_name(index) for index in range(count)]
     return facts

@@ -205,17 +205,11 @@ def test_the_corpus_is_the_chosen_files_wherever_it_lies(tmp_path: Path) -> None
     )
     hashes = []
     for where in ("one", "two"):
-        command = [
-            sys.executable,
-            EXPERIMENTS / "prepare_kernel.py",
-            "--package",
-            tmp_path / "linux.deb",
-            "--vocab",
-            "300",
-        ]
-        place = ["--work", tmp_path / where, "--out", tmp_path / where / "store"]
+        command: list[str | Path] = [sys.executable, EXPERIMENTS / "prepare_kernel.py"]
+        command += ["--package", tmp_path / "linux.deb", "--vocab", "300"]
+        command += ["--work", tmp_path / where, "--out", tmp_path / where / "store"]
         told = subprocess.run(
-            [*command, *place], check=True, capture_output=True, text=True
+            command, check=True, capture_output=True, text=True
         ).stdout
         hashes += [
             line.split()[-1]

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from recipes_for_tests import RECIPE, plan_of, written
 
 from stackgrow.data.order import Order
@@ -95,6 +96,7 @@ def test_no_secret_of_the_environment_is_written_down() -> None:
         "NCCL_DEBUG": "INFO",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "OMP_NUM_THREADS": "1",
+        "ATEN_CPU_CAPABILITY": "avx2",
         "SLURM_JOB_ID": "7",
     }
     others = {
@@ -105,6 +107,23 @@ def test_no_secret_of_the_environment_is_written_down() -> None:
         "HOME": "/root",
     }
     assert provenance.environment({**others, **matter}) == matter
+
+
+def test_the_instructions_that_torch_uses_are_written_down() -> None:
+    """Not those that the CPU has: they decide in which order is summed, and a variable may ask for fewer."""
+    code = "import json, torch, stackgrow.run_folder.provenance as p; print(json.dumps(p.hardware()))"
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    asked_for = json.loads(told)
+    assert asked_for["cpu_capability"] == "DEFAULT"
+    here = provenance.hardware()
+    assert here["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert asked_for == {**here, "cpu_capability": "DEFAULT"}
 
 
 def test_lock_file_states_what_is_installed_in_a_form_that_pip_takes(
