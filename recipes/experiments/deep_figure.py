@@ -46,6 +46,7 @@ SETTLED = 100  # steps of the target model: its warm-up
 POINTS = 6  # in a table
 FINE = 60  # in a picture
 VOCABULARY = 2048
+NOT_YET = "not yet"
 NEVER = -1.0  # the saving of a grown run that never has the baseline's loss
 
 
@@ -298,18 +299,24 @@ def ways_beside_one_another(
     runs_of_ways: dict[str, Compared], size: int
 ) -> list[list[str]]:
     """The mean of each way over its seeds, with its interval; each seed where they are too few for one, or one of them
-    never had the loss."""
+    never had the loss; NOT_YET where its target has not had its warm-up."""
     header = ["tokens per parameter"]
-    rows: dict[float, list[str]] = {}
+    cells: dict[float, dict[str, str]] = {}  # by the baseline's tokens, then by way
     for way, runs in runs_of_ways.items():
         header.append(f"{WAYS[way].label}, {numbered(len(runs.seeds), 'seed')}")
         for saving in runs.savings(POINTS + 1):
             cell = saving.told_each()
             if saving.known and saving.seeds >= LEAST_SEEDS:
                 cell = f"{saving.mean:+.0%} ({saving.interval()})"
-            ratio = f"{saving.tokens / size:.1f}"
-            rows.setdefault(saving.tokens, [ratio]).append(cell)
-    return [header, *rows.values()]
+            cells.setdefault(saving.tokens, {})[way] = cell
+
+    rows = [header]
+    for tokens, of_ways in sorted(cells.items()):
+        row = [f"{tokens / size:.1f}"]
+        for way in runs_of_ways:
+            row.append(of_ways.get(way, NOT_YET))
+        rows.append(row)
+    return rows
 
 
 def ends(runs_of_ways: dict[str, Compared]) -> list[list[str]]:
@@ -410,7 +417,7 @@ def draw(family: str, loss: str, runs_of_ways: dict[str, Compared], file: Path) 
         )
         labelled.add(label)
 
-    baselines = {}
+    baselines: dict[str, Curve] = {}
     for runs in runs_of_ways.values():
         baselines.update(zip(runs.seeds, runs.scratch, strict=True))
     for curve in baselines.values():

@@ -62,6 +62,30 @@ def test_a_known_saving_is_found(seeds: int) -> None:
     assert figure.NEVER not in beyond.each[:-1]
 
 
+def test_a_way_that_begins_late_keeps_to_its_column() -> None:
+    figure = load("deep_figure")
+    steps = np.arange(100, 1464, 50)
+
+    def curve(first_step: int, factor: float) -> object:
+        later = steps[steps >= first_step]
+        loss = 2 + 3 * (factor * later * 9e9 / 1e12) ** -0.2
+        return figure.Curve(later * 9e9, later * 4096.0, loss)
+
+    def runs(first_step: int) -> object:
+        return figure.Compared(
+            seeds=["1"], scratch=[curve(100, 1)], grown=[curve(first_step, 1.5)]
+        )
+
+    table = figure.ways_beside_one_another(
+        {"stack_d500K": runs(200), "stack_d3M": runs(700)}, size=300_000
+    )
+    assert {len(row) for row in table} == {3}
+    first, last = table[1], table[-1]
+    assert first[1].endswith("%")
+    assert first[2] == "not yet"
+    assert last[2].endswith("%")
+
+
 def told_in_results() -> dict[str, list[str]]:
     """What recipes/RESULTS.md says of deep_figure.py: each command, and the rows of the tables under it."""
     told: dict[str, list[str]] = {}
