@@ -8,8 +8,8 @@ r"""What growing saved in deep_*: from the kept records, at equal validation los
     python recipes/experiments/deep_figure.py deep_24x32 --rate 1.2e-2  # the runs at another rate than the recipe's
     python recipes/experiments/deep_figure.py deep_24x32 --long         # to 80 tokens per parameter
     python recipes/experiments/deep_figure.py deep_24x32 --sweep        # the learning rates that were tried
-    python recipes/experiments/deep_figure.py deep_8x32 deep_16x32 deep_24x32 --rate 1.2e-2 \
-        --figure recipes/figures/deep_depth.png                         # what depth changes
+    python recipes/experiments/deep_figure.py deep_8x32 deep_16x32 deep_24x32 deep_24x64 \
+        --figure recipes/figures/deep_sizes.png                         # what depth and width change
     python recipes/experiments/deep_figure.py --keep runs/deep_24x32_stack-1 ...       # a run's records -> results/
 
 How a saving is found. Losses, from the target model's 100th step on (its warm-up), are smoothed: straight lines in
@@ -440,15 +440,15 @@ def draw(family: str, loss: str, runs_of_ways: dict[str, Compared], file: Path) 
     picture.savefig(file, dpi=150)
 
 
-def draw_depths(families: Sequence[str], loss: str, ending: str, file: Path) -> None:
-    """What stacking saved at several depths: over tokens per parameter, and over the baseline's tokens."""
+def draw_sizes(families: Sequence[str], loss: str, ending: str, file: Path) -> None:
+    """What stacking saved at several sizes: over tokens per parameter, and over the baseline's tokens."""
     picture, left, right = two_panels()
     for number, family in enumerate(families):
         runs = compared(family, "stack", loss, ending)
         if runs is None:
             continue
-        layers = family.removeprefix("deep_").split("x")[0]
-        label = f"{int(layers) // 4} -> {layers} layers"
+        layers, width = family.removeprefix("deep_").split("x")
+        label = f"{int(layers) // 4} -> {layers} layers x {width}"
         size, color = parameters(family), f"C{number}"
         draw_savings(left, runs, size, color, label, thin_lines=True)
         draw_savings(right, runs, 10**6, color, label, thin_lines=True)
@@ -543,7 +543,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "families", nargs="*", help="such as deep_24x32; several: what depth changes"
+        "families", nargs="*", help="such as deep_24x32; several: what their size changes"
     )
     parser.add_argument(
         "--of",
@@ -599,7 +599,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.figure and len(arguments.families) == 1:
             draw(family, arguments.loss, runs_of_ways, arguments.figure)
     if arguments.figure and len(arguments.families) > 1:
-        draw_depths(arguments.families, arguments.loss, ending, arguments.figure)
+        draw_sizes(arguments.families, arguments.loss, ending, arguments.figure)
     return 0
 
 
