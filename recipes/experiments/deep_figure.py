@@ -8,8 +8,8 @@ r"""What growing saved in deep_*: from the kept records, at equal validation los
     python recipes/experiments/deep_figure.py deep_24x32 --rate 1.2e-2  # the runs at another rate than the recipe's
     python recipes/experiments/deep_figure.py deep_24x32 --long         # to 80 tokens per parameter
     python recipes/experiments/deep_figure.py deep_24x32 --sweep        # the learning rates that were tried
-    python recipes/experiments/deep_figure.py deep_8x32 deep_16x32 deep_24x32 deep_24x64 \
-        --figure recipes/figures/deep_sizes.png                         # what depth and width change
+    python recipes/experiments/deep_figure.py deep_8x32 deep_16x32 deep_24x32 \
+        --figure recipes/figures/deep_depth.png                         # what depth changes
     python recipes/experiments/deep_figure.py --keep runs/deep_24x32_stack-1 ...       # a run's records -> results/
 
 How a saving is found. Losses, from the target model's 100th step on (its warm-up), are smoothed: straight lines in
@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from stackgrow.cli.options import quiet_at_closed_pipe
 from stackgrow.recipe.load import load_recipe
 from stackgrow.report.statistics import LEAST_SEEDS, student_t
 from stackgrow.run_folder.folder import METRICS, VALIDATION, RunFolder
@@ -538,12 +539,15 @@ def keep(run: RunFolder) -> None:
             shutil.copyfile(stage.record_file(name), target)
 
 
+@quiet_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "families", nargs="*", help="such as deep_24x32; several: what their size changes"
+        "families",
+        nargs="*",
+        help="such as deep_24x32; several: what their size changes",
     )
     parser.add_argument(
         "--of",
