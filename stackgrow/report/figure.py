@@ -33,6 +33,7 @@ POINTS = 400  # of a stage that are drawn: more cannot be told apart, and a run 
 SIZE = (4.6, 3.4)  # inches: its text is legible on a phone
 SHOWN = 0.02  # the part of all FLOPs that a logarithmic axis leaves out: a curve's first, steep fall
 FEW = 12  # points of a stage: each is a dot then, and none is left out
+WIDE = 2  # powers of ten on a logarithmic axis
 LARGEST_NAMED = 1e15  # amounts from here on are written as 1e21
 
 
@@ -90,18 +91,24 @@ def amount_text(value: float, _: Any = None) -> str:
 
 
 def logarithmic(axis: Any, low: float, high: float) -> None:
-    """Makes an axis logarithmic, with marks that people read: 1, 2 and 5 times powers of ten."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
+    """Makes an axis logarithmic, with marks that people read: 1, 2 and 5 times powers of ten, or these alone where
+    others would run into each other."""
+    factors: tuple[int, ...] = (1, 2, 5)
+    if math.log10(high / low) > WIDE:
+        factors = (1,)
     marks = []
     for exponent in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
-        marks += [factor * 10.0**exponent for factor in (1, 2, 5)]
-    axis.axes.set(
-        **{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)}
-    )
-    axis.set_major_locator(
-        FixedLocator([mark for mark in marks if low <= mark <= high])
-    )
+        marks += [factor * 10.0**exponent for factor in factors]
+    logarithmic_at(axis, [mark for mark in marks if low <= mark <= high])
+    axis.axes.set(**{f"{axis.axis_name}lim": (low, high)})
+
+
+def logarithmic_at(axis: Any, marks: Sequence[float]) -> None:
+    """Makes an axis logarithmic, with these marks; matplotlib's own would be formulas, which our text is not."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(FixedLocator(list(marks)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(amount_text)
 

@@ -11,12 +11,19 @@ from typing import Any
 import numpy as np
 
 from stackgrow.plan.guidelines import PRELIMINARY_FACTOR, TIMING, by_size_and_flops
-from stackgrow.report.figure import INK, color_of, new_figure
+from stackgrow.report.figure import (
+    INK,
+    color_of,
+    logarithmic,
+    logarithmic_at,
+    new_figure,
+)
 from stackgrow.report.isoflop import GUIDELINE, Fit, Run, Valley
 from stackgrow.text import aligned, human
 
 # By what a sweep varies: its letter, its a, b and c in the paper.
 LETTERS = {"timing": "d", "factor": "g"}
+AXES = {"timing": "growth timing d, tokens", "factor": "growth factor g"}
 PAPER = {
     "timing": dict(zip(GUIDELINE, TIMING, strict=True)),
     "factor": dict(zip(GUIDELINE, PRELIMINARY_FACTOR, strict=True)),
@@ -106,9 +113,8 @@ def draw_fits(
     figure = new_figure(4.2 * panels, 3.6)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for size in sizes:
-        _draw_isoflop(
-            axes.pop(0), [valley for valley in found if valley.parameters == size]
-        )
+        curves = [valley for valley in found if valley.parameters == size]
+        _draw_isoflop(axes.pop(0), curves, variable)
     if guideline:
         good = [valley for valley in found if valley.best]
         _draw_guideline(figure, axes.pop(0), good, guideline, variable)
@@ -117,7 +123,8 @@ def draw_fits(
     figure.savefig(file, dpi=110)
 
 
-def _draw_isoflop(axes: Any, curves: Sequence[Valley]) -> None:
+def _draw_isoflop(axes: Any, curves: Sequence[Valley], variable: str) -> None:
+    logarithmic_at(axes.xaxis, sorted(set(curves[0].tried)))
     for number, valley in enumerate(curves):
         color = color_of(number)
 
@@ -135,11 +142,11 @@ def _draw_isoflop(axes: Any, curves: Sequence[Valley]) -> None:
         if valley.best:
             bottom = np.polyval(valley.parabola, math.log10(valley.best))
             axes.plot(valley.best, bottom, "*", color=INK, markersize=9)
-    axes.set_xscale("log")
-    axes.set_xlabel("growth timing, tokens (or factor)")
+    axes.set_xlabel(AXES[variable])
     axes.set_ylabel("smoothed training loss")
     axes.set_title(f"{human(curves[0].parameters)} parameters")
-    axes.legend(fontsize=7)
+    # Beside the curves, of which it would cover some.
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _draw_guideline(
@@ -165,8 +172,8 @@ def _draw_guideline(
     scale = {"vmin": math.log10(low), "vmax": math.log10(high), "cmap": "viridis"}
     shown = axes.contourf(C, N, np.log10(fitted), 20, **scale)
     axes.scatter(flops, sizes, c=np.log10(best), edgecolors="white", **scale)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    logarithmic(axes.xaxis, C[0], C[-1])
+    logarithmic(axes.yaxis, N[0], N[-1])
     axes.set_xlabel("training FLOPs C")
     axes.set_ylabel("parameters N")
     axes.set_title(f"growth {variable} {LETTERS[variable]}")
@@ -188,8 +195,8 @@ def _draw_laws(axes: Any, runs: Sequence[Run], laws: Laws) -> None:
     for name, law in laws.items():
         loss = law.values["a"] * flops ** law.values["b"]
         axes.plot(flops, loss, "--", color=LAW_COLORS[name], label=f"{name} law")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    logarithmic(axes.xaxis, first, 10 * last)
+    logarithmic_at(axes.yaxis, axes.get_yticks())
     axes.set_xlabel("FLOPs")
     axes.set_ylabel("training loss")
     axes.set_title("scaling laws, 10 x beyond")

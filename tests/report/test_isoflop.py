@@ -212,7 +212,17 @@ def test_the_tool_fits_a_sweep_from_a_table(tmp_path: Path) -> None:
         tomli.loads(output[output.index("[guideline]") :])["guideline"]["a"]
         == plain["timing"]["values"]["a"]
     )
-    assert "scratch law" in (tmp_path / "fit.svg").read_text()
+    picture = (tmp_path / "fit.svg").read_text()
+    assert "scratch law" in picture
+    assert "growth timing d, tokens" in picture
+    assert_marks_are_amounts(picture)
+
+
+def assert_marks_are_amounts(picture: str) -> None:
+    """Not the formulas that matplotlib has for logarithmic axes, in a text that is not read as formulas."""
+    texts = re.findall(r"<text [^>]*>([^<]*)</text>", picture)
+    assert len(texts) >= 20
+    assert not [text for text in texts if "$" in text]
 
 
 def test_a_sweep_of_factors_is_fitted_with_scratch_as_factor_1(tmp_path: Path) -> None:
@@ -239,7 +249,9 @@ def test_a_sweep_of_factors_is_fitted_with_scratch_as_factor_1(tmp_path: Path) -
     n, C = 1.233e9, 5e20
     found = guidelines.by_size_and_flops(n, C, tuple(fitted[name] for name in "abc"))
     assert found == pytest.approx(guidelines.preliminary_factor(n, C), rel=0.01)
-    assert "growth factor g" in plot.read_text()
+    picture = plot.read_text()
+    assert "growth factor g" in picture
+    assert_marks_are_amounts(picture)
     grown = [run for run in read_table(table, "factor") if run.at is not None]
     without = valleys(grown, variable="factor")
     assert "still falling at the smallest" in str(without[0].problem)
