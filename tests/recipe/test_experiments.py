@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from http_for_tests import served
 
+from stackgrow.report.isoflop import read_run, valleys
 from stackgrow.run_folder.folder import METRICS, VALIDATION, RunFolder
 from stackgrow.run_folder.lines import read_records
 
@@ -115,6 +116,32 @@ def test_a_table_of_what_growing_saved_is_what_its_command_prints(
     rows = [line for line in printed if line.startswith("|")]
     assert len(rows) >= 5
     assert rows == told_in_results()[command]
+
+
+def lowest(ways: Sequence[str], variable: str) -> list[tuple[float, float]]:
+    """FLOPs, and the timing or factor with the lowest loss there, where it lies between those that were tried."""
+    runs = []
+    for way in ways:
+        for seed in (1, 2, 3):
+            run = EXPERIMENTS / "results" / f"deep_24x32_{way}-{seed}"
+            runs.append(read_run(run, variable))
+    found = valleys(runs, variable=variable)
+    assert len(found) == 6
+    return [(valley.flops, valley.best) for valley in found if valley.best]
+
+
+def test_the_valleys_that_are_told_are_those_of_the_records() -> None:
+    factors = []
+    for _, best in lowest(["scratch", "stack_g2", "stack", "stack_g8"], "factor"):
+        factors.append(f"{best:.1f}")
+    timings = []
+    for flops, best in lowest(["stack_d500K", "stack", "stack_d3M"], "timing"):
+        timings.append(f"{best / 1e6:.1f}M at {flops:.1e}".replace("e+", "e"))
+
+    text = (EXPERIMENTS.parent / "RESULTS.md").read_text(encoding="utf-8")
+    words = " ".join(text.split())
+    assert f"at factors of {', '.join(factors)} from" in words
+    assert f"three of six FLOPs ({', '.join(timings)})" in words
 
 
 def test_runs_that_went_on_have_the_losses_of_those_that_ended() -> None:
