@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from stackgrow.audit.case import open_case
 from stackgrow.audit.chain import audit_run
 from stackgrow.audit.replay import replay
-from stackgrow.audit.report import WrongRequest
+from stackgrow.audit.report import Audit, WrongRequest
+from stackgrow.audit.same import same_run
 from stackgrow.run_folder.folder import RunFolder
 from stackgrow.run_folder.state import RECORDS_ONLY, state_of
 
@@ -68,6 +70,24 @@ def test_a_run_with_checkpoints_is_no_kept_record_whatever_it_says(
     copy.stages()[0].checkpoints.mkdir()
     assert not copy.holds_records_only()
     assert state_of(copy.path).state != RECORDS_ONLY
+
+
+def test_records_are_compared_by_their_losses_alone(copy: RunFolder) -> None:
+    kept = RESULTS / "deep_24x32_stack-1"
+
+    def against(other: Path) -> Audit:
+        return audit_run(
+            copy.path,
+            further={"against": lambda case: same_run(case, open_case(other))},
+        )
+
+    equal = against(kept)
+    assert equal.findings == []
+    assert equal.checks["against"] == f"{kept}: 360 losses"
+    assert any("end with the same weights" in what for what in equal.not_checked)
+    other_seed = against(RESULTS / "deep_24x32_stack-2").findings
+    assert {finding.check for finding in other_seed} == {"against"}
+    assert any("losses differ" in finding.message for finding in other_seed)
 
 
 def refusal(run: Path, request: str, *data: Path) -> str:
