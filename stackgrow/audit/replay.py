@@ -311,9 +311,9 @@ def _other_circumstances(case: Case, request: Request) -> list[str]:
                 different.setdefault(circumstance, circumstance)
 
         # The one difference between two CPUs that a variable undoes.
-        kernels = then["hardware"].get("cpu_capability")
-        kernels_now = now["hardware"].get("cpu_capability")
-        if None not in (kernels, kernels_now) and kernels != kernels_now:
+        kernels = then["hardware"].get("cpu_capability")  # not known of earlier runs
+        kernels_now = now["hardware"]["cpu_capability"]
+        if kernels not in (None, kernels_now):
             different["hardware"] = _other_kernels(kernels, kernels_now)
     return [
         different[circumstance] for circumstance in now if circumstance in different
